@@ -1,0 +1,73 @@
+"""The content-keyed disk cache.
+
+A key is the hash of everything the value depends on, so an entry is never stale; the worst that can
+happen is that it is never asked for again. Entries are written beside their place and renamed into
+it, so a killed process leaves no half entry.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from harness.errors import ConfigError
+from harness.keys import content_key
+
+__all__ = ["ContentCache", "default_cache_dir"]
+
+T = TypeVar("T")
+
+
+def default_cache_dir() -> Path:
+    """`HARNESS_CACHE`, or the user's cache folder."""
+    import platformdirs
+
+    given = os.environ.get("HARNESS_CACHE")
+    return Path(given) if given else Path(platformdirs.user_cache_dir("transformer-harness"))
+
+
+class ContentCache:
+    """Tensors and plain values under the hash of what they depend on."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the value of this key is, or would be."""
+        digest = content_key(key)
+        return self.directory / digest[:2] / f"{digest}.pt"
+
+    def get_or_compute(self, key: Mapping[str, Any], compute: Callable[[], T]) -> T:
+        """The stored value, or ``compute()``, stored. An unreadable entry is computed again."""
+        path = self.path(key)
+        if path.exists():
+            try:
+                stored: T = torch.load(path, map_location="cpu", weights_only=True)
+                return stored
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+                path.unlink(missing_ok=True)
+        value = compute()
+        self._write(path, value)
+        return value
+
+    def _write(self, path: Path, value: Any) -> None:
+        temporary: str | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                temporary = file.name
+                torch.save(value, file)
+            os.replace(temporary, path)
+        except OSError as error:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            raise ConfigError(
+                f"the cache {self.directory} cannot be written ({error}); "
+                "set HARNESS_CACHE to a writable folder"
+            ) from None

@@ -1,0 +1,139 @@
+"""The written form of methods: ``gptq:bits=3:group_size=64``, chains ``smoothquant+gptq``, lists.
+
+Pure: names and options are checked against the methods that are passed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import ConfigError, UnknownName
+from harness.method import Method, Options
+
+__all__ = ["Chain", "Step", "parse_chain", "split_list"]
+
+_OPEN, _CLOSE = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with its options."""
+
+    method: Method
+    options: Options
+
+    @property
+    def label(self) -> str:
+        """The shortest text that parses to this step."""
+        options = "".join(f":{name}={_written(value)}" for name, value in self.options.non_default().items())
+        return self.method.name + options
+
+    def identity(self) -> dict[str, Any]:
+        """What decides what the step does."""
+        return {
+            "method": self.method.name,
+            "options": self.options.canonical(),
+            "source": self.method.source_hash,
+        }
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Methods applied in order."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def label(self) -> str:
+        return "+".join(step.label for step in self.steps)
+
+    @property
+    def is_baseline(self) -> bool:
+        return all(step.method.family == "baseline" for step in self.steps)
+
+    @property
+    def family(self) -> str:
+        """The family of the last step that is not the baseline."""
+        families = [step.method.family for step in self.steps if step.method.family != "baseline"]
+        return families[-1] if families else "baseline"
+
+    def identity(self) -> list[dict[str, Any]]:
+        return [step.identity() for step in self.steps]
+
+    def described(self) -> list[dict[str, Any]]:
+        """Names and all options, for the store."""
+        return [{"name": step.method.name, "options": step.options.canonical()} for step in self.steps]
+
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(step.method.needs_of(step.options) for step in self.steps))
+
+
+def split_list(text: str, separator: str = ",") -> list[str]:
+    """Split at a separator that is not inside brackets; empty parts are dropped.
+
+    >>> split_list("gptq:bits=3,distilbert:layer_map=[0,2]")
+    ['gptq:bits=3', 'distilbert:layer_map=[0,2]']
+    """
+    parts, depth, current = [], 0, ""
+    for character in text:
+        depth += (character in _OPEN) - (character in _CLOSE)
+        if character == separator and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    parts.append(current)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def parse_chain(text: str, methods: Mapping[str, Method]) -> Chain:
+    """Parse ``method[:option=value...][+method...]``.
+
+    Raises:
+        UnknownName: a method that is not registered (with near matches).
+        ConfigError: an unknown option, a value out of range, or a malformed text.
+    """
+    parts = split_list(text, "+")
+    if not parts:
+        raise ConfigError("a method is empty; write a name such as gptq or smoothquant+gptq")
+    if text.strip().startswith("+") or text.strip().endswith("+"):
+        raise ConfigError(f"method {text!r}: a name is missing beside the plus sign")
+    return Chain(tuple(_parse_step(part, methods) for part in parts))
+
+
+def _parse_step(text: str, methods: Mapping[str, Method]) -> Step:
+    name, *written = split_list(text, ":")
+    if name not in methods:
+        raise UnknownName("method", name, methods)
+    values: dict[str, Any] = {}
+    for part in written:
+        option, equals, value = part.partition("=")
+        if not (equals and option.strip()):
+            raise ConfigError(f"{name}: write options as name=value, not {part!r}")
+        if option in values:
+            raise ConfigError(f"{name}: option {option!r} is given twice")
+        values[option.strip()] = _read(value.strip(), name, option)
+    return Step(methods[name], methods[name].options.parse(values, method=name))
+
+
+def _read(value: str, method: str, option: str) -> Any:
+    """Numbers, true, false, null and bracketed lists are JSON; everything else is a text."""
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError as error:
+        if value[:1] in ("[", "{"):
+            raise ConfigError(f"{method}: option {option} is no JSON: {error}") from None
+        return value
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, separators=(",", ":"))
+    return str(value)

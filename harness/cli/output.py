@@ -1,0 +1,120 @@
+"""Rows as a table, JSON, CSV or markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+__all__ = ["Format", "clean", "format_value", "print_rows"]
+
+
+class Format(StrEnum):
+    """What `--format` takes."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    MARKDOWN = "markdown"
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str) -> str:
+    """The text without control characters: names and reasons come from plugins and from stores."""
+    return _CONTROL.sub("�", text.replace("\n", " ").replace("\t", " "))
+
+
+def print_rows(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Format, *, title: str = ""
+) -> None:
+    """Print rows to standard output; JSON keeps every key and the types, the others the columns."""
+    if output is Format.JSON:
+        print(json.dumps([_json_row(row) for row in rows], indent=2, allow_nan=False))
+    elif output is Format.CSV:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_csv_cell(row.get(column)) for column in columns])
+        print(buffer.getvalue(), end="")
+    elif output is Format.MARKDOWN:
+        print("| " + " | ".join(columns) + " |")
+        print("|" + "---|" * len(columns))
+        for row in rows:
+            cells = [clean(format_value(row.get(c))).replace("|", "\\|") for c in columns]
+            print("| " + " | ".join(cells) + " |")
+    else:
+        _print_table(rows, columns, title)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], title: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Without a terminal nothing is cut: a table in a log or a pipe must be whole.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=400)
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
+        table.add_column(
+            Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+        )
+    for row in rows:
+        table.add_row(*(Text(clean(format_value(row.get(column)))) for column in columns))
+    console.print(table)
+
+
+def format_value(value: Any) -> str:
+    """A value for people: four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        if value.is_integer() and abs(value) < 1e15:
+            return f"{int(value):,}"
+        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (dict, list, tuple)):
+        return json.dumps(value, separators=(",", ":"))
+    return str(value)
+
+
+def _csv_cell(value: Any) -> Any:
+    if isinstance(value, (dict, list, tuple)):
+        value = json.dumps(value, separators=(",", ":"))
+    if isinstance(value, str):
+        value = clean(value)
+        # A spreadsheet would run a text that starts like a formula.
+        return "'" + value if value[:1] in ("=", "+", "-", "@") else value
+    return value
+
+
+def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _json_value(value) for key, value in row.items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(each) for each in value]
+    if hasattr(value, "item"):  # numpy scalars
+        return _json_value(value.item())
+    return value

@@ -1,0 +1,188 @@
+"""The context: everything a transform may ask for beside the model.
+
+Methods never read files, the environment or global random state; what they need comes from here, so
+that every method is calibrated on the same tokens, trained by the same loop and cached under a key
+that names everything the value depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from harness.errors import ConfigError, NotApplicable
+from harness.nn.blocks import Block, iterate_blocks
+from harness.records import Record
+from harness.training import TrainReport, TrainSettings, train
+
+if TYPE_CHECKING:
+    from harness.cache import ContentCache
+    from harness.models.info import ModelInfo
+    from harness.tokens import TokenSource
+
+__all__ = ["Context", "Progress"]
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Context:
+    """What a transform gets; built by the worker for one step of a chain.
+
+    Args:
+        info: the facts about the model.
+        tokenizer: its tokenizer, or None for `shape:` and `scratch:` models without one.
+        device: where the model is and where work should run.
+        dtype: the floating-point type of the model.
+        seed: the sweep's seed; use `generator`, never this directly.
+        calibration_source, training_source: token streams.
+        settings: the sweep's training budget.
+        load_teacher: makes a fresh copy of the original model, or None where there is none.
+        cache_store: the content-keyed disk cache.
+        last_in_chain: False where another method of the chain follows (a method that only prepares,
+            such as smoothing, leaves the rest to it).
+        identity: what every cached value depends on (model, chain so far, plugin source, versions).
+    """
+
+    info: ModelInfo
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    calibration_source: TokenSource
+    training_source: TokenSource
+    settings: TrainSettings
+    calibration_samples: int
+    calibration_len: int
+    load_teacher: Callable[[], nn.Module] | None
+    cache_store: ContentCache
+    identity: Mapping[str, Any]
+    last_in_chain: bool = True
+    report_progress: Progress = lambda _what, _done, _total: None
+    records: list[Record] = field(default_factory=list)
+    calibration_tokens: int = 0
+    trained_tokens: int = 0
+    trained_steps: int = 0
+
+    # --- data ---------------------------------------------------------------------------------
+
+    def calibration(self, samples: int | None = None, seq_len: int | None = None) -> torch.Tensor:
+        """Calibration tokens, int64 [samples, seq_len], on the CPU; the same on every call.
+
+        By default the sweep's `--calibration-samples` and `--calibration-len`, shortened to the
+        model's number of positions. Windows never overlap with what the bundled tasks score.
+        """
+        samples = samples or self.calibration_samples
+        seq_len = min(seq_len or self.calibration_len, self.info.max_positions)
+        tokens = self.calibration_source.windows(samples, seq_len, self.generator("calibration"))
+        self.calibration_tokens = max(self.calibration_tokens, tokens.numel())
+        return tokens
+
+    def calibration_batches(
+        self, batch_size: int = 8, samples: int | None = None, seq_len: int | None = None
+    ) -> list[torch.Tensor]:
+        """`calibration` cut into batches [<= batch_size, seq_len]."""
+        return list(self.calibration(samples, seq_len).split(batch_size))
+
+    # --- training -----------------------------------------------------------------------------
+
+    def train(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+        on_step: Callable[[int, nn.Module], None] | None = None,
+        seq_len: int | None = None,
+        batch_size: int | None = None,
+    ) -> TrainReport:
+        """The one training loop (AdamW, warm-up and cosine, clipping, mixed precision on CUDA).
+
+        Args:
+            loss: ``loss(model, tokens) -> scalar`` for tokens int64 [batch, seq_len] on the device;
+                by default the mean causal cross-entropy.
+            steps: by default the sweep's `--train-steps`; 0 trains nothing.
+            parameters: what to train; by default every parameter that requires a gradient.
+            on_step: called after each optimiser step (apply masks, update schedules).
+
+        Raises:
+            NumericalFailure: the loss became NaN or infinite, or more than doubled.
+        """
+        settings = self.settings.replaced(steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size)
+        report = train(
+            model,
+            self.training_source,
+            settings.limited_to(self.info.max_positions),
+            self.generator("training"),
+            loss=loss,
+            parameters=parameters,
+            on_step=on_step,
+            progress=lambda done, total: self.report_progress("train", done, total),
+        )
+        self.trained_tokens += report.tokens
+        self.trained_steps += report.steps
+        return report
+
+    def teacher(self) -> nn.Module:
+        """A fresh copy of the original model, in eval mode, frozen, on the device.
+
+        Raises:
+            NotApplicable: the model is trained from scratch, so there is no teacher.
+        """
+        if self.load_teacher is None:
+            raise NotApplicable("a model trained from scratch has no teacher")
+        teacher = self.load_teacher().eval()
+        return teacher.requires_grad_(False)
+
+    # --- calibration --------------------------------------------------------------------------
+
+    def blocks(self, model: nn.Module, batches: Sequence[torch.Tensor] | None = None) -> Iterator[Block]:
+        """The blocks in order with captured inputs; see `harness.nn.blocks`.
+
+        Args:
+            batches: token ids [batch, seq_len]; by default `calibration_batches()`.
+        """
+        batches = self.calibration_batches() if batches is None else batches
+        total = self.info.num_layers
+        for block in iterate_blocks(model, batches, self.device):
+            self.report_progress("blocks", block.index, total)
+            yield block
+        self.report_progress("blocks", total, total)
+
+    def cache(self, key: Mapping[str, Any], compute: Callable[[], T]) -> T:
+        """``compute()``, or its stored result where the same thing was computed before.
+
+        The key given is joined with the context's identity, so it only has to name what the method
+        adds (its own options). Values are tensors, numbers, strings, and lists, tuples and dicts
+        of those.
+        """
+        return self.cache_store.get_or_compute({**self.identity, "key": dict(key)}, compute)
+
+    # --- the rest -----------------------------------------------------------------------------
+
+    def generator(self, name: str) -> torch.Generator:
+        """A CPU generator, seeded by the sweep's seed and this name: same name, same numbers."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Report progress of a long step: ``with context.progress("layers", 24) as done: done(3)``."""
+        self.report_progress(what, 0, total)
+        yield lambda done: self.report_progress(what, done, total)
+        self.report_progress(what, total, total)
+
+    def record(self, name: str, value: float, unit: str, note: str | None = None) -> None:
+        """Store a figure that the method itself found (a share of outliers, a final loss)."""
+        if any(record.metric == name for record in self.records):
+            raise ConfigError(f"the method recorded {name!r} twice")
+        self.records.append(Record(metric=name, value=float(value), unit=unit, note=note))

@@ -1,0 +1,1 @@
+"""Quality: the bridge to lm-eval, the bundled tasks and paired statistics."""

@@ -1,0 +1,1 @@
+"""Where variants run: local processes from a preloaded fork server."""

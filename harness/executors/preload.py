@@ -1,0 +1,22 @@
+"""Imported by the fork server before it forks, so that workers start with everything imported.
+
+CUDA is not touched and no thread is started here: forked children could not use either.
+"""
+
+from __future__ import annotations
+
+import lm_eval.evaluator
+import lm_eval.models.huggingface
+import lm_eval.tasks
+import torch
+import transformers
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama
+import transformers.models.opt.modeling_opt
+
+import harness.transforming
+import harness.worker
+
+__all__: list[str] = []
+
+_PRELOADED = (lm_eval, torch, transformers, harness)

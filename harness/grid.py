@@ -1,0 +1,212 @@
+"""The grid: from what was asked to variants and cells. Pure: nothing is loaded, read or written.
+
+Every cell gets a content key, the hash of all that decides its value, and where it can be known from
+the facts alone that a cell cannot be measured, its status and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.chain import Chain
+from harness.keys import content_key
+from harness.models.info import ModelInfo
+from harness.records import CellKind, Scenario, Status
+
+if TYPE_CHECKING:
+    from harness.evaluate.index import ResolvedTask
+    from harness.models.loading import ModelDescription
+
+__all__ = ["CellPlan", "Decision", "Grid", "GridInputs", "VariantPlan", "build_grid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A cell that is settled before anything is loaded."""
+
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One thing to measure of a variant."""
+
+    key: str
+    kind: CellKind
+    task: ResolvedTask | None = None
+    scenario: Scenario | None = None
+    decision: Decision | None = None
+
+    @property
+    def label(self) -> str:
+        if self.task is not None:
+            return self.task.name
+        return self.scenario.label if self.scenario is not None else "transform"
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """A chain applied to a model once, and all that is then measured of that object."""
+
+    key: str
+    chain: Chain
+    model: ModelDescription
+    seed: int
+    dtype: str
+    device: str
+    cells: tuple[CellPlan, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model.info.label} · {self.chain.label}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All variants, the baselines of each model first."""
+
+    variants: tuple[VariantPlan, ...]
+
+    @property
+    def cells(self) -> tuple[CellPlan, ...]:
+        return tuple(cell for variant in self.variants for cell in variant.cells)
+
+
+@dataclass(frozen=True)
+class GridInputs:
+    """What the grid is made of, all of it resolved and checked.
+
+    `environment` holds what else decides a value: device name, library versions, measuring version.
+    `budget` holds the calibration and training settings with the identity of their text;
+    `scenario_options` and `task_options` what decides a timing or a score beside its own name.
+    """
+
+    chains: tuple[Chain, ...]
+    models: tuple[ModelDescription, ...]
+    tasks: tuple[ResolvedTask, ...]
+    scenarios: Mapping[str, tuple[Scenario, ...]]  # by the model's label
+    seeds: tuple[int, ...]
+    dtype: str
+    device: str
+    environment: Mapping[str, Any]
+    budget: Mapping[str, Any]
+    task_options: Mapping[str, Any]
+    meter_names: tuple[str, ...]
+
+
+def build_grid(inputs: GridInputs) -> Grid:
+    """Variants in the order models, seeds, chains; the baseline chains come first."""
+    chains = sorted(inputs.chains, key=lambda chain: not chain.is_baseline)
+    return Grid(
+        tuple(
+            _variant(inputs, chain, model, seed)
+            for model in inputs.models
+            for seed in inputs.seeds
+            for chain in chains
+        )
+    )
+
+
+def _variant(inputs: GridInputs, chain: Chain, model: ModelDescription, seed: int) -> VariantPlan:
+    identity = {
+        "model": model.identity,
+        "chain": chain.identity(),
+        "seed": seed,
+        "dtype": inputs.dtype,
+        "environment": dict(inputs.environment),
+        "budget": _budget_that_matters(chain, model.info, inputs.budget),
+    }
+    decision = refusal(chain, model.info, inputs.device)
+    cells = [_cell(identity, CellKind.TRANSFORM, decision)]
+    for scenario in inputs.scenarios[model.info.label]:
+        problem = decision or _scenario_refusal(model.info, scenario)
+        cells.append(
+            _cell(identity, CellKind.SCENARIO, problem, scenario=scenario, meters=inputs.meter_names)
+        )
+    for task in inputs.tasks:
+        problem = decision or _task_refusal(model.info)
+        cells.append(_cell(identity, CellKind.TASK, problem, task=task, options=inputs.task_options))
+    return VariantPlan(content_key(identity), chain, model, seed, inputs.dtype, inputs.device, tuple(cells))
+
+
+def _cell(
+    identity: Mapping[str, Any],
+    kind: CellKind,
+    decision: Decision | None,
+    *,
+    task: ResolvedTask | None = None,
+    scenario: Scenario | None = None,
+    **details: Any,
+) -> CellPlan:
+    what: dict[str, Any] = {"kind": kind.value, "details": details}
+    if task is not None:
+        what["task"] = [task.name, task.revision]
+    if scenario is not None:
+        what["scenario"] = scenario.label
+    return CellPlan(content_key({**identity, "cell": what}), kind, task, scenario, decision)
+
+
+def _budget_that_matters(chain: Chain, info: ModelInfo, budget: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what this chain uses, so that a changed training budget re-measures no RTN row."""
+    needs = chain.needs()
+    names = set()
+    if "calibration" in needs:
+        names.add("calibration")
+    if "training" in needs or info.scratch:
+        names.add("training")
+    return {name: budget[name] for name in sorted(names)}
+
+
+# --- what cannot be measured, and why ----------------------------------------------------------------
+
+
+def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
+    """Why a chain cannot be applied to a model on a device; None where it can."""
+    for step in chain.steps:
+        reason = _needs_refusal(step.method.needs_of(step.options), info, device)
+        if reason is None and step.method.applies is not None:
+            reason = step.method.applies(info, step.options)
+        if reason is not None:
+            return Decision(Status.NOT_APPLICABLE, f"{step.method.name}: {reason}")
+    return None
+
+
+def _needs_refusal(needs: frozenset[str], info: ModelInfo, device: str) -> str | None:
+    if "cuda" in needs and not device.startswith("cuda"):
+        return "needs a CUDA device"
+    for kind in ("encoder", "decoder"):
+        if kind in needs and info.kind != kind:
+            return f"needs an {kind}; {info.label} is a {info.kind}".replace("an d", "a d")
+    if "teacher" in needs and info.scratch:
+        return "needs a trained teacher; a scratch: model has none"
+    if "training" in needs and info.synthetic:
+        return "training random weights means nothing; use a zoo:, scratch:, local or hub model"
+    return None
+
+
+def _scenario_refusal(info: ModelInfo, scenario: Scenario) -> Decision | None:
+    from harness.measure.scenario import scenario_problem
+
+    problem = scenario_problem(info, scenario)
+    return None if problem is None else Decision(Status.NOT_APPLICABLE, problem)
+
+
+def _task_refusal(info: ModelInfo) -> Decision | None:
+    if info.synthetic:
+        reason = f"{info.label} has random weights (synthetic): accuracy would mean nothing"
+        return Decision(Status.NOT_APPLICABLE, reason)
+    if info.kind == "encoder":
+        return Decision(
+            Status.NOT_APPLICABLE,
+            f"{info.label} is an encoder; this task scores text with a language model",
+        )
+    return None
+
+
+def with_baseline(chains: Sequence[Chain], baseline: Chain) -> tuple[Chain, ...]:
+    """The chains without duplicates, led by the baseline, which every comparison needs."""
+    unique = {chain.label: chain for chain in (baseline, *chains)}
+    return tuple(unique.values())

@@ -1,0 +1,234 @@
+"""A method: a named optimisation with typed options and a transform.
+
+A plugin registers values of `Method`; everything the harness knows of a method is in that value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harness.context import Context
+    from harness.models.info import ModelInfo
+
+__all__ = ["FAMILIES", "NEEDS", "Method", "Options", "Paper"]
+
+FAMILIES = (
+    "baseline",
+    "quantization",
+    "pruning",
+    "distillation",
+    "sparsity",
+    "moe",
+    "attention",
+    "recurrence",
+    "adaptive",
+    "serving",
+    "external",
+    "other",
+)
+
+NEEDS = ("calibration", "training", "teacher", "cuda", "encoder", "decoder")
+"""What a method can ask for; the grid explains a skip from these before anything is loaded."""
+
+COMMON_ALIASES: Mapping[str, str] = {
+    "w_bits": "bits",
+    "wbits": "bits",
+    "act_bits": "a_bits",
+    "group": "group_size",
+    "groupsize": "group_size",
+    "symmetric": "sym",
+    "desc_act": "act_order",
+    "actorder": "act_order",
+    "percdamp": "damp",
+    "damp_percent": "damp",
+    "dampening_frac": "damp",
+    "smoothing_strength": "alpha",
+    "sparsity_ratio": "sparsity",
+    "amount": "sparsity",
+    "temperature": "T",
+    "sliding_window": "window",
+    "w": "window",
+}
+
+
+class Options(BaseModel):
+    """The knobs of a method: frozen, unknown names refused, ranges validated by pydantic.
+
+    The usual names of other libraries (`w_bits`, `group`, `desc_act`, `percdamp`, ...) are accepted
+    for a field that exists and are stored under the field's own name; a class adds its own in
+    `aliases`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    aliases: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, method: str = "") -> Options:
+        """Build options from plain values (strings from the command line included).
+
+        Raises:
+            ConfigError: an unknown name (with near matches), a value of the wrong type or range.
+        """
+        prefix = f"{method}: " if method else ""
+        known = cls.model_fields
+        canonical: dict[str, Any] = {}
+        for given, value in values.items():
+            name = given.replace("-", "_")
+            if name not in known:
+                name = {**COMMON_ALIASES, **cls.aliases}.get(name, name)
+            if name not in known:
+                near = difflib.get_close_matches(given, list(known), n=2, cutoff=0.5)
+                advice = (
+                    "did you mean " + " or ".join(repr(match) for match in near) + "?"
+                    if near
+                    else "it has " + (", ".join(known) or "no options")
+                )
+                raise ConfigError(f"{prefix}unknown option {given!r}; {advice}")
+            if name in canonical:
+                raise ConfigError(f"{prefix}option {name!r} is given twice")
+            canonical[name] = value
+        try:
+            return cls(**canonical)
+        except ValidationError as error:
+            raise ConfigError(prefix + _first_problem(error)) from None
+
+    def canonical(self) -> dict[str, Any]:
+        """All options as JSON values, in the order of the class: the identity of the options."""
+        return self.model_dump(mode="json")
+
+    def non_default(self) -> dict[str, Any]:
+        """The options that differ from the defaults, for labels."""
+        dumped = self.canonical()
+        default = type(self).model_construct().model_dump(mode="json", warnings=False)
+        return {name: value for name, value in dumped.items() if default.get(name) != value}
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        got = "" if problem["type"] == "missing" or not where else f", not {problem['input']!r}"
+        problems.append(f"{where}: {message}{got}" if where else message)
+    return "; ".join(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    venue: str | None = None
+
+    def __str__(self) -> str:
+        source = f"arXiv:{self.arxiv}" if self.arxiv else (self.venue or "")
+        return f"{self.authors} ({self.year}). {self.title}. {source}".rstrip(". ") + "."
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named optimisation: what `register_methods` returns a list of.
+
+    Args:
+        name: lower-case words joined by hyphens, unique over all plugins.
+        options: the class of the knobs.
+        transform: ``transform(model, options, context) -> nn.Module``; may change its argument.
+        family: one of `FAMILIES`, the branch of the survey.
+        paper: a `Paper` or a plain citation.
+        summary: one sentence on what it claims; by default the first line of the plugin's docstring.
+        needs: names of `NEEDS`, or a function of the options that returns them.
+        applies: ``applies(model_info, options) -> None`` (yes) or the reason why not.
+        architectural: True where the transform changes what the network computes by design and the
+            result must be trained or is expected to lose accuracy (so drift is not a defect).
+    """
+
+    name: str
+    options: type[Options]
+    transform: Callable[[nn.Module, Any, Context], nn.Module]
+    family: str = "other"
+    paper: Paper | str | None = None
+    summary: str = ""
+    needs: Iterable[str] | Callable[[Any], Iterable[str]] = ()
+    applies: Callable[[ModelInfo, Any], str | None] | None = None
+    architectural: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name != self.name.lower() or set(self.name) & set(" _+:,="):
+            raise PluginError(f"method name {self.name!r} must be lower-case words joined by hyphens")
+        if not (isinstance(self.options, type) and issubclass(self.options, Options)):
+            raise PluginError(f"method {self.name!r}: options must be a subclass of harness.Options")
+        if not callable(self.transform):
+            raise PluginError(f"method {self.name!r}: transform must be callable")
+        if self.family not in FAMILIES:
+            raise PluginError(
+                f"method {self.name!r}: unknown family {self.family!r}; known: {', '.join(FAMILIES)}"
+            )
+        if not callable(self.needs):
+            self._checked_needs(self.needs)
+
+    def needs_of(self, options: Options) -> frozenset[str]:
+        """What the method needs with these options."""
+        needs = self.needs(options) if callable(self.needs) else self.needs
+        return self._checked_needs(needs)
+
+    def _checked_needs(self, needs: Iterable[str]) -> frozenset[str]:
+        checked = frozenset(needs)
+        if unknown := checked - set(NEEDS):
+            raise PluginError(
+                f"method {self.name!r}: unknown needs {sorted(unknown)}; known: {', '.join(NEEDS)}"
+            )
+        return checked
+
+    @property
+    def card(self) -> str:
+        """The docstring of the module that defines the transform."""
+        module = sys.modules.get(self.transform.__module__)
+        return inspect.cleandoc(module.__doc__ or "") if module else ""
+
+    @property
+    def claim(self) -> str:
+        """One sentence: the summary, or the first line of the card."""
+        return self.summary or self.card.partition("\n")[0]
+
+    @cached_property
+    def source_hash(self) -> str:
+        """SHA-256 of the source that decides what the transform does.
+
+        The plugin's own file, its family's helpers (``_*.py`` beside it), and for bundled plugins the
+        numerics they stand on (`harness.nn`, `harness.kernels`).
+        """
+        digest = hashlib.sha256()
+        for path in self._sources():
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def _sources(self) -> list[Path]:
+        file = inspect.getsourcefile(self.transform)
+        if file is None or not Path(file).is_file():
+            raise PluginError(f"method {self.name!r}: the source of its transform cannot be found")
+        own = Path(file)
+        sources = [own, *sorted(own.parent.glob("_*.py"))]
+        if self.transform.__module__.startswith("harness_plugins."):
+            host = Path(__file__).parent
+            sources += sorted((host / "nn").rglob("*.py")) + sorted((host / "kernels").rglob("*.py"))
+        return sources

@@ -1,0 +1,150 @@
+"""Block-by-block iteration with captured inputs.
+
+Methods that calibrate (GPTQ, SmoothQuant, Wanda, layer-by-layer distillation ...) need the inputs of
+one block at a time, computed by the already changed blocks before it, in the memory of one block.
+`iterate_blocks` runs the embedding part once per calibration batch, stops at the first block, and
+then carries the hidden states from block to block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.nn.anatomy import blocks_of
+
+__all__ = ["Block", "BlockInput", "iterate_blocks"]
+
+
+@dataclass(slots=True)
+class BlockInput:
+    """What one calibration batch feeds a block: hidden states [batch, tokens, d] and the rest."""
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Block:
+    """A block under calibration. Change `module` in place (replace its children) between steps."""
+
+    index: int
+    name: str  # full name in the model
+    module: nn.Module
+    inputs: list[BlockInput]
+
+    @torch.no_grad()
+    def run(self) -> list[torch.Tensor]:
+        """The block's outputs [batch, tokens, d], one per calibration batch, as it is now."""
+        return [_call(self.module, item) for item in self.inputs]
+
+    @torch.no_grad()
+    def observe(
+        self, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
+    ) -> None:
+        """Run all batches and show ``see(name, x)`` the input x [batch, tokens, in] of each layer.
+
+        `names` are relative to the block.
+        """
+        handles = []
+        for name in names:
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                see(name, args[0].detach())
+
+            handles.append(self.module.get_submodule(name).register_forward_pre_hook(hook))
+        try:
+            for item in self.inputs:
+                _call(self.module, item)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def iterate_blocks(
+    model: nn.Module, batches: Sequence[torch.Tensor], device: torch.device | None = None
+) -> Iterator[Block]:
+    """Yield the blocks in order with the inputs that the blocks before them, as changed, produce.
+
+    Args:
+        model: a decoder or encoder of a known family.
+        batches: token ids [batch, tokens], int64; each is one step.
+        device: where the blocks run; by default where the model is.
+    """
+    blocks = blocks_of(model)
+    device = device or next(model.parameters()).device
+    # no_grad is entered inside the helpers, never across a yield: there it would leak to the caller.
+    with _evaluating(model):
+        inputs = [_first_inputs(model, blocks[0][1], batch.to(device)) for batch in batches]
+        for index, (name, module) in enumerate(blocks):
+            block = Block(index, name, module, inputs)
+            yield block
+            if index + 1 < len(blocks):
+                # The module may have been replaced as a whole: look it up again.
+                block.module = model.get_submodule(name)
+                for item, hidden in zip(inputs, block.run(), strict=True):
+                    item.hidden = hidden
+
+
+def _call(module: nn.Module, item: BlockInput) -> torch.Tensor:
+    output = module(item.hidden, *item.args, **item.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Captured(Exception):
+    """Ends the forward pass once the first block's inputs are known."""
+
+
+@torch.no_grad()
+def _first_inputs(model: nn.Module, first: nn.Module, tokens: torch.Tensor) -> BlockInput:
+    captured: list[BlockInput] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        # A cache would grow with every repeated run of the block.
+        for name in ("past_key_values", "past_key_value"):
+            if name in kwargs:
+                kwargs[name] = None
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        rest = tuple(None if _is_cache(value) else value for value in rest)
+        captured.append(BlockInput(hidden.detach(), rest, kwargs))
+        raise _Captured
+
+    handle = first.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model(input_ids=tokens, use_cache=False) if _takes_use_cache(model) else model(
+            input_ids=tokens
+        )
+    except _Captured:
+        pass
+    finally:
+        handle.remove()
+    return captured[0]
+
+
+def _is_cache(value: Any) -> bool:
+    from transformers.cache_utils import Cache
+
+    return isinstance(value, Cache)
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "use_cache")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,277 @@
+"""Finding, loading and collecting plugins.
+
+Three kinds: the bundled ones (every module under `harness_plugins`, found by scanning, plus the host's
+own bundled tasks and meters), third parties (entry points of the group ``harness.plugins``), and
+one-offs (`--plugin FILE.py` or `--plugin module`). Each is loaded inside its own try: a broken one is a
+row in ``harness plugins`` and a warning, never a dead command line. The manager is built by a function
+and passed on; nothing here is a singleton.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from harness import hookspecs
+from harness.errors import HarnessError, PluginError, UnknownName
+from harness.evaluate.task import TaskSource
+from harness.measure.meter import Meter
+from harness.method import Method
+from harness.models.registry import ModelEntry
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+__all__ = ["LoadedPlugins", "PluginReport", "load_plugins"]
+
+ENTRY_POINT_GROUP = "harness.plugins"
+BUNDLED_PACKAGE = "harness_plugins"
+HOST_PLUGINS = ("harness.evaluate.bundled", "harness.measure.bundled", "harness.models.bundled")
+
+
+@dataclass(frozen=True, slots=True)
+class PluginReport:
+    """One row of ``harness plugins``: what was found, where, and what came of it."""
+
+    name: str
+    origin: str  # bundled | entry point | --plugin
+    location: str
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    meters: tuple[str, ...] = ()
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedPlugins:
+    """Everything that plugins registered, by name."""
+
+    manager: pluggy.PluginManager
+    methods: Mapping[str, Method]
+    models: Mapping[str, ModelEntry]
+    task_sources: tuple[TaskSource, ...]
+    meters: tuple[Meter, ...]
+    reports: tuple[PluginReport, ...]
+
+    @property
+    def broken(self) -> tuple[PluginReport, ...]:
+        return tuple(report for report in self.reports if report.error is not None)
+
+    def method(self, name: str) -> Method:
+        """The method of this name.
+
+        Raises:
+            UnknownName: there is none; names the near matches, and a broken plugin if there is one.
+        """
+        if name not in self.methods:
+            hint = (
+                f"({len(self.broken)} plugin(s) could not be loaded: see harness plugins)"
+                if self.broken
+                else ""
+            )
+            raise UnknownName("method", name, self.methods, hint)
+        return self.methods[name]
+
+
+def load_plugins(extra: Sequence[str] = (), *, strict: bool = False) -> LoadedPlugins:
+    """Build the manager and load everything.
+
+    Args:
+        extra: what `--plugin` was given: files or module names.
+        strict: raise on the first broken plugin instead of reporting it.
+
+    Raises:
+        PluginError: `strict` and a plugin is broken; or one named in `extra` does not exist.
+    """
+    manager = pluggy.PluginManager("harness")
+    manager.add_hookspecs(hookspecs)
+    reports: list[PluginReport] = []
+    collected = _Collected()
+    for found in (*_bundled(), *_entry_points(), *_one_offs(extra)):
+        report = _load(manager, found, collected)
+        if report.error is not None and (strict or found.origin == "--plugin"):
+            raise PluginError(f"plugin {report.name} ({report.location}): {report.error}")
+        reports.append(report)
+    return LoadedPlugins(
+        manager=manager,
+        methods=MappingProxyType(dict(sorted(collected.methods.items()))),
+        models=MappingProxyType(dict(sorted(collected.models.items()))),
+        task_sources=tuple(collected.task_sources.values()),
+        meters=tuple(collected.meters.values()),
+        reports=tuple(reports),
+    )
+
+
+# --- finding ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A plugin that was found and not yet imported."""
+
+    name: str
+    origin: str
+    location: str
+    module: str | None = None
+    entry_point: EntryPoint | None = None
+    file: Path | None = None
+
+    def load(self) -> Any:
+        if self.entry_point is not None:
+            return self.entry_point.load()
+        if self.file is not None:
+            return _import_file(self.file)
+        assert self.module is not None
+        return importlib.import_module(self.module)
+
+
+def _bundled() -> Iterator[_Found]:
+    for module in HOST_PLUGINS:
+        yield _Found(module, "bundled", module, module=module)
+    package = importlib.import_module(BUNDLED_PACKAGE)
+    for info in pkgutil.walk_packages(package.__path__, f"{BUNDLED_PACKAGE}."):
+        leaf = info.name.rpartition(".")[2]
+        # A leading underscore marks a family's shared numerics, which register nothing.
+        if not info.ispkg and not leaf.startswith("_"):
+            yield _Found(info.name, "bundled", info.name, module=info.name)
+
+
+def _entry_points() -> Iterator[_Found]:
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        source = entry.dist.name if entry.dist else "?"
+        yield _Found(entry.name, "entry point", f"{source}: {entry.value}", entry_point=entry)
+
+
+def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
+    for text in dict.fromkeys(extra):
+        path = Path(text).expanduser()
+        if text.endswith(".py") or "/" in text:
+            if not path.is_file():
+                raise PluginError(f"--plugin {text}: there is no such file")
+            yield _Found(path.stem, "--plugin", str(path), file=path.resolve())
+        elif not _module_exists(text):
+            raise PluginError(f"--plugin {text}: neither a file (FILE.py) nor an importable module")
+        else:
+            yield _Found(text, "--plugin", text, module=text)
+
+
+def _module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _import_file(path: Path) -> ModuleType:
+    # The name carries the path's hash, so that two files of one name do not replace each other.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    name = f"harness_plugin_{path.stem.replace('-', '_')}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+class _Collected:
+    """What has been registered so far; refuses a name that is taken."""
+
+    def __init__(self) -> None:
+        self.methods: dict[str, Method] = {}
+        self.models: dict[str, ModelEntry] = {}
+        self.meters: dict[str, Meter] = {}
+        self.task_sources: dict[Path, TaskSource] = {}
+        self.owners: dict[tuple[str, str], str] = {}
+
+    def check(self, kind: str, name: str, owner: str) -> None:
+        first = self.owners.get((kind, name))
+        if first is not None:
+            raise PluginError(f"{kind} {name!r} is registered by both {first} and {owner}")
+
+
+def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -> PluginReport:
+    try:
+        plugin = found.load()
+        manager.register(plugin, name=f"{found.origin}:{found.name}")
+        try:
+            return _collect(manager, plugin, found, collected)
+        except Exception:
+            manager.unregister(plugin)
+            raise
+    except (Exception, SystemExit) as error:  # the border to code that is not ours
+        reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        return PluginReport(found.name, found.origin, found.location, error=reason.split("\n")[0])
+
+
+def _collect(
+    manager: pluggy.PluginManager, plugin: Any, found: _Found, collected: _Collected
+) -> PluginReport:
+    unknown = [
+        name
+        for name in dir(plugin)
+        if getattr(getattr(plugin, name, None), "harness_impl", None) and not hasattr(hookspecs, name)
+    ]
+    if unknown:
+        raise PluginError(f"{', '.join(unknown)} is marked @hookimpl but is no hook of the harness")
+    methods = _called(plugin, "register_methods", Method)
+    models = _called(plugin, "register_models", ModelEntry)
+    sources = _called(plugin, "register_tasks", TaskSource)
+    meters = _called(plugin, "register_meters", Meter)
+    named = [("method", m.name) for m in methods]
+    named += [("model", m.name) for m in models] + [("meter", m.name) for m in meters]
+    # Check everything before taking anything: a broken plugin leaves nothing behind.
+    if duplicate := next((pair for pair in named if named.count(pair) > 1), None):
+        raise PluginError(f"{duplicate[0]} {duplicate[1]!r} is registered twice by {found.location}")
+    for kind, name in named:
+        collected.check(kind, name, found.location)
+    for source in sources:
+        if not Path(source.path).is_dir():
+            raise PluginError(f"register_tasks: {source.path} is no directory")
+    collected.owners.update(dict.fromkeys(named, found.location))
+    collected.methods.update({method.name: method for method in methods})
+    collected.models.update({model.name: model for model in models})
+    collected.meters.update({meter.name: meter for meter in meters})
+    collected.task_sources.update({Path(source.path): source for source in sources})
+    return PluginReport(
+        found.name,
+        found.origin,
+        found.location,
+        methods=tuple(method.name for method in methods),
+        models=tuple(model.name for model in models),
+        tasks=tuple(str(source.path) for source in sources),
+        meters=tuple(meter.name for meter in meters),
+    )
+
+
+def _called(plugin: Any, hook: str, kind: type) -> list[Any]:
+    function = getattr(plugin, hook, None)
+    if function is None or not getattr(function, "harness_impl", None):
+        return []
+    values = list(function() or ())
+    for value in values:
+        if not isinstance(value, kind):
+            raise PluginError(f"{hook} must return a list of {kind.__name__}, not {type(value).__name__}")
+    return values

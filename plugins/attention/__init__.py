@@ -1,0 +1,1 @@
+"""Attention: cheaper patterns, fewer key-value heads."""

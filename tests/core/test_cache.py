@@ -1,0 +1,53 @@
+"""The content-keyed cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.cache import ContentCache
+from harness.errors import ConfigError
+from harness.keys import content_key
+
+
+def test_computed_once_and_read_back_equal(tmp_path):
+    cache, calls = ContentCache(tmp_path), []
+
+    def compute():
+        calls.append(1)
+        return {"hessian": torch.eye(3), "n": 5}
+
+    first = cache.get_or_compute({"model": "a", "bits": 4}, compute)
+    second = ContentCache(tmp_path).get_or_compute({"bits": 4, "model": "a"}, compute)
+    assert len(calls) == 1
+    assert torch.equal(first["hessian"], second["hessian"])
+    assert second["n"] == 5
+
+
+def test_another_model_is_another_entry(tmp_path):
+    cache = ContentCache(tmp_path)
+    assert cache.get_or_compute({"model": "a"}, lambda: 1) == 1
+    assert cache.get_or_compute({"model": "b"}, lambda: 2) == 2
+
+
+def test_a_damaged_entry_is_computed_again(tmp_path):
+    cache = ContentCache(tmp_path)
+    cache.get_or_compute({"k": 1}, lambda: 1)
+    cache.path({"k": 1}).write_bytes(b"not a tensor")
+    assert cache.get_or_compute({"k": 1}, lambda: 2) == 2
+    assert cache.get_or_compute({"k": 1}, lambda: 3) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="HARNESS_CACHE"):
+        ContentCache(blocked / "cache").get_or_compute({"k": 1}, lambda: 1)
+    assert blocked.read_text() == ""
+
+
+def test_keys_refuse_what_has_no_canonical_form():
+    with pytest.raises(ValueError, match="JSON"):
+        content_key({"x": float("nan")})
+    with pytest.raises(TypeError):
+        content_key({"x": object()})

@@ -1,0 +1,107 @@
+"""Parsing of methods and chains."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import pytest
+from pydantic import Field
+
+from harness.chain import parse_chain, split_list
+from harness.errors import ConfigError, PluginError, UnknownName
+from harness.method import Method, Options
+
+
+class _Options(Options):
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(128, ge=-1)
+    sym: bool = False
+    layers: list[int] | None = None
+    alpha: float = Field(0.5, ge=0, le=1)
+
+
+def _identity(model, options, context):
+    return model
+
+
+METHODS = {name: Method(name=name, options=_Options, transform=_identity) for name in ("gptq", "smooth")}
+
+
+def test_a_name_alone_has_the_defaults():
+    chain = parse_chain("gptq", METHODS)
+    assert chain.label == "gptq"
+    assert chain.described() == [
+        {
+            "name": "gptq",
+            "options": {"bits": 4, "group_size": 128, "sym": False, "layers": None, "alpha": 0.5},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gptq:bits=3",
+        "gptq:bits=3:sym=true",
+        "smooth:alpha=0.25+gptq:group_size=-1",
+        "gptq:layers=[0,2,5]",
+    ],
+)
+def test_the_label_parses_to_the_same_chain(text):
+    chain = parse_chain(text, METHODS)
+    assert chain.label == text
+    assert parse_chain(chain.label, METHODS).described() == chain.described()
+
+
+def test_aliases_are_stored_under_the_canonical_name():
+    chain = parse_chain("gptq:w_bits=3:group=64", METHODS)
+    assert chain.label == "gptq:bits=3:group_size=64"
+
+
+def test_a_default_written_out_is_the_same_chain():
+    assert parse_chain("gptq:bits=4", METHODS).label == "gptq"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("gptqq", UnknownName, "did you mean 'gptq'"),
+        ("gptq:bitz=3", ConfigError, "unknown option 'bitz'; did you mean 'bits'"),
+        ("gptq:bits=5", ConfigError, "bits: Input should be 2, 3, 4 or 8, not 5"),
+        ("gptq:alpha=2", ConfigError, "alpha: Input should be less than or equal to 1"),
+        ("gptq:bits", ConfigError, "write options as name=value"),
+        ("gptq:bits=3:bits=4", ConfigError, "given twice"),
+        ("gptq:bits=3:w_bits=4", ConfigError, "given twice"),
+        ("gptq+", ConfigError, "a name is missing beside the plus sign"),
+        ("", ConfigError, "a method is empty"),
+        ("gptq:layers=[0,", ConfigError, "is no JSON"),
+    ],
+)
+def test_bad_text_is_one_clear_error(text, error, message):
+    with pytest.raises(error) as caught:
+        parse_chain(text, METHODS)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_split_outside_brackets_only():
+    assert split_list("a:x=[1,2], b ,,c") == ["a:x=[1,2]", "b", "c"]
+
+
+def test_options_round_trip_through_json():
+    options = _Options(bits=3, layers=[1])
+    assert _Options.parse(json.loads(json.dumps(options.canonical()))) == options
+
+
+@pytest.mark.parametrize("name", ["My-Method", "a b", "a+b", "a:b", ""])
+def test_a_bad_method_name_is_refused(name):
+    with pytest.raises(PluginError, match="lower-case words"):
+        Method(name=name, options=_Options, transform=_identity)
+
+
+def test_an_unknown_need_and_family_are_refused():
+    with pytest.raises(PluginError, match="unknown needs"):
+        Method(name="m", options=_Options, transform=_identity, needs=["gpu"])
+    with pytest.raises(PluginError, match="unknown family"):
+        Method(name="m", options=_Options, transform=_identity, family="magic")

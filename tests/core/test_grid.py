@@ -1,0 +1,194 @@
+"""The grid: order, keys and settled cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from harness.chain import parse_chain
+from harness.grid import GridInputs, build_grid, with_baseline
+from harness.method import Method, Options
+from harness.models.info import ModelInfo
+from harness.models.loading import ModelDescription
+from harness.models.spec import parse_model
+from harness.records import CellKind, Scenario, Status
+
+
+class _Options(Options):
+    bits: int = Field(4, ge=1)
+
+
+def _identity(model, options, context):
+    return model
+
+
+def _method(name, **more):
+    return Method(name=name, options=_Options, transform=_identity, **more)
+
+
+METHODS = {
+    "baseline": _method("baseline", family="baseline"),
+    "plain": _method("plain"),
+    "calibrated": _method("calibrated", needs=["calibration"]),
+    "trained": _method("trained", needs=["training"]),
+    "taught": _method("taught", needs=["teacher"]),
+    "gpu": _method("gpu", needs=["cuda"]),
+    "encoders": _method("encoders", needs=["encoder"]),
+    "picky": _method("picky", applies=lambda info, options: "not today" if options.bits == 3 else None),
+}
+
+
+@dataclass(frozen=True)
+class _Task:
+    name: str
+    revision: str
+
+
+INFO = ModelInfo(
+    label="m",
+    family="llama",
+    model_type="llama",
+    kind="decoder",
+    hidden_size=64,
+    ffn_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    vocab_size=256,
+    max_positions=128,
+    tied_embeddings=True,
+)
+
+
+def _model(**changes):
+    info = replace(INFO, **changes)
+    return ModelDescription(parse_model(str(Path.cwd())), info, f"identity of {info.label}")
+
+
+def _inputs(chains=("plain",), models=None, **changes):
+    models = models or (_model(),)
+    values = {
+        "chains": with_baseline(
+            [parse_chain(text, METHODS) for text in chains], parse_chain("baseline", METHODS)
+        ),
+        "models": models,
+        "tasks": (_Task("kjv", "r1"),),
+        "scenarios": {m.info.label: (Scenario(1, 16, 4),) for m in models},
+        "seeds": (0,),
+        "dtype": "float32",
+        "device": "cpu",
+        "environment": {"torch": "2"},
+        "budget": {"calibration": {"samples": 8}, "training": {"steps": 5}},
+        "task_options": {"limit": None},
+        "meter_names": ("prefill",),
+    }
+    return GridInputs(**{**values, **changes})
+
+
+def _keys(inputs, method):
+    (variant,) = [v for v in build_grid(inputs).variants if v.chain.label == method]
+    return {cell.label: cell.key for cell in variant.cells}
+
+
+def test_the_baseline_leads_and_comes_once():
+    grid = build_grid(_inputs(chains=("plain", "baseline", "plain:bits=3", "plain")))
+    assert [v.chain.label for v in grid.variants] == ["baseline", "plain", "plain:bits=3"]
+
+
+def test_each_variant_has_its_transform_scenario_and_task_cell():
+    grid = build_grid(_inputs())
+    for variant in grid.variants:
+        assert [c.kind for c in variant.cells] == [CellKind.TRANSFORM, CellKind.SCENARIO, CellKind.TASK]
+    keys = [cell.key for cell in grid.cells]
+    assert len(set(keys)) == len(keys)
+
+
+def test_equal_inputs_have_equal_keys():
+    assert _keys(_inputs(), "plain") == _keys(_inputs(), "plain")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "bfloat16"},
+        {"seeds": (1,)},
+        {"environment": {"torch": "3"}},
+        {"models": (_model(label="other"),)},
+    ],
+)
+def test_what_decides_everything_changes_every_key(changes):
+    before, after = _keys(_inputs(), "plain"), _keys(_inputs(**changes), "plain")
+    assert not set(before.values()) & set(after.values())
+
+
+def test_a_change_touches_only_the_cells_that_it_decides():
+    before = _keys(_inputs(), "plain")
+    limited = _keys(_inputs(task_options={"limit": 5}), "plain")
+    assert limited["kjv"] != before["kjv"]
+    assert limited["transform"] == before["transform"]
+    assert limited["b1-p16-g4"] == before["b1-p16-g4"]
+    revised = _keys(_inputs(tasks=(_Task("kjv", "r2"),)), "plain")
+    assert revised["kjv"] != before["kjv"]
+    assert revised["b1-p16-g4"] == before["b1-p16-g4"]
+
+
+def test_the_budget_counts_only_for_those_who_spend_it():
+    more = {"calibration": {"samples": 9}, "training": {"steps": 5}}
+    for method, changes in (("plain", False), ("calibrated", True), ("trained", False)):
+        inputs = _inputs(chains=(method,))
+        spent = replace(inputs, budget=more)
+        assert (_keys(inputs, method) != _keys(spent, method)) is changes, method
+
+
+def test_the_source_of_a_method_is_part_of_the_key(tmp_path):
+    import importlib.util
+
+    def method_of(text):
+        file = tmp_path / "plug.py"
+        file.write_text(text)
+        spec = importlib.util.spec_from_file_location("plug", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return Method(name="plain", options=_Options, transform=module.transform)
+
+    hashes = {
+        method_of(f"def transform(m, o, c):\n    return m  # {n}\n").source_hash for n in range(2)
+    }
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "reason"),
+    [
+        ("gpu", {}, "needs a CUDA device"),
+        ("encoders", {}, "needs an encoder; m is a decoder"),
+        ("taught", {"scratch": True}, "needs a trained teacher"),
+        ("trained", {"synthetic": True}, "random weights"),
+        ("picky:bits=3", {}, "not today"),
+    ],
+)
+def test_skips_are_explained_before_anything_is_loaded(method, model, reason):
+    grid = build_grid(_inputs(chains=(method,), models=(_model(**model),)))
+    variant = grid.variants[-1]
+    for cell in variant.cells:
+        assert cell.decision.status is Status.NOT_APPLICABLE
+        assert reason in cell.decision.reason
+
+
+def test_random_weights_refuse_accuracy_but_not_speed():
+    grid = build_grid(_inputs(models=(_model(synthetic=True),)))
+    for variant in grid.variants:
+        decisions = {cell.kind: cell.decision for cell in variant.cells}
+        assert decisions[CellKind.SCENARIO] is None
+        assert decisions[CellKind.TRANSFORM] is None
+        assert "random weights (synthetic)" in decisions[CellKind.TASK].reason
+
+
+def test_a_prompt_longer_than_the_model_is_settled_with_a_reason():
+    inputs = _inputs(scenarios={"m": (Scenario(1, 120, 64),)})
+    (cell,) = [c for c in build_grid(inputs).variants[0].cells if c.kind is CellKind.SCENARIO]
+    assert cell.decision.status is Status.NOT_APPLICABLE
+    assert "128" in cell.decision.reason

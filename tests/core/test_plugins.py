@@ -1,0 +1,97 @@
+"""Finding and loading plugins; containing broken ones."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+
+import pytest
+
+from harness.errors import PluginError, UnknownName
+from harness.plugins import load_plugins
+
+GOOD = """
+    from harness import Method, Options, hookimpl
+
+    def transform(model, options, context):
+        return model
+
+    @hookimpl
+    def register_methods():
+        return [Method(name={name!r}, options=Options, transform=transform)]
+"""
+
+
+def _write(folder, file, text):
+    path = folder / file
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+def test_bundled_methods_are_found_by_scanning():
+    loaded = load_plugins()
+    expected = {
+        "baseline", "rtn", "gptq", "smoothquant", "magnitude-prune", "distilbert", "block-local",
+        "mqa",
+    }  # fmt: skip
+    assert expected <= set(loaded.methods)
+    assert not loaded.broken
+
+
+def test_a_file_and_a_module_can_be_named(tmp_path, monkeypatch):
+    file = _write(tmp_path, "one.py", GOOD.format(name="from-file"))
+    _write(tmp_path, "two_module.py", GOOD.format(name="from-module"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = load_plugins([file, "two_module"])
+    assert {"from-file", "from-module"} <= set(loaded.methods)
+    assert [report.origin for report in loaded.reports[-2:]] == ["--plugin", "--plugin"]
+
+
+@pytest.mark.parametrize("text", ["missing.py", "./no/such.py", "no_such_module_anywhere"])
+def test_a_plugin_that_does_not_exist_is_an_error(text):
+    with pytest.raises(PluginError, match="--plugin"):
+        load_plugins([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import nothing_like_this", "ModuleNotFoundError"),
+        ("1 +", "SyntaxError"),
+        ("raise SystemError('boom')", "SystemError: boom"),
+        (GOOD.format(name="gptq"), "'gptq' is registered by both"),
+        (
+            "from harness import hookimpl\n@hookimpl\ndef register_methods():\n    return [1]\n",
+            "must return a list of Method",
+        ),
+        (
+            "from harness import hookimpl\n@hookimpl\ndef register_nothing():\n    return []\n",
+            "is no hook of the harness",
+        ),
+    ],
+)
+def test_a_broken_entry_point_is_contained(tmp_path, monkeypatch, text, reason):
+    _write(tmp_path, "broken_thing.py", text)
+    info = tmp_path / "broken_thing-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-thing\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[harness.plugins]\nbroken = broken_thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_thing", raising=False)
+    loaded = load_plugins()
+    (report,) = loaded.broken
+    assert reason in report.error
+    assert report.location == "broken-thing: broken_thing"
+    assert "gptq" in loaded.methods  # the rest is there
+    with pytest.raises(PluginError, match="broken"):
+        load_plugins(strict=True)
+    monkeypatch.delitem(sys.modules, "broken_thing", raising=False)
+
+
+def test_an_unknown_method_has_near_matches():
+    with pytest.raises(UnknownName, match="did you mean 'gptq'"):
+        load_plugins().method("gtpq")
+
+
+def test_the_manager_is_no_singleton():
+    assert load_plugins().manager is not load_plugins().manager

@@ -1,0 +1,117 @@
+"""The training loop and the token sources."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from harness.errors import ConfigError, NumericalFailure
+from harness.tokens import RandomTokens, TextTokens
+from harness.training import TrainSettings, causal_loss, lr_factor, train
+
+
+def _source():
+    # A text with a strong pattern, so that a few steps must help.
+    return TextTokens(torch.arange(4000) % 7, "pattern")
+
+
+def _generator():
+    return torch.Generator().manual_seed(0)
+
+
+SETTINGS = TrainSettings(steps=12, lr=5e-3, batch_size=4, seq_len=16)
+
+
+def test_training_learns_and_repeats_exactly(tiny_llama):
+    state = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    first = train(tiny_llama, _source(), SETTINGS, _generator())
+    trained = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    assert first.final_loss < 0.8 * first.losses[0]
+    assert (first.steps, first.tokens) == (12, 12 * 4 * 16)
+    assert not tiny_llama.training
+    tiny_llama.load_state_dict(state)
+    again = train(tiny_llama, _source(), SETTINGS, _generator())
+    assert again.losses == first.losses
+    for name, value in tiny_llama.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_zero_steps_change_nothing(tiny_llama):
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    report = train(tiny_llama, _source(), TrainSettings(steps=0), _generator())
+    assert report.steps == 0
+    assert math.isnan(report.final_loss)
+    assert all(torch.equal(value, before[n]) for n, value in tiny_llama.state_dict().items())
+
+
+def test_only_the_given_parameters_move(tiny_llama):
+    norm = tiny_llama.model.norm.weight
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    train(tiny_llama, _source(), SETTINGS, _generator(), parameters=[norm])
+    moved = [n for n, v in tiny_llama.state_dict().items() if not torch.equal(v, before[n])]
+    assert moved == ["model.norm.weight"]
+    assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
+
+
+def test_on_step_sees_every_step(tiny_llama):
+    seen = []
+    train(tiny_llama, _source(), SETTINGS, _generator(), on_step=lambda step, model: seen.append(step))
+    assert seen == list(range(12))
+
+
+def test_half_precision_models_come_back_in_their_type(tiny_llama):
+    tiny_llama.to(torch.bfloat16)
+    report = train(tiny_llama, _source(), SETTINGS, _generator())
+    assert {parameter.dtype for parameter in tiny_llama.parameters()} == {torch.bfloat16}
+    assert report.final_loss < report.losses[0]
+
+
+def test_the_default_loss_is_the_mean_next_token_cross_entropy(tiny_llama):
+    tokens = torch.randint(256, (2, 9), generator=_generator())
+    log_probs = tiny_llama(tokens).logits.log_softmax(-1)
+    by_hand = [-log_probs[b, t, tokens[b, t + 1]] for b in range(2) for t in range(8)]
+    assert causal_loss(tiny_llama, tokens).item() == pytest.approx(
+        torch.stack(by_hand).mean().item(), rel=1e-6
+    )
+
+
+def test_divergence_is_a_numerical_failure(tiny_llama):
+    with pytest.raises(NumericalFailure, match="diverged"):
+        train(
+            tiny_llama,
+            _source(),
+            SETTINGS,
+            _generator(),
+            loss=lambda model, tokens: causal_loss(model, tokens) * float("nan"),
+        )
+
+
+def test_the_schedule_warms_up_and_ends_low():
+    settings = TrainSettings(steps=100, warmup_share=0.1, final_share=0.05)
+    factors = [lr_factor(step, settings) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[-1] == pytest.approx(0.05, abs=0.01)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+@pytest.mark.parametrize("bad", [{"steps": -1}, {"lr": 0.0}, {"batch_size": 0}, {"seq_len": 1}])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ConfigError):
+        TrainSettings(**bad)
+
+
+def test_windows_are_slices_of_the_text_and_repeat():
+    source = TextTokens(torch.arange(100), "numbers")
+    windows = source.windows(5, 10, _generator())
+    assert windows.shape == (5, 10)
+    assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(5, 10))
+    assert torch.equal(windows, source.windows(5, 10, _generator()))
+
+
+def test_a_window_longer_than_the_text_is_refused():
+    with pytest.raises(ConfigError, match="does not fit"):
+        TextTokens(torch.arange(5), "short").windows(1, 6, _generator())
+    assert RandomTokens(7).windows(2, 3, _generator()).max() < 7
