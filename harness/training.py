@@ -6,8 +6,8 @@ Comparisons between methods that train are fair only if nothing but the method d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,21 +132,22 @@ def train(
     losses: list[float] = []
     model.train()
     try:
-        for step in range(settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * lr_factor(step, settings)
-            tokens = next(batches).to(device)
-            with _autocast(device, original_dtypes.values()):
-                value = compute_loss(model, tokens)
-            losses.append(_checked(float(value.detach()), losses, step))
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
-            optimizer.step()
-            if on_step is not None:
-                on_step(step, model)
-            if progress is not None:
-                progress(step + 1, settings.steps)
+        with _own_randomness(generator, device):
+            for step in range(settings.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr * lr_factor(step, settings)
+                tokens = next(batches).to(device)
+                with _autocast(device, original_dtypes.values()):
+                    value = compute_loss(model, tokens)
+                losses.append(_checked(float(value.detach()), losses, step))
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+                optimizer.step()
+                if on_step is not None:
+                    on_step(step, model)
+                if progress is not None:
+                    progress(step + 1, settings.steps)
     finally:
         model.eval()
         for parameter in trained:
@@ -156,6 +157,14 @@ def train(
             parameter.requires_grad_(True)
     tokens_seen = settings.steps * settings.batch_size * settings.seq_len
     return TrainReport(settings.steps, tokens_seen, tuple(losses))
+
+
+@contextmanager
+def _own_randomness(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Dropout draws from the process's generators: seed them for the run, and put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator.initial_seed())
+        yield
 
 
 def _trainable(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["ModelInfo", "info_from_config"]
 
 _FAMILIES = {
-    "llama": ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3"),
+    "llama": ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"),
     "opt": ("opt",),
     "gpt2": ("gpt2",),
     "bert": ("bert",),

@@ -94,7 +94,9 @@ def describe(spec: ModelSpec) -> ModelDescription:
         config = build_config(spec.source, spec.name)
         identity = f"{spec.source}:{json.dumps(config.to_dict(), sort_keys=True, default=str)}"
     elif spec.source == "hub":
-        config, identity = _hub_config(spec)
+        config, commit = _hub_config(spec)
+        identity = f"hub:{spec.name}@{commit}"
+        spec = replace(spec, revision=commit)  # what is loaded later is what was described now
     else:
         directory = _directory(spec)
         config = _local_config(directory, spec)
@@ -180,6 +182,7 @@ def _local_config(directory: Path, spec: ModelSpec) -> Any:
 
 
 def _hub_config(spec: ModelSpec) -> tuple[Any, str]:
+    """The configuration and the commit that the revision stands for now."""
     from transformers import AutoConfig
 
     try:
@@ -188,8 +191,7 @@ def _hub_config(spec: ModelSpec) -> tuple[Any, str]:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {spec.label!r} from the hub: {_first_line(error)}") from None
-    commit = getattr(config, "_commit_hash", None)
-    return config, f"hub:{spec.name}@{commit or spec.revision or 'main'}"
+    return config, getattr(config, "_commit_hash", None) or spec.revision or "main"
 
 
 def _first_line(error: BaseException) -> str:
@@ -257,6 +259,8 @@ def _tokenizer(spec: ModelSpec) -> Any:
             raise NotApplicable("scratch models use the zoo's tokenizer, and the zoo is empty")
         return AutoTokenizer.from_pretrained(ZOO_DIR / names[0])
     where = spec.name if spec.source == "hub" else str(_directory(spec))
+    if spec.source == "local" and not any(Path(where).glob("*token*")):
+        return None  # speed and memory can be measured without one
     try:
         return AutoTokenizer.from_pretrained(
             where, revision=spec.revision, trust_remote_code=spec.trust_remote_code

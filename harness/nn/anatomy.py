@@ -142,9 +142,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     family = info_from_config(config, "").family if config is not None else "other"
     if family not in ANATOMIES:
         name = getattr(config, "model_type", type(model).__name__)
-        raise NotApplicable(
-            f"architecture {name!r} is not known; known families: {', '.join(ANATOMIES)}"
-        )
+        raise NotApplicable(f"architecture {name!r} is not known; known families: {', '.join(ANATOMIES)}")
     return ANATOMIES[family]
 
 

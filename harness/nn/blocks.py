@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.errors import NotApplicable
 from harness.nn.anatomy import blocks_of
 
 __all__ = ["Block", "BlockInput", "iterate_blocks"]
@@ -45,9 +46,7 @@ class Block:
         return [_call(self.module, item) for item in self.inputs]
 
     @torch.no_grad()
-    def observe(
-        self, names: Sequence[str], see: Callable[[str, torch.Tensor], None]
-    ) -> None:
+    def observe(self, names: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> None:
         """Run all batches and show ``see(name, x)`` the input x [batch, tokens, in] of each layer.
 
         `names` are relative to the block.
@@ -76,7 +75,11 @@ def iterate_blocks(
         model: a decoder or encoder of a known family.
         batches: token ids [batch, tokens], int64; each is one step.
         device: where the blocks run; by default where the model is.
+
+    Raises:
+        NotApplicable: an unknown architecture, or one whose blocks differ in their attention masks.
     """
+    _require_equal_masks(model)
     blocks = blocks_of(model)
     device = device or next(model.parameters()).device
     # no_grad is entered inside the helpers, never across a yield: there it would leak to the caller.
@@ -92,9 +95,20 @@ def iterate_blocks(
                     item.hidden = hidden
 
 
+def _require_equal_masks(model: nn.Module) -> None:
+    # What the first block gets beside the hidden states is passed on to all others.
+    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise NotApplicable(
+            f"blocks with different attention ({', '.join(sorted(kinds))}) cannot be run one by one"
+        )
+
+
 def _call(module: nn.Module, item: BlockInput) -> torch.Tensor:
     output = module(item.hidden, *item.args, **item.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, torch.Tensor)
+    return hidden
 
 
 class _Captured(Exception):
@@ -120,9 +134,7 @@ def _first_inputs(model: nn.Module, first: nn.Module, tokens: torch.Tensor) -> B
 
     handle = first.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model(input_ids=tokens, use_cache=False) if _takes_use_cache(model) else model(
-            input_ids=tokens
-        )
+        model(input_ids=tokens, use_cache=False) if _takes_use_cache(model) else model(input_ids=tokens)
     except _Captured:
         pass
     finally:

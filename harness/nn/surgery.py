@@ -50,14 +50,16 @@ def conv1d_to_linear(model: nn.Module) -> int:
     names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     for name in names:
         conv = model.get_submodule(name)
-        weight = conv.weight.detach().t().contiguous()
-        replace_module(model, name, linear_from(weight, conv.bias.detach()))
+        assert isinstance(conv, Conv1D)
+        linear = linear_from(conv.weight.detach().t().contiguous(), conv.bias.detach())
+        # What was trainable stays so: a detached tensor has lost the flag.
+        linear.weight.requires_grad_(conv.weight.requires_grad)
+        linear.bias.requires_grad_(conv.bias.requires_grad)
+        replace_module(model, name, linear)
     return len(names)
 
 
-def block_linears(
-    model: nn.Module, *, targets: str | None = None
-) -> Iterator[tuple[str, nn.Linear]]:
+def block_linears(model: nn.Module, *, targets: str | None = None) -> Iterator[tuple[str, nn.Linear]]:
     """The `nn.Linear` layers inside the blocks, in the order in which they run, by full name.
 
     Embeddings, norms and the output head are not inside the blocks. Layers that a method already
@@ -76,11 +78,7 @@ def block_linears(
     order = anatomy_of(model).linears
     found = 0
     for prefix, block in blocks_of(model):
-        inside = {
-            name: module
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        }
+        inside = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         ranked = sorted(inside, key=lambda n: order.index(n) if n in order else len(order))
         for name in ranked:
             full = f"{prefix}.{name}"

@@ -1,0 +1,100 @@
+"""How metrics are shown: their unit, their direction and their order. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from harness.evaluate.metrics import metric_of
+
+__all__ = ["COUNTED", "LEADING", "axis_title", "better", "column_name", "order_key", "scale", "shown_unit"]
+
+LEADING = (
+    "weight_bytes",
+    "prefill_latency",
+    "decode_latency",
+    "end_to_end_latency",
+    "decode_throughput",
+    "prefill_throughput",
+    "decode_peak_bytes",
+    "prefill_peak_bytes",
+    "kv_cache_bytes_per_token",
+    "token_perplexity",
+    "word_perplexity",
+    "bits_per_byte",
+    "acc",
+    "acc_norm",
+    "mean_kl",
+    "choice_kl",
+    "top1_agreement",
+    "transform_s",
+)
+"""The metrics that most questions are about, in the order in which tables and lists show them."""
+
+COUNTED = frozenset({"weight_bytes", "disk_bytes", "kv_cache_bytes_per_token"})
+"""Metrics that have no interval because they are counted: a second reading would be the same."""
+
+_LOWER_UNITS = frozenset({"s", "B", "B/token", "J", "J/token", "W", "tokens", "steps"})
+_HIGHER_UNITS = frozenset({"tokens/s", "B/s", "FLOP/s"})
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def better(metric: str, unit: str, kind: str = "") -> str | None:
+    """``lower`` or ``higher``; None where nobody knows (a number that a method recorded itself)."""
+    if unit in _LOWER_UNITS:
+        return "lower"
+    if unit in _HIGHER_UNITS:
+        return "higher"
+    if kind in ("transform", "scenario"):
+        return None
+    return metric_of(metric).better
+
+
+def scale(unit: str, values: Iterable[float | None]) -> tuple[float, str]:
+    """The factor and the unit in which values are easy to read; the largest one decides.
+
+    >>> scale("s", [0.002, 0.03])
+    (1000.0, 'ms')
+    >>> scale("B", [3 * 2**30])
+    (9.313225746154785e-10, 'GiB')
+    """
+    finite = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    largest = max(finite, default=0.0)
+    base, per, rest = unit.partition("/")
+    if base == "s" and 0 < largest < 1:
+        factor, name = (1e3, "ms") if largest >= 1e-3 else (1e6, "µs")
+        return factor, name + per + rest
+    if base == "B":
+        power = int(math.log(largest, 1024)) if largest >= 1 else 0
+        power = min(power, len(_SIZES) - 1)
+        return 1024.0**-power, _SIZES[power] + per + rest
+    if unit == "fraction":
+        return 100.0, "%"
+    return 1.0, unit
+
+
+def shown_unit(unit: str, values: Iterable[float | None]) -> str:
+    """The second half of `scale`."""
+    return scale(unit, values)[1]
+
+
+def column_name(metric: str, place: str) -> str:
+    """A metric at a place: the task or the shape that it was measured in.
+
+    >>> column_name("acc", "hellaswag"), column_name("transform_s", "transform")
+    ('acc · hellaswag', 'transform_s')
+    """
+    return metric if place == "transform" else f"{metric} · {place}"
+
+
+def axis_title(name: str, unit: str, direction: str | None) -> str:
+    """What an axis says: the name, the unit and which way is good."""
+    arrow = {"lower": " (lower is better)", "higher": " (higher is better)"}.get(direction or "", "")
+    return f"{name} [{unit}]{arrow}" if unit else f"{name}{arrow}"
+
+
+def order_key(metric: str, place: str = "") -> tuple[int, str, str]:
+    """Sorts the leading metrics first, in their order, then the rest by name."""
+    name = metric.partition("/")[0]
+    leading = LEADING.index(name) if name in LEADING else len(LEADING)
+    return leading, metric, place

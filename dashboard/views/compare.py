@@ -1,0 +1,102 @@
+"""A few variants side by side: every figure with its interval, options, and what was changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pandas as pd
+import streamlit as st
+
+from harness.store import queries as stored
+from harness.store.store import Store
+
+from .. import charts, page, queries
+from ..metrics import LEADING
+
+__all__ = ["render"]
+
+_FEWEST, _MOST = 2, 6
+
+
+def render() -> None:
+    """Draw the page."""
+    st.title("Compare")
+    with page.opened() as store:
+        frame = page.records(store)
+        rows = queries.filtered(frame, page.ask_filters(frame))
+        names = rows.drop_duplicates("variant").set_index("variant")["name"]
+        ids = page.choose_many(
+            f"Variants ({_FEWEST} to {_MOST}); the first is what the others are compared with",
+            [str(variant) for variant in names.index],
+            "variant",
+            default=[str(variant) for variant in _first_choice(rows)],
+            max_selections=_MOST,
+            format_func=lambda variant: names[int(variant)],
+        )
+        ids = [int(variant) for variant in ids]
+        if len(ids) < _FEWEST:
+            st.info(f"Choose at least {_FEWEST} variants.")
+            return
+        chosen = queries.newest(rows[rows["variant"].isin(ids)])
+        about = queries.columns_of(chosen)
+        shared = [
+            column
+            for column in about["column"]
+            if chosen.loc[chosen["column"] == column, "variant"].nunique() >= _FEWEST
+        ]
+        leading = about.loc[about["metric"].isin(LEADING), "column"]
+        leading = [column for column in shared if column in set(leading)]
+        columns = page.choose_many("Figures", shared, "figure", default=leading or shared)
+        _draw_charts(chosen, columns, [names[variant] for variant in ids])
+        _draw_tables(store, frame, rows, ids, columns)
+
+
+def _first_choice(rows: pd.DataFrame) -> list[int]:
+    """The baseline with the most companions, and the first of them."""
+    pairs = queries.pairs_of(rows)
+    if not pairs:
+        return [int(variant) for variant in rows["variant"].unique()[:_FEWEST]]
+    baseline = Counter(pairs.values()).most_common(1)[0][0]
+    measured = set(rows.loc[rows["column"].notna(), "variant"])
+    others = [each for each, paired in pairs.items() if paired == baseline and each in measured]
+    return [baseline, *others[:3]]
+
+
+def _draw_charts(chosen: pd.DataFrame, columns: list[str], names: list[str]) -> None:
+    places = st.columns(2)
+    for number, column in enumerate(columns):
+        figure = charts.comparison(chosen[chosen["column"] == column], names)
+        places[number % 2].plotly_chart(figure, width="stretch", key=f"comparison {column}")
+
+
+def _draw_tables(
+    store: Store, frame: pd.DataFrame, rows: pd.DataFrame, ids: list[int], columns: list[str]
+) -> None:
+    st.subheader("Against the first")
+    pairs = dict.fromkeys(ids[1:], ids[0])
+    compared = queries.deltas(store, frame, columns, pairs)
+    if compared.empty:
+        st.info("The first variant has none of these figures.")
+    else:
+        page.show_table(page.delta_table(compared))
+    st.subheader("Options")
+    st.dataframe(queries.option_table(rows, ids), width="stretch")
+    st.subheader("What the transforms changed")
+    variants = stored.variants(store).set_index("variant").loc[ids].reset_index()
+    names = rows.drop_duplicates("variant").set_index("variant")["name"]
+    page.show_table(
+        pd.DataFrame(
+            {
+                "variant": [names[variant] for variant in ids],
+                "modules": variants["modules"],
+                "changed": variants["modules_changed"],
+                "MiB before": variants["bytes_before"] / 2**20,
+                "MiB after": variants["bytes_after"] / 2**20,
+                "after / before": variants["bytes_after"] / variants["bytes_before"],
+                "simulated": [
+                    {True: "yes", False: "no"}.get(simulated, "not known")
+                    for simulated in variants["simulated"]
+                ],
+            }
+        )
+    )

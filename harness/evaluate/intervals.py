@@ -1,0 +1,90 @@
+"""95 % intervals for one sample: Wilson for shares, percentile bootstrap for the rest. Only numpy."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "CONFIDENCE",
+    "RESAMPLES",
+    "bootstrap_statistic",
+    "bootstrap_weighted_mean",
+    "generator",
+    "percentile_interval",
+    "wilson",
+]
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+_DRAWS_AT_ONCE = 2_000_000  # indices held in memory at a time
+
+Floats = npt.NDArray[np.float64]
+
+
+def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval for a share of `k` in `n` (Wilson 1927): sane at 0, at 1 and for small n."""
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"a share needs 0 <= k <= n and n > 0, not k={k}, n={n}")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = k / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At the ends the bound is exact; rounding must not put it beyond the share itself.
+    lower = 0.0 if k == 0 else centre - half
+    upper = 1.0 if k == n else centre + half
+    return lower, upper
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers that depend on the seed and a name, so that records do not share draws."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def bootstrap_weighted_mean(
+    values: Sequence[float] | Floats,
+    rng: np.random.Generator,
+    weights: Sequence[float] | Floats | None = None,
+    resamples: int = RESAMPLES,
+) -> Floats:
+    """Bootstrap draws of ``sum(weights * values) / sum(weights)``, float64 [resamples].
+
+    The unit that is resampled is the item: a document, a window of tokens.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    weight = np.ones_like(array) if weights is None else np.asarray(weights, dtype=np.float64)
+    products = array * weight
+    draws = np.empty(resamples)
+    step = max(1, _DRAWS_AT_ONCE // len(array))
+    for first in range(0, resamples, step):
+        count = min(step, resamples - first)
+        chosen = rng.integers(0, len(array), size=(count, len(array)))
+        draws[first : first + count] = products[chosen].sum(axis=1) / weight[chosen].sum(axis=1)
+    return draws
+
+
+def bootstrap_statistic(
+    values: Sequence[Any],
+    statistic: Callable[[list[Any]], float],
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> Floats:
+    """Bootstrap draws of any statistic of a list of items (BLEU, F1 ...), float64 [resamples]."""
+    draws = np.empty(resamples)
+    for number in range(resamples):
+        chosen = rng.integers(0, len(values), size=len(values))
+        draws[number] = statistic([values[index] for index in chosen])
+    return draws
+
+
+def percentile_interval(draws: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The central part of the draws."""
+    tail = (1 - confidence) / 2
+    lower, upper = np.quantile(draws, [tail, 1 - tail])
+    return float(lower), float(upper)

@@ -1,0 +1,178 @@
+"""Comparing two variants on the same items. Pure functions; no torch, no lm-eval.
+
+`a` is always the baseline, `b` the variant, and items are matched by metric and index: an unpaired test
+on such data throws away most of its power.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from statistics import NormalDist, fmean
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.errors import ConfigError
+from harness.evaluate.intervals import (
+    bootstrap_weighted_mean,
+    generator,
+    percentile_interval,
+    wilson,
+)
+from harness.records import Item, Record
+
+__all__ = [
+    "Difference",
+    "benjamini_hochberg",
+    "choice_kl",
+    "discordant",
+    "flips",
+    "match_items",
+    "mcnemar",
+    "minimum_detectable_effect",
+    "paired_bootstrap_difference",
+    "wilson",
+]
+
+
+class Difference(NamedTuple):
+    """A mean difference `b - a` with its 95 % interval."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+def match_items(items_a: Sequence[Item], items_b: Sequence[Item], metric: str) -> list[tuple[Item, Item]]:
+    """The items of `metric` in pairs, by index.
+
+    Raises:
+        ConfigError: there are none, or the two sides do not hold the same items (another limit,
+            another revision of the task): then nothing may be compared.
+    """
+    of_a = {item.index: item for item in items_a if item.metric == metric}
+    of_b = {item.index: item for item in items_b if item.metric == metric}
+    if not of_a or not of_b:
+        raise ConfigError(f"there are no items of {metric!r} to compare")
+    if of_a.keys() != of_b.keys():
+        raise ConfigError(
+            f"the items of {metric!r} differ ({len(of_a)} and {len(of_b)}, "
+            f"{len(of_a.keys() & of_b.keys())} in common): the two were not scored on the same data"
+        )
+    return [(of_a[index], of_b[index]) for index in sorted(of_a)]
+
+
+def discordant(items_a: Sequence[Item], items_b: Sequence[Item], metric: str) -> tuple[int, int]:
+    """How many items only `a` has right, and how many only `b`; an outcome of 0.5 or more is right."""
+    pairs = [(a.outcome >= 0.5, b.outcome >= 0.5) for a, b in match_items(items_a, items_b, metric)]
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+
+def flips(items_a: Sequence[Item], items_b: Sequence[Item], metric: str) -> Record:
+    """The share of items whose correctness changed, either way (Dutta et al. 2024, arXiv:2407.09141).
+
+    Two models of equal accuracy may disagree on many items; this counts them.
+    """
+    changed = sum(discordant(items_a, items_b, metric))
+    n = len(match_items(items_a, items_b, metric))
+    lower, upper = wilson(changed, n)
+    return Record(f"{metric}_flips", changed / n, "fraction", lower, upper, n)
+
+
+def mcnemar(b: int, c: int) -> float:
+    """The exact two-sided McNemar test: the p-value of `b` against `c` discordant items.
+
+    Under the null hypothesis each discordant item falls to either side with probability 1/2, so this
+    is the binomial test. 1.0 where nothing is discordant.
+    """
+    n, smaller = b + c, min(b, c)
+    term = total = 1
+    for k in range(1, smaller + 1):
+        term = term * (n - k + 1) // k
+        total += term
+    return min(1.0, float(Fraction(2 * total, 2**n)))
+
+
+def paired_bootstrap_difference(
+    a: Sequence[float], b: Sequence[float], seed: int, weights: Sequence[float] | None = None
+) -> Difference:
+    """The mean of `b - a` over the same items, with the 95 % percentile bootstrap interval.
+
+    Args:
+        weights: what an item counts (tokens of a window, bytes of a document); by default 1.
+    """
+    if len(a) != len(b) or not a:
+        raise ValueError(f"paired values must be of one length, not {len(a)} and {len(b)}")
+    difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    draws = bootstrap_weighted_mean(difference, generator(seed, "difference"), weights)
+    return Difference(float(np.average(difference, weights=weights)), *percentile_interval(draws))
+
+
+def minimum_detectable_effect(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest difference in accuracy that McNemar's test on `n` pairs finds with this power.
+
+    Solves the sample-size formula of Connor (1987, Biometrics 43),
+    ``n d^2 = (z_alpha sqrt(q) + z_beta sqrt(q - d^2))^2``, for the difference `d`, where `q` is the
+    share of discordant pairs. Infinite where even `d = q`, all flips to one side, would be missed.
+
+    Args:
+        discordance: the share of discordant pairs; below one pair it is taken as one pair, because
+            none in `n` is no proof of none.
+    """
+    q = max(discordance, 1 / n)
+    z_alpha = NormalDist().inv_cdf(1 - alpha / 2)
+    z_beta = NormalDist().inv_cdf(power)
+    # A quadratic in d once the root of q - d^2 is isolated and squared.
+    inner = n - z_alpha**2 + z_beta**2
+    if inner < 0:
+        return math.inf
+    d = math.sqrt(q) * (math.sqrt(n) * z_alpha + z_beta * math.sqrt(inner)) / (n + z_beta**2)
+    return d if d <= q else math.inf
+
+
+def benjamini_hochberg(pvalues: Sequence[float]) -> list[float]:
+    """P-values adjusted for the false discovery rate (Benjamini and Hochberg 1995), in their order."""
+    count = len(pvalues)
+    adjusted = [1.0] * count
+    smallest = 1.0
+    by_size = sorted(range(count), key=lambda index: pvalues[index])
+    for rank in range(count, 0, -1):
+        index = by_size[rank - 1]
+        smallest = min(smallest, pvalues[index] * count / rank)
+        adjusted[index] = smallest
+    return adjusted
+
+
+def choice_kl(items_a: Sequence[Item], items_b: Sequence[Item], metric: str = "acc", seed: int = 0) -> Record:
+    """Mean KL(a || b) in nats per item between the two distributions over the choices.
+
+    A distribution is the softmax of the log-likelihoods of an item's choices, as they are kept in the
+    items' detail.
+
+    Raises:
+        ConfigError: the items do not match, or carry no log-likelihoods of choices.
+    """
+    values = []
+    for a, b in match_items(items_a, items_b, metric):
+        p, q = (item.detail.get("loglikelihoods") for item in (a, b))
+        if not p or not q or len(p) != len(q):
+            raise ConfigError(f"the items of {metric!r} carry no log-likelihoods of choices")
+        values.append(_kl(_log_softmax(p), _log_softmax(q)))
+    lower = upper = None
+    if len(values) > 1:
+        draws = bootstrap_weighted_mean(values, generator(seed, "choice_kl"))
+        lower, upper = percentile_interval(draws)
+    return Record("choice_kl", fmean(values), "nats/item", lower, upper, len(values))
+
+
+def _log_softmax(logits: Sequence[float]) -> list[float]:
+    highest = max(logits)
+    log_sum = highest + math.log(math.fsum(math.exp(value - highest) for value in logits))
+    return [value - log_sum for value in logits]
+
+
+def _kl(log_p: Sequence[float], log_q: Sequence[float]) -> float:
+    terms = (math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True) if p > -math.inf)
+    return max(0.0, math.fsum(terms))  # rounding may leave a tiny negative sum

@@ -1,0 +1,242 @@
+"""From lm-eval's results to records with intervals and to items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from harness.errors import NumericalFailure
+from harness.evaluate.intervals import (
+    RESAMPLES,
+    bootstrap_statistic,
+    bootstrap_weighted_mean,
+    generator,
+    percentile_interval,
+    wilson,
+)
+from harness.evaluate.lm_tasks import LoadedTask
+from harness.evaluate.metrics import metric_of, record_name
+from harness.records import Item, Record
+
+__all__ = ["items_of", "records_of"]
+
+CORPUS_RESAMPLES = 100  # of statistics that are slow to compute (BLEU), as many as lm-eval takes
+_TEXT_KEPT = 300  # characters of a response in an item's detail
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """All per-item values of one metric of one task, and lm-eval's way to one number."""
+
+    task: str
+    metric: str
+    filter_name: str
+    indices: tuple[int, ...]
+    values: tuple[Any, ...]
+    aggregate: Callable[[Sequence[Any]], float]
+
+    @property
+    def aggregation(self) -> str:
+        return getattr(self.aggregate, "__name__", "")
+
+    def value(self) -> float:
+        try:
+            value = float(self.aggregate(list(self.values)))
+        except OverflowError:
+            value = math.inf
+        if not math.isfinite(value) and self.aggregation != "nanmean":
+            raise NumericalFailure(f"{self.metric} of {self.task} is {value}")
+        return value
+
+    def draws(self, seed: int, subtask: str = "") -> np.ndarray[Any, Any]:
+        """Bootstrap draws of the value over the items."""
+        name = f"{subtask}/{self.metric},{self.filter_name}"
+        rng = generator(seed, name)
+        if self.aggregation in ("mean", "perplexity") and _are_numbers(self.values):
+            means = bootstrap_weighted_mean([float(value) for value in self.values], rng)
+            return means if self.aggregation == "mean" else np.exp(-means)
+        if self.aggregation in ("weighted_perplexity", "bits_per_byte"):
+            weights = [float(weight) for _, weight in self.values]
+            ratios = [float(score) / float(weight) for score, weight in self.values]
+            means = bootstrap_weighted_mean(ratios, rng, weights)
+            return np.exp(-means) if self.aggregation == "weighted_perplexity" else -means / math.log(2)
+        return bootstrap_statistic(self.values, self.aggregate, rng, CORPUS_RESAMPLES)
+
+    def interval(self, seed: int) -> tuple[float, float] | tuple[None, None]:
+        if len(self.values) < 2:
+            return None, None
+        if self.aggregation == "mean" and _are_binary(self.values):
+            return wilson(round(sum(self.values)), len(self.values))
+        return percentile_interval(self.draws(seed))
+
+    @property
+    def item_metric(self) -> str:
+        """What `outcomes` are called."""
+        name = "target_nll" if self.aggregation == "perplexity" else self.metric
+        return record_name(name, self.filter_name)
+
+    def outcomes(self) -> list[float] | None:
+        """One number per item, or None where the metric exists of the whole only (F1, BLEU).
+
+        For running text it is the metric of the one document; for a perplexity of targets, whose value
+        for one item may be astronomical, the target's loss in nats (`item_metric`).
+        """
+        if self.aggregation == "perplexity":
+            return [-float(value) for value in self.values]
+        if _are_numbers(self.values):
+            return [float(value) for value in self.values]
+        if self.aggregation in ("weighted_perplexity", "bits_per_byte", "brier_score"):
+            return [float(self.aggregate([value])) for value in self.values]
+        return None
+
+
+def records_of(
+    loaded: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any]]], seed: int, note: str | None
+) -> list[Record]:
+    """One record for each metric and filter; of a group its aggregates, then those of its members.
+
+    Raises:
+        NumericalFailure: a metric is not finite.
+    """
+    scores = {name: _scores_of(loaded, name, samples[name]) for name in loaded.tasks}
+    if not loaded.is_group:
+        return [_record(one, seed, note) for one in scores[next(iter(loaded.tasks))]]
+    records = []
+    for group in loaded.groups.values():
+        records += _group_records(group, scores, seed, note, "" if group.name == loaded.name else group.name)
+    for name, of_task in scores.items():
+        records += [_record(one, seed, note, subtask=name) for one in of_task]
+    return records
+
+
+def items_of(loaded: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Item]:
+    """The outcome of every document for every metric that has one per document.
+
+    What explains an outcome (log-likelihoods, the response, the group) is kept with the first metric
+    of a document, once. Documents of a group's members are numbered through.
+    """
+    items: list[Item] = []
+    start = 0
+    for name in loaded.tasks:
+        details = _details_of(loaded, name, samples[name])
+        last = start
+        for one in _scores_of(loaded, name, samples[name]):
+            outcomes = one.outcomes()
+            if outcomes is None:
+                continue
+            metric = one.item_metric
+            for index, outcome in zip(one.indices, outcomes, strict=True):
+                detail = details.pop((index, one.filter_name), {})
+                if loaded.is_group:
+                    detail = {"task": name, **detail}
+                items.append(Item(start + index, metric, outcome, detail))
+                last = max(last, start + index + 1)
+        start = last
+    return items
+
+
+# --- reading lm-eval's samples -----------------------------------------------------------------------
+
+
+def _scores_of(loaded: LoadedTask, name: str, samples: Sequence[Mapping[str, Any]]) -> list[_Scores]:
+    aggregations = loaded.tasks[name].aggregation()
+    values: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            key = (metric, sample["filter"])
+            values.setdefault(key, []).append((int(sample["doc_id"]), sample[metric]))
+    return [
+        _Scores(
+            task=name,
+            metric=metric,
+            filter_name=filter_name,
+            indices=tuple(index for index, _ in pairs),
+            values=tuple(value for _, value in pairs),
+            aggregate=aggregations.get(metric, _mean),
+        )
+        for (metric, filter_name), pairs in values.items()
+    ]
+
+
+def _details_of(
+    loaded: LoadedTask, name: str, samples: Sequence[Mapping[str, Any]]
+) -> dict[tuple[int, str], dict[str, Any]]:
+    task = loaded.tasks[name]
+    metadata = task.get_config("metadata")
+    group_field = metadata.get("item_group") if isinstance(metadata, Mapping) else None
+    details = {}
+    for sample in samples:
+        detail: dict[str, Any] = {}
+        answers = sample["filtered_resps"]
+        if task.OUTPUT_TYPE == "multiple_choice":
+            detail["loglikelihoods"] = [float(score) for score, _ in answers]
+        elif task.OUTPUT_TYPE == "loglikelihood":
+            detail["loglikelihood"] = float(answers[0][0])
+        elif task.OUTPUT_TYPE == "loglikelihood_rolling":
+            detail["loglikelihood"] = float(answers[0])
+        elif answers and isinstance(answers[0], str):
+            detail["response"] = answers[0][:_TEXT_KEPT]
+        if isinstance(target := sample["target"], int):
+            detail["target"] = target
+        if group_field is not None:
+            detail["group"] = sample["doc"][group_field]
+        details[int(sample["doc_id"]), sample["filter"]] = detail
+    return details
+
+
+# --- records -----------------------------------------------------------------------------------------
+
+
+def _record(one: _Scores, seed: int, note: str | None, subtask: str = "") -> Record:
+    metric = record_name(one.metric, one.filter_name, subtask)
+    unit = metric_of(metric).unit
+    lower, upper = one.interval(seed)
+    return Record(metric, one.value(), unit, lower, upper, len(one.values), note=note)
+
+
+def _group_records(
+    group: Any, scores: Mapping[str, Sequence[_Scores]], seed: int, note: str | None, subtask: str
+) -> list[Record]:
+    """lm-eval's aggregate over the members; its interval resamples inside each member."""
+    leaves = [task.task_name for task in group.get_all_tasks()]
+    records = []
+    for config in group.aggregate_metric_list or []:
+        found = [one for name in leaves for one in scores[name] if one.metric == config.metric]
+        for filter_name in config.filter_list or sorted({one.filter_name for one in found}):
+            parts = [one for one in found if one.filter_name == filter_name]
+            if not parts:
+                continue
+            sizes = np.array([len(one.values) if config.weight_by_size else 1 for one in parts])
+            weights = sizes / sizes.sum()
+            value = float(np.dot(weights, [one.value() for one in parts]))
+            draws = [_resized(one.draws(seed, one.task)) for one in parts]
+            lower, upper = percentile_interval(np.dot(weights, draws))
+            n = sum(len(one.values) for one in parts)
+            metric = record_name(config.metric, filter_name, subtask)
+            records.append(Record(metric, value, metric_of(metric).unit, lower, upper, n, note=note))
+    return records
+
+
+def _resized(draws: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """As many draws for every member; the fewer ones of slow statistics are repeated."""
+    return np.resize(draws, RESAMPLES)
+
+
+def _mean(values: Sequence[Any]) -> float:
+    """What lm-eval takes for a metric without an aggregation."""
+    return float(np.mean(values))
+
+
+_mean.__name__ = "mean"
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, (bool, int, float, np.number)) for value in values)
+
+
+def _are_binary(values: Sequence[Any]) -> bool:
+    return _are_numbers(values) and all(value in (0, 1) for value in values)

@@ -1,0 +1,126 @@
+"""The content hash of a task: everything on this machine that decides what it asks.
+
+Hashed are the YAML files with their includes, the Python beside them that a ``!function`` names, and
+the data: local ``data_files`` by their content, a hub data set by what the YAML says of it (path, name,
+revision), and what a module's own ``data_revision()`` answers.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.errors import ConfigError
+from harness.evaluate.yaml_files import FunctionRef, TaskFile, functions_in
+from harness.keys import content_key, file_hash
+
+__all__ = ["data_files", "task_revision"]
+
+DATA_REVISION = "data_revision"  # the function that a task's Python file may define
+
+
+def task_revision(name: str, task: TaskFile, *, run_python: bool = True) -> str:
+    """SHA-256 (hex) of the content of a task (see the module).
+
+    Args:
+        name: for messages.
+        task: the merged content and the YAML files it came from.
+        run_python: ask `data_revision()`; off for lm-eval's own tasks, none of which defines one.
+
+    Raises:
+        ConfigError: a local data file is absent, or `data_revision()` fails.
+    """
+    functions = functions_in(task.content)
+    folders = sorted({function.file.parent for function in functions if function.file.is_file()})
+    python = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return content_key(
+        {
+            "yaml": [[path.name, file_hash(path)] for path in task.files],
+            "python": [[path.name, file_hash(path)] for path in python],
+            "data": [[path.name, file_hash(path)] for path in data_files(name, task.content)],
+            "data_revision": _own_data_revision(name, task.content) if run_python else None,
+        }
+    )
+
+
+def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
+    """The local files that a task reads through `datasets`, sorted.
+
+    As `datasets` does, relative paths start at the working directory. Addresses (``https://...``) are
+    left out: they count as named.
+
+    Raises:
+        ConfigError: a named file does not exist.
+    """
+    found: set[Path] = set()
+    folder = content.get("dataset_path")
+    if isinstance(folder, str) and Path(folder).is_dir():
+        found |= {path for path in Path(folder).rglob("*") if path.is_file()}
+    options = content.get("dataset_kwargs") or {}
+    base = Path(options.get("data_dir") or "")
+    for pattern in _strings(options.get("data_files")):
+        if "://" in pattern:
+            continue
+        path = Path(pattern)
+        matches = list(path.parent.glob(path.name) if path.is_absolute() else base.glob(pattern))
+        if not matches and isinstance(folder, str) and "/" not in folder:
+            raise ConfigError(f"task {name!r} reads {base / pattern}, which does not exist")
+        found.update(match for match in matches if match.is_file())
+    return sorted(found)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _own_data_revision(name: str, content: Mapping[str, Any]) -> str | None:
+    """What the module of `custom_dataset` says of its data, called with the same arguments."""
+    function = content.get("custom_dataset")
+    if not isinstance(function, FunctionRef) or not _defines(function.file, DATA_REVISION):
+        return None
+    metadata = content.get("metadata")
+    arguments = {
+        **(metadata if isinstance(metadata, dict) else {}),
+        **(content.get("dataset_kwargs") or {}),
+    }
+    try:
+        return str(getattr(_imported(function.file), DATA_REVISION)(**arguments))
+    except (ImportError, SyntaxError, OSError, ValueError, TypeError, LookupError) as error:
+        raise ConfigError(f"task {name!r}: {function.file.name}: {error}") from error
+
+
+def _defines(file: Path, function: str) -> bool:
+    """Whether a Python file has a top-level function of this name, without running it."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return False  # lm-eval says what is wrong with it when it loads the task
+    return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
+
+
+def _imported(file: Path) -> Any:
+    name = f"harness_task_{file.stem}_{file_hash(file)[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,59 @@
+"""The plain-torch form of every kernel: what they are tested against, and what runs without CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from harness.nn.packing import PackedWeight, unpack_weight
+
+__all__ = ["dequantize", "int8_linear", "int8_matmul", "weight_only_linear"]
+
+_CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA needs more than 16 rows
+_CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The matrix [out, in] that a packed weight stands for, computed in float32."""
+    return unpack_weight(weight).dequantize(torch.float32).to(dtype)
+
+
+def weight_only_linear(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ dequantize(weight).T + bias`` for x [rows, in]."""
+    return functional.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The exact product ``a @ b.T`` in int32 of int8 a [rows, in] and b [out, in].
+
+    On CUDA, where `torch._int_mm` needs more than 16 rows and sizes divisible by 8, the operands are
+    padded with zeros. int32 cannot overflow below 133,152 columns (127 * 127 * columns < 2^31).
+    """
+    rows, out = a.shape[0], b.shape[0]
+    if a.is_cuda:
+        a = functional.pad(a, (0, -a.shape[1] % _CUDA_MULTIPLE, 0, 32 - rows if rows < _CUDA_MIN_ROWS else 0))
+        b = functional.pad(b, (0, -b.shape[1] % _CUDA_MULTIPLE, 0, -out % _CUDA_MULTIPLE))
+    return torch._int_mm(a, b.t())[:rows, :out]
+
+
+def int8_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(codes @ weight.T) * scale * weight_scale + bias``, exact up to the scales.
+
+    Args:
+        codes: int8 [rows, in]. scale: float32 [rows, 1] or [1].
+        weight: int8 [out, in]. weight_scale: float32 [out] or [1].
+        dtype: the type of the result [rows, out].
+    """
+    y = int8_matmul(codes, weight).float() * scale * weight_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)

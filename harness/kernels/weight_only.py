@@ -1,0 +1,76 @@
+"""The choice of a kernel for packed weights and full-precision activations."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch.nn import functional
+
+from harness.kernels import reference
+from harness.nn.packing import PLANES, PackedWeight
+
+__all__ = ["FEW_ROWS", "MANY_ROWS", "choose", "dequantize", "has_triton", "linear"]
+
+FEW_ROWS = 4
+"""3-bit weights: up to so many rows each takes a matrix-vector kernel."""
+MANY_ROWS = 64
+"""Beyond so many rows the weights are dequantized once and multiplied by the library's kernel."""
+
+_FALLBACK = "dequantize+matmul"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton kernels can run on this device."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _fits_triton(weight: PackedWeight, dtype: torch.dtype) -> bool:
+    """Triton reads whole 32-bit words of one group."""
+    whole_words = all(weight.tile * width % 32 == 0 for width in PLANES[weight.bits])
+    return (
+        dtype in _FLOATS
+        and whole_words
+        and weight.group_columns % weight.tile == 0
+        and has_triton(weight.codes.device)
+    )
+
+
+def choose(weight: PackedWeight, rows: int, dtype: torch.dtype) -> str:
+    """The name of the kernel that `linear` runs for so many rows of activations of this type."""
+    if not _fits_triton(weight, dtype):
+        return _FALLBACK
+    scheme = f"triton w{weight.bits}a{torch.finfo(dtype).bits}"
+    if rows <= (FEW_ROWS if weight.bits == 3 else 1):
+        return f"{scheme} gemv"
+    if rows <= MANY_ROWS and weight.bits != 3:
+        return f"{scheme} small"
+    return f"triton {_FALLBACK}"
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [out, in], computed in float32 and rounded to `dtype`."""
+    if _fits_triton(weight, dtype):
+        from harness.kernels import triton_weight_only
+
+        return triton_weight_only.dequantize(weight, dtype)
+    return reference.dequantize(weight, dtype)
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ dequantize(weight).T + bias`` for x [rows, in] by the kernel that `choose` names.
+
+    Where gradients flow to x, the matrix is dequantized: the fused kernels have no backward pass.
+    """
+    kernel = choose(weight, x.shape[0], x.dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        if kernel.endswith(" gemv"):
+            from harness.kernels import triton_weight_only
+
+            return triton_weight_only.gemv(x, weight, bias)
+        if kernel.endswith(" small"):
+            from harness.kernels import triton_weight_only
+
+            return triton_weight_only.small(x, weight, bias)
+    return functional.linear(x, dequantize(weight, x.dtype), bias)

@@ -1,0 +1,305 @@
+"""Linear layers whose weights are stored as packed integers; what is stored is what runs.
+
+`QuantizedLinear` keeps activations in full precision (W4A16 and the like), `Int8Linear` multiplies
+integers with integers (W8A8). Both take the place of an `nn.Linear` in any model, work on inputs of any
+number of dimensions and on empty ones, decide by shapes and types only (so a CUDA graph can be captured)
+and keep everything they need in their state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from harness.errors import ConfigError, NotApplicable
+from harness.kernels import int8, weight_only
+from harness.nn.packing import (
+    PLANES,
+    PackedWeight,
+    choose_tile,
+    pack_weight,
+    packed_columns,
+)
+from harness.nn.quantizer import QuantizedWeight
+
+__all__ = ["ActivationScale", "Int8Linear", "QuantizedLinear"]
+
+ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
+
+
+class _PackedLinear(nn.Module):
+    """What both layers share: sizes, the bias, scales that keep their type, flattening."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    simulated = False
+    _kept: tuple[str, ...] = ()  # floating-point buffers whose type is part of the quantization
+
+    def _flat(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``run`` on x [..., in] as [rows, in], its result [rows, out] as [..., out]."""
+        if x.shape[-1] != self.in_features:
+            raise ConfigError(f"{type(self).__name__} takes {self.in_features} features, not {x.shape[-1]}")
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        y = run(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> _PackedLinear:
+        # model.to(dtype) must not round the scales: codes were chosen for exactly these.
+        kept = {name: getattr(self, name) for name in self._kept}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class QuantizedLinear(_PackedLinear):
+    """A linear layer with packed 2- to 8-bit weights and full-precision activations.
+
+    Args:
+        in_features, out_features: as of `nn.Linear`.
+        bits: 2, 3, 4 or 8.
+        group_size: input columns per scale, or -1 for one scale per output row.
+        sym: no zero points.
+        per_tensor: one scale for the whole matrix.
+        bias: with a bias, in `dtype`.
+        reordered: columns are stored in another order (GPTQ's act-order); the input is gathered.
+        scale_dtype: float16 or bfloat16 for groups, float32 for 8 bits per row.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    order: torch.Tensor | None
+    bias: nn.Parameter | None
+    _kept = ("scales",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int = -1,
+        sym: bool = False,
+        per_tensor: bool = False,
+        bias: bool = False,
+        reordered: bool = False,
+        scale_dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if bits not in PLANES:
+            raise ConfigError(f"weights are stored in {sorted(PLANES)} bits, not {bits}")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.sym = bits, group_size, sym
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+        columns = in_features if group_size == -1 else groups * group_size
+        rows = 1 if per_tensor else out_features
+        self.tile = choose_tile(columns, group_size)
+        tiles = packed_columns(columns) // self.tile
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.register_buffer("codes", buffer(tiles, out_features, self.tile * bits // 8))
+        self.register_buffer("scales", buffer(groups, rows, dtype=scale_dtype))
+        zeros = None if sym else buffer(groups, packed_columns(rows) * bits // 8)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("order", buffer(in_features, dtype=torch.int32) if reordered else None)
+        self.bias = _bias(out_features, dtype, device) if bias else None
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> QuantizedLinear:
+        """Pack a quantized matrix [out, in]; `bias` [out] keeps its type."""
+        packed = pack_weight(weight)
+        layer = cls(
+            packed.in_features,
+            packed.out_features,
+            bits=packed.bits,
+            group_size=packed.group_size,
+            sym=weight.sym,
+            bias=bias is not None,
+            reordered=weight.order is not None,
+            scale_dtype=packed.scales.dtype,
+            device="meta",
+        )
+        layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
+        layer.order = weight.order
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The stored matrix as kernels read it."""
+        return PackedWeight(
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.bits,
+            self.group_size,
+            self.tile,
+            self.in_features,
+            self.out_features,
+        )
+
+    def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
+        """The kernel that the forward pass runs for so many rows of activations of this type."""
+        return weight_only.choose(self.packed, rows, dtype)
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel of a decode step (one row) in the type that is usual on this device."""
+        return self.kernel_for(1, torch.bfloat16 if self.codes.is_cuda else torch.float32)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out, in] that the layer multiplies with."""
+        weight = weight_only.dequantize(self.packed, dtype)
+        return weight if self.order is None else weight[:, torch.argsort(self.order)]
+
+    def dense_weight(self) -> torch.Tensor:
+        """As `dequantize`: what is counted when the zeros of a layer are counted."""
+        return self.dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's type."""
+        return self._flat(x, self._multiply)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.order is not None:
+            x = x.index_select(1, self.order)
+        return weight_only.linear(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, sym={self.sym}, bias={self.bias is not None}"
+        )
+
+
+class Int8Linear(_PackedLinear):
+    """A linear layer that multiplies int8 activations with int8 weights, exactly, in int32 (W8A8).
+
+    A scale may leave an integer product only where it is constant along the summed columns: weights
+    have one scale per row or one in all, activations one per token or one in all.
+
+    Args:
+        in_features, out_features: as of `nn.Linear`.
+        per_tensor: one weight scale for the whole matrix.
+        a_gran: ``per-token`` and ``per-tensor-dynamic`` find the scale in the input itself,
+            ``per-tensor-static`` uses `input_scale`, found by calibration.
+        bias: with a bias, in `dtype`.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    input_scale: torch.Tensor | None
+    bias: nn.Parameter | None
+    bits = 8
+    a_bits = 8
+    group_size = -1
+    sym = True
+    _kept = ("scales", "input_scale")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        per_tensor: bool = False,
+        a_gran: ActivationScale = "per-token",
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.a_gran = in_features, out_features, a_gran
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", torch.ones(1 if per_tensor else out_features, device=device))
+        is_static = a_gran == "per-tensor-static"
+        self.register_buffer("input_scale", torch.ones(1, device=device) if is_static else None)
+        self.bias = _bias(out_features, dtype, device) if bias else None
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None = None,
+        *,
+        a_gran: ActivationScale = "per-token",
+        input_scale: torch.Tensor | None = None,
+    ) -> Int8Linear:
+        """Store a symmetric 8-bit matrix [out, in] with one scale per row or in all.
+
+        Raises:
+            NotApplicable: groups along the columns, or zero points, which no int8 product can apply.
+            ConfigError: `input_scale` missing for ``per-tensor-static``, or given for another.
+        """
+        if weight.bits != 8 or not weight.sym or weight.scale.shape[1] != 1:
+            raise NotApplicable(
+                "an int8 product needs symmetric 8-bit weights with one scale per row: scales or "
+                f"zero points that vary along the columns cannot leave the sum (bits={weight.bits}, "
+                f"sym={weight.sym}, group_size={weight.group_size})"
+            )
+        if (input_scale is not None) != (a_gran == "per-tensor-static"):
+            raise ConfigError("a calibrated input scale belongs to a_gran=per-tensor-static alone")
+        out, in_features = weight.codes.shape
+        layer = cls(in_features, out, a_gran=a_gran, bias=bias is not None, device="meta")
+        layer.codes = (weight.codes.to(torch.int16) - 128).to(torch.int8)
+        layer.scales = weight.scale[:, 0].float().contiguous()
+        if input_scale is not None:
+            layer.input_scale = input_scale.detach().float().view(1).to(layer.codes.device)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    @property
+    def kernel_name(self) -> str:
+        """The kernel that the forward pass runs on this device, for any number of rows."""
+        return int8.choose(self.codes.device)
+
+    def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
+        """As `kernel_name`: it depends neither on the rows nor on their type."""
+        return self.kernel_name
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix [out, in] that the codes stand for."""
+        return (self.codes.float() * self.scales[:, None]).to(dtype)
+
+    def dense_weight(self) -> torch.Tensor:
+        """As `dequantize`: what is counted when the zeros of a layer are counted."""
+        return self.dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's type."""
+        return self._flat(x, self._multiply)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return int8.linear(
+            x,
+            self.codes,
+            self.scales,
+            self.bias,
+            per_token=self.a_gran == "per-token",
+            scale=self.input_scale,
+        )
+
+    def extra_repr(self) -> str:
+        weights = "per-tensor" if self.scales.numel() < self.out_features else "per-channel"
+        return (
+            f"{self.in_features}, {self.out_features}, weights={weights}, "
+            f"activations={self.a_gran}, bias={self.bias is not None}"
+        )
+
+
+def _bias(out_features: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)

@@ -1,0 +1,193 @@
+"""The schema, tidy: one fact a row, one meaning a column.
+
+::
+
+    machines ─┐
+              sweeps ──< sweep_cells >── cells ──< records ──< samples
+                                           │  └──< items
+                         effects >── variants
+
+`cells` rows never change once written: a retry, or `--fresh`, makes a new row with the same key,
+and the newest id of a key is the current one. `cells.sweep_id` is the sweep that measured it,
+`sweep_cells` links it to every sweep that uses it. The only rows added to a cell later are derived
+records (flips against a baseline).
+
+The migrations build this schema; a test holds the two equal. Times are ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+)
+
+from harness.store.encoding import CleanText, Real, Whole
+
+__all__ = [
+    "REVISION",
+    "VERSION_TABLE",
+    "cells",
+    "effects",
+    "items",
+    "machines",
+    "metadata",
+    "records",
+    "samples",
+    "sweep_cells",
+    "sweeps",
+    "variants",
+]
+
+REVISION = "0001"
+"""The revision of this schema, the number of the last migration: four digits, so that they sort."""
+
+VERSION_TABLE = "harness_store_version"
+"""Where a store keeps its revision; the name tells a store from other databases under Alembic."""
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite fills in only an INTEGER primary key (which is 64 bits wide there).
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+machines = Table(
+    "machines",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("fingerprint", Text, nullable=False, unique=True),
+    Column("facts", JSON, nullable=False),
+    Column("first_seen_at", Text, nullable=False),
+)
+
+sweeps = Table(
+    "sweeps",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("machine_id", _Id, ForeignKey("machines.id"), nullable=False),
+    Column("command", CleanText, nullable=False),
+    Column("config", JSON, nullable=False),
+    Column("manifest", JSON, nullable=False),
+    Column("manifest_end", JSON),
+    Column("cells_planned", Integer, nullable=False),
+    Column("status", Text, nullable=False),  # running | finished | interrupted
+    Column("started_at", Text, nullable=False),
+    Column("finished_at", Text),
+)
+
+variants = Table(
+    "variants",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("key", Text, nullable=False, unique=True),
+    Column("sweep_id", _Id, ForeignKey("sweeps.id"), nullable=False),  # the first that made it
+    Column("model", Text, nullable=False),
+    Column("model_identity", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("chain", JSON, nullable=False),
+    Column("family", Text, nullable=False),
+    Column("seed", Whole, nullable=False),
+    Column("dtype", Text, nullable=False),
+    Column("device", Text, nullable=False),
+    Column("device_name", Text, nullable=False),
+    Column("synthetic", Boolean, nullable=False),
+    Column("model_info", JSON, nullable=False),
+    Column("simulated", Boolean),  # NULL until the effect has been measured
+)
+
+effects = Table(
+    "effects",
+    metadata,
+    Column("variant_id", _Id, ForeignKey("variants.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("module", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("changed", Boolean, nullable=False),
+    Column("dtype", Text, nullable=False),
+    Column("parameters", Whole, nullable=False),
+    Column("bytes_before", Whole, nullable=False),
+    Column("bytes_after", Whole, nullable=False),
+    Column("stored_bits_per_weight", Real),
+    Column("sparsity", Real),
+    Column("nm_pattern", Text),
+    Column("simulated", Boolean, nullable=False),
+    Column("kernel", Text),
+)
+
+cells = Table(
+    "cells",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("key", Text, nullable=False),
+    Column("variant_id", _Id, ForeignKey("variants.id"), nullable=False),
+    Column("sweep_id", _Id, ForeignKey("sweeps.id"), nullable=False),
+    Column("kind", Text, nullable=False),  # transform | scenario | task
+    Column("task", Text),
+    Column("scenario", Text),
+    Column("status", Text, nullable=False),
+    Column("reason", CleanText),
+    Column("traceback", CleanText),
+    Column("log_tail", CleanText),
+    Column("started_at", Text, nullable=False),
+    Column("seconds", Real, nullable=False),
+    Index(None, "key", "id"),  # the newest id of each key, without touching the table
+    Index(None, "variant_id"),
+)
+
+sweep_cells = Table(
+    "sweep_cells",
+    metadata,
+    Column("sweep_id", _Id, ForeignKey("sweeps.id"), primary_key=True),
+    Column("cell_id", _Id, ForeignKey("cells.id"), primary_key=True),
+    Index(None, "cell_id"),
+    sqlite_with_rowid=False,
+)
+
+records = Table(
+    "records",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("cell_id", _Id, ForeignKey("cells.id"), nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("value", Real),  # NULL is NaN
+    Column("unit", Text, nullable=False),
+    Column("lower", Real),
+    Column("upper", Real),
+    Column("n", Whole, nullable=False),
+    Column("mode", Text),
+    Column("note", CleanText),
+    Index(None, "cell_id", "metric"),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("record_id", _Id, ForeignKey("records.id"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("value", Real),  # NULL is NaN
+    sqlite_with_rowid=False,
+)
+
+items = Table(
+    "items",
+    metadata,
+    Column("cell_id", _Id, ForeignKey("cells.id"), primary_key=True),
+    Column("metric", Text, primary_key=True),
+    Column("position", Whole, primary_key=True),
+    Column("outcome", Real),  # NULL is NaN
+    Column("detail", JSON, nullable=False),
+)

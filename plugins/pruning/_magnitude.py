@@ -1,0 +1,119 @@
+"""Which weights are the smallest: exact counts, ties broken by place, over one layer or many.
+
+All functions take weights of any shape, float32 or narrower, and return keep masks: bool, True
+where the weight stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from harness import ConfigError
+
+__all__ = ["count_of", "global_keep_masks", "keep_largest", "keep_largest_of_rows"]
+
+_HIGH_BUCKETS, _LOW_BUCKETS = 1 << 15, 1 << 16  # of the 31 bits below the sign
+
+
+def count_of(share: float, total: int) -> int:
+    """``floor(share * total)``, without losing one where the product is a whole number but for
+    rounding.
+
+    >>> count_of(0.29, 100)
+    29
+    """
+    return math.floor(share * total + 1e-9)
+
+
+def keep_largest(weights: Sequence[torch.Tensor], pruned: int) -> list[torch.Tensor]:
+    """Keep masks that drop exactly the `pruned` smallest magnitudes over all `weights` together.
+
+    Of equal magnitudes the first ones (in the order of the weights, then of their elements) go.
+    """
+    threshold, ties = _threshold(weights, pruned)
+    masks = []
+    for weight in weights:
+        bits = _magnitude_bits(weight)
+        keep = bits >= threshold
+        if ties:
+            tied = (bits == threshold).flatten().nonzero().squeeze(1)[:ties]
+            keep.view(-1)[tied] = False
+            ties -= len(tied)
+        masks.append(keep)
+    return masks
+
+
+def keep_largest_of_rows(weight: torch.Tensor, pruned: int) -> torch.Tensor:
+    """The same within every row of a matrix [out, in]: `pruned` weights of each row go."""
+    order = weight.detach().abs().sort(dim=1, stable=True).indices
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    return keep.scatter_(1, order[:, :pruned], False)
+
+
+def global_keep_masks(
+    weights: Sequence[torch.Tensor], sparsity: float, min_density: float
+) -> list[torch.Tensor]:
+    """One threshold for all layers, but each layer keeps at least `min_density` of its weights.
+
+    A layer that would lose more keeps its largest weights, and what it was spared is taken from the
+    others, so that the total is exact.
+
+    Raises:
+        ConfigError: the layers cannot lose that many weights.
+    """
+    caps = [weight.numel() - math.ceil(min_density * weight.numel()) for weight in weights]
+    total = count_of(sparsity, sum(weight.numel() for weight in weights))
+    if total > sum(caps):
+        raise ConfigError(
+            f"sparsity={sparsity} cannot be reached while every layer keeps "
+            f"min_layer_density={min_density} of its weights"
+        )
+    capped: set[int] = set()
+    while True:
+        free = [index for index in range(len(weights)) if index not in capped]
+        pruned = total - sum(caps[index] for index in capped)
+        masks = dict(zip(free, keep_largest([weights[i] for i in free], pruned), strict=True))
+        over = [index for index in free if int((~masks[index]).sum()) > caps[index]]
+        if not over:
+            break
+        capped.update(over)
+    for index in capped:
+        masks[index] = keep_largest([weights[index]], caps[index])[0]
+    return [masks[index] for index in range(len(weights))]
+
+
+def _threshold(weights: Sequence[torch.Tensor], count: int) -> tuple[int, int]:
+    """The bits of the magnitude below which everything goes, and how many of that very magnitude
+    go.
+
+    Magnitudes of floats sort like their bits, so the `count`-th smallest is found by counting:
+    first by the high bits, then by the low bits within one bucket. No sort, no copy of all layers.
+    """
+    if count == 0:
+        return 0, 0
+    high = torch.zeros(_HIGH_BUCKETS, dtype=torch.int64)
+    for weight in weights:
+        buckets = _magnitude_bits(weight).flatten() >> 16
+        high += torch.bincount(buckets, minlength=_HIGH_BUCKETS).cpu()
+    bucket, before = _bucket_of(high, count)
+    low = torch.zeros(_LOW_BUCKETS, dtype=torch.int64)
+    for weight in weights:
+        bits = _magnitude_bits(weight).flatten()
+        inside = bits[bits >> 16 == bucket] & (_LOW_BUCKETS - 1)
+        low += torch.bincount(inside, minlength=_LOW_BUCKETS).cpu()
+    rest, before_in_bucket = _bucket_of(low, count - before)
+    return bucket << 16 | rest, count - before - before_in_bucket
+
+
+def _bucket_of(counts: torch.Tensor, count: int) -> tuple[int, int]:
+    """The bucket that holds the `count`-th element, and how many elements lie before the bucket."""
+    cumulative = counts.cumsum(0)
+    bucket = int(torch.searchsorted(cumulative, count))
+    return bucket, int(cumulative[bucket] - counts[bucket])
+
+
+def _magnitude_bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().abs().float().view(torch.int32)

@@ -1,0 +1,114 @@
+"""What the weight quantizers share: options with implied defaults, which layers, packing one layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness import ConfigError, NotApplicable, NumericalFailure, Options
+from harness.nn.quantized import Int8Linear, QuantizedLinear
+from harness.nn.quantizer import quantize_weight
+from harness.nn.surgery import block_linears
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from harness import ModelInfo
+    from harness.nn.quantized import ActivationScale
+    from harness.nn.quantizer import QuantizedWeight
+
+__all__ = [
+    "ImpliedDefaults",
+    "Ragged",
+    "pack_float_weight",
+    "pack_int8",
+    "quantizable",
+    "refusal",
+    "round_linear",
+]
+
+Ragged = Literal["raise", "pad", "skip"]
+
+
+class ImpliedDefaults(Options):
+    """Options whose defaults depend on other options; labels leave out what is implied."""
+
+    def non_default(self) -> dict[str, Any]:
+        written: dict[str, Any] = {}
+        for name, value in self.canonical().items():
+            if type(self)(**written).canonical()[name] != value:
+                written[name] = value
+        return written
+
+
+def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | None) -> str | None:
+    """Why a weight quantizer does not fit a model, as far as its configuration tells."""
+    if info.family == "other":
+        return f"architecture {info.model_type!r} is not known"
+    if group_size == -1 or ragged != "raise" or targets is not None:
+        return None
+    for what, size in (("hidden size", info.hidden_size), ("FFN size", info.ffn_size)):
+        if size % group_size:
+            return (
+                f"group_size {group_size} does not divide the {what} {size}; choose a divisor, "
+                "group_size=-1, or ragged=pad"
+            )
+    return None
+
+
+def quantizable(
+    model: nn.Module, *, group_size: int, ragged: Ragged, targets: str | None
+) -> tuple[list[str], list[str]]:
+    """The full names of the linear layers to quantize, and of those that `ragged` leaves out.
+
+    Raises:
+        NotApplicable: no full-precision layer is left, or the group size does not divide a layer's
+            columns and `ragged` is ``raise``.
+        ConfigError: `targets` is no regular expression or matches nothing.
+    """
+    if not any(True for _ in block_linears(model)):
+        raise NotApplicable("the model is quantized already: no nn.Linear is left inside its blocks")
+    chosen: list[str] = []
+    skipped: list[str] = []
+    for name, linear in block_linears(model, targets=targets):
+        fits = group_size == -1 or linear.in_features % group_size == 0
+        if not fits and ragged == "raise":
+            raise NotApplicable(
+                f"group_size {group_size} does not divide the {linear.in_features} columns of {name} "
+                f"[{linear.out_features}, {linear.in_features}]; choose a divisor, group_size=-1, "
+                "or ragged=pad"
+            )
+        (chosen if fits or ragged == "pad" else skipped).append(name)
+    if not chosen:
+        raise NotApplicable(f"group_size {group_size} divides no layer, so ragged=skip leaves nothing")
+    return chosen, skipped
+
+
+def round_linear(
+    name: str, weight: torch.Tensor, *, bits: int, group_size: int, sym: bool, per_tensor: bool = False
+) -> QuantizedWeight:
+    """Round a matrix [out, in] to nearest; failures name the layer."""
+    try:
+        return quantize_weight(
+            weight, bits=bits, group_size=group_size, sym=sym, per_tensor=per_tensor, pad=True
+        )
+    except (NumericalFailure, ConfigError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def pack_float_weight(linear: nn.Linear, weight: QuantizedWeight) -> QuantizedLinear:
+    """The packed replacement of a linear layer whose activations stay in full precision."""
+    return QuantizedLinear.from_weight(weight, linear.bias)
+
+
+def pack_int8(
+    name: str,
+    linear: nn.Linear,
+    *,
+    per_tensor: bool,
+    a_gran: ActivationScale,
+    input_scale: torch.Tensor | None = None,
+) -> Int8Linear:
+    """The W8A8 replacement of a linear layer; failures name the layer."""
+    weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
+    return Int8Linear.from_weight(weight, linear.bias, a_gran=a_gran, input_scale=input_scale)

@@ -1,0 +1,100 @@
+"""Bad input: one clear line, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from harness.cli.app import run
+
+SWEEP = ("sweep", "--methods", "rtn")
+
+
+def _refused(capsys, tmp_path, arguments, *messages):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code = run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    first, *rest = captured.err.strip().splitlines()
+    assert not [line for line in rest if not line.startswith("see: ")], captured.err
+    assert first.startswith("error: ")
+    assert "Traceback" not in captured.err
+    for message in messages:
+        assert message in first
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    return first
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HARNESS_DB", raising=False)
+    # The fork server imports for seconds; input is checked without it.
+    monkeypatch.setattr("harness.executors.server.start_fork_server", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (("sweep",), ("no method is named",)),
+        (("sweep", "--methods", "gptqq"), ("unknown method 'gptqq'", "did you mean 'gptq'")),
+        (("sweep", "--methods", "gptq:bitz=3"), ("unknown option 'bitz'", "did you mean 'bits'")),
+        (("sweep", "--methods", "gptq:bits=5"), ("gptq: bits",)),
+        (("sweep", "--methods", "magnitude-prune:sparsity=1.5"), ("sparsity", "less than 1")),
+        ((*SWEEP, "--models", "./missing"), ("'./missing' does not exist",)),
+        ((*SWEEP, "--models", "zoo:lama"), ("unknown zoo model 'lama'",)),
+        ((*SWEEP, "--models", "shape:llama-7c"), ("did you mean 'llama-7b'",)),
+        ((*SWEEP, "--tasks", "kjw"), ("kjw", "did you mean 'kjv'")),
+        ((*SWEEP, "--config", "none.yaml"), ("none.yaml does not exist",)),
+        ((*SWEEP, "--plugin", "none.py"), ("there is no such file",)),
+        ((*SWEEP, "--batch-sizes", "x"), ("--batch-sizes", "whole numbers")),
+        ((*SWEEP, "--limit", "0"), ("--limit",)),
+        ((*SWEEP, "--dtype", "int3"), ("--dtype",)),
+        ((*SWEEP, "--include-path", "none"), ("--include-path none is no directory",)),
+        ((*SWEEP, "--text", "none.txt"), ("none.txt does not exist",)),
+        ((*SWEEP, "--frsh"), ("--frsh",)),
+        (("sweeep",), ("sweeep",)),
+        (("results",), ("results.db", "harness sweep")),
+        (("results", "--sweep", "x", "--db", "x.db"), ("",)),
+        (("methods", "gtpq"), ("did you mean 'gptq'",)),
+        (("new", "My Method"), ("lower-case words",)),
+        (("new", "gptq"), ("exists already",)),
+        (("compare", "a", "b", "--fail-on", "acc"), ("--fail-on 'acc'", "acc<-0.01")),
+    ],
+)
+def test_one_clear_line(capsys, tmp_path, arguments, messages):
+    _refused(capsys, tmp_path, arguments, *messages)
+
+
+def test_cuda_without_a_device(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    _refused(capsys, tmp_path, (*SWEEP, "--device", "cuda"), "no CUDA device", "--device cpu")
+
+
+def test_a_directory_that_is_no_checkpoint(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    _refused(capsys, tmp_path, (*SWEEP, "--models", "./empty"), "no config.json")
+
+
+def test_unreadable_yaml(capsys, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("methods: [gptq\n")
+    _refused(capsys, tmp_path, ("sweep", "--config", "sweep.yaml"), "sweep.yaml is not YAML")
+
+
+def test_a_store_that_is_no_store(capsys, tmp_path):
+    (tmp_path / "results.db").write_bytes(b"this is no database" * 100)
+    before = (tmp_path / "results.db").read_bytes()
+    _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "results.db")
+    assert (tmp_path / "results.db").read_bytes() == before
+
+
+def test_a_store_of_a_newer_version(capsys, tmp_path):
+    from harness.store.store import Store
+
+    Store.open(tmp_path / "results.db").close()
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        connection.execute("update alembic_version set version_num = '9999'")
+    connection.close()
+    _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "newer version")
+    _refused(capsys, tmp_path, ("results",), "newer version")

@@ -1,0 +1,251 @@
+"""Whole sweeps from the command line on small models."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PLUGIN = str(Path(__file__).parent / "failing_methods.py")
+ODD = """
+import pathlib
+import torch
+from harness import Method, Options, hookimpl
+from harness.nn.surgery import block_linears
+
+@torch.no_grad()
+def transform(model, options, context):
+    if not pathlib.Path(__file__).with_name("works").exists():
+        raise RuntimeError("not yet")
+    for _, linear in block_linears(model):
+        linear.weight.mul_(0.5)
+    return model
+
+@hookimpl
+def register_methods():
+    return [Method(name="odd", options=Options, transform=transform)]
+"""
+FAST = ("--tasks", "none", "--prompt-lens", "8", "--new-tokens", "2", "--device", "cpu")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_llama):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    return "./model"
+
+
+def _by_method(rows):
+    found = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def test_a_sweep_fills_the_store_and_again_measures_nothing(harness, checkpoint):
+    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "scale", "--models", checkpoint, *FAST)
+    first = harness(*arguments)
+    assert first.code == 0, first.err
+    assert "scale" in first.out
+    rows = harness("results", "--format", "json").rows
+    required = (
+        "sweep model method options seed dtype device status reason task scenario metric value unit "
+        "lower upper n synthetic"
+    ).split()
+    for row in rows:
+        assert set(required) <= set(row)
+    methods = _by_method(rows)
+    assert set(methods) == {"baseline", "scale"}
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["scenario"] for row in rows} == {"transform", "b1-p8-g2"}
+    metrics = {row["metric"] for row in methods["scale"]}
+    assert {"prefill_latency", "decode_latency", "weight_bytes", "transform_s"} <= metrics
+    (latency,) = [r for r in methods["scale"] if r["metric"] == "decode_latency"]
+    assert 0 < latency["lower"] <= latency["value"] <= latency["upper"]
+    assert latency["n"] > 3
+    assert methods["scale"][0]["options"] == {"factor": 0.5}
+
+    again = harness(*arguments)
+    assert again.code == 0
+    assert "4 of them already measured" in again.err
+    assert harness("results", "--format", "json").rows == rows
+
+    fresh = harness(*arguments, "--fresh")
+    assert fresh.code == 0
+    newer = harness("results", "--format", "json").rows
+    assert len(newer) == len(rows)
+    assert {row["sweep"] for row in newer} == {3}
+
+
+def test_every_failure_is_a_stored_result_and_the_others_go_on(harness, checkpoint):
+    names = "raises,refuses,eats,hangs,dies,exits,nothing,wrong-type,hangs-later,scale"
+    ran = harness(
+        "sweep", "--plugin", PLUGIN, "--methods", names, "--models", checkpoint, *FAST, "--timeout", "8"
+    )
+    assert ran.code == 1, ran.err
+    methods = _by_method(harness("results", "--format", "json").rows)
+    expected = {
+        "raises": ("failed", "ValueError: the method is wrong"),
+        "refuses": ("not_applicable", "only on Sundays"),
+        "eats": ("oom", "allocate"),
+        "hangs": ("timeout", "longer than 8 s"),
+        "dies": ("crashed", "SIGKILL"),
+        "exits": ("crashed", "exit code 7"),
+        "nothing": ("no_effect", "changed nothing"),
+        "wrong-type": ("failed", "must return the model"),
+    }
+    for name, (status, reason) in expected.items():
+        for row in methods[name]:
+            assert row["status"] == status, (name, row)
+            assert reason in row["reason"], (name, row)
+    assert {row["status"] for row in methods["scale"]} == {"ok"}
+    assert {row["status"] for row in methods["baseline"]} == {"ok"}
+    # The transform of this one is fine; only the timed cell hangs.
+    later = {row["scenario"]: row["status"] for row in methods["hangs-later"]}
+    assert later == {"transform": "ok", "b1-p8-g2": "timeout"}
+    with sqlite3.connect("results.db") as connection:
+        (tail,) = connection.execute(
+            "select log_tail from cells where log_tail like '%last words%' limit 1"
+        ).fetchone()
+    connection.close()
+    assert "last words" in tail
+
+
+def test_retry_failed_measures_only_the_failures(harness, checkpoint, tmp_path):
+    arguments = ("sweep", "--methods", "odd", "--models", checkpoint, *FAST, "--plugin", "odd.py")
+    (tmp_path / "odd.py").write_text(ODD)
+    assert harness(*arguments).code == 1
+    assert harness(*arguments).code == 1  # a failure stands until it is asked for again
+    (tmp_path / "works").write_text("")
+    ran = harness(*arguments, "--retry-failed")
+    assert ran.code == 0, ran.err
+    assert "2 of them already measured" in ran.err
+    rows = harness("results", "--format", "json").rows
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+def test_dry_run_shows_the_matrix_and_writes_nothing(harness, checkpoint, tmp_path):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    ran = harness(
+        "sweep", "--plugin", PLUGIN, "--methods", "scale,gptq", "--models", checkpoint, *FAST, "--dry-run"
+    )
+    assert ran.code == 0, ran.err
+    assert "scale" in ran.out
+    assert "calibration" in ran.out
+    assert "6 to measure" in ran.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_synthetic_model_is_timed_and_its_accuracy_refused(harness):
+    ran = harness(
+        "sweep", "--methods", "magnitude-prune", "--models", "shape:llama-160m", "--prompt-lens", "4",
+        "--new-tokens", "1", "--device", "cpu",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = harness("results", "--format", "json").rows
+    assert {row["synthetic"] for row in rows} == {True}
+    tasks = [row for row in rows if row["task"]]
+    assert {(row["status"], row["metric"]) for row in tasks} == {("not_applicable", None)}
+    assert all("random weights" in row["reason"] for row in tasks)
+    assert any(row["metric"] == "decode_latency" and row["value"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(harness, checkpoint, tmp_path, number):
+    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "hangs,scale", "--models", checkpoint, *FAST)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "baseline · b1-p8-g2: ok" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the same command goes on" in rest
+    assert "Traceback" not in rest
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
+        assert connection.execute("select status from sweeps").fetchall() == [("interrupted",)]
+        assert connection.execute("select count(*) from cells").fetchone() == (2,)
+    connection.close()
+    resumed = harness(*arguments, "--timeout", "5")
+    assert resumed.code == 1
+    assert "2 of them already measured" in resumed.err
+    rows = json.loads(harness("results", "--format", "json").out)
+    assert {row["method"] for row in rows} == {"baseline", "hangs", "scale"}
+
+
+def test_a_killed_sweep_loses_at_most_the_cell_in_flight(harness, checkpoint, tmp_path):
+    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "scale,hangs", "--models", checkpoint, *FAST)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "scale · transform: ok" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.kill()
+    process.communicate(timeout=60)
+    finished = seen.count(": ok")
+    with sqlite3.connect(tmp_path / "results.db") as connection:
+        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
+        (stored,) = connection.execute("select count(*) from cells").fetchone()
+    connection.close()
+    assert finished <= stored <= finished + 1
+    resumed = harness(*arguments, "--timeout", "5")
+    assert f"{stored} of them already measured" in resumed.err
+    rows = harness("results", "--format", "json").rows
+    keys = {(row["method"], row["scenario"], row["metric"]) for row in rows}
+    assert len(keys) == len(rows)  # nothing doubled
+
+
+def test_workers_die_with_their_parent(harness, checkpoint, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", "sweep", "--plugin", PLUGIN, "--methods", "hangs",
+         "--models", checkpoint, *FAST],
+        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "baseline · b1-p8-g2: ok" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    time.sleep(1.0)
+    marker = f"{tmp_path}".encode()
+    family = _descendants(process.pid)
+    assert family, "the worker and the fork server should run now"
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 20
+    while (alive := [pid for pid in family if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not alive, marker
+
+
+def _descendants(pid):
+    """All processes below this one, by /proc."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found, frontier = [], {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found += frontier
+    return found

@@ -1,0 +1,168 @@
+"""Comparing two methods, the comparisons that are stored, and gates."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from harness.cli.app import run
+from harness.comparing import compare_methods, parse_gate, tripped
+from harness.derive import baseline_records
+from harness.errors import ConfigError, UnknownName
+from harness.records import CellKind, CellResult, Item, Record, Status
+from harness.store.store import Store, VariantRow
+
+
+def _variant(method, device_name="cpu x"):
+    return VariantRow(
+        key=f"v-{method}-{device_name}",
+        model="m",
+        model_identity="i",
+        method=method,
+        chain=[{"name": method, "options": {}}],
+        family="other",
+        seed=0,
+        dtype="float32",
+        device="cpu",
+        device_name=device_name,
+        synthetic=False,
+        model_info={},
+    )
+
+
+def _items(outcomes, metric="acc"):
+    return tuple(Item(index, metric, outcome) for index, outcome in enumerate(outcomes))
+
+
+A = [1.0] * 60 + [0.0] * 40
+B = [1.0] * 50 + [0.0] * 45 + [1.0] * 5
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = store.open_sweep(command="c", config={}, manifest={"device": "cpu"}, cells_planned=4)
+        for method, latency, outcomes in (("a", 0.010, A), ("b", 0.020, B)):
+            variant = _variant(method)
+            store.write_variant(sweep, variant)
+            samples = tuple(latency * (1 + 0.01 * (i % 5 - 2)) for i in range(25))
+            store.write_cell(
+                sweep,
+                CellResult(
+                    f"{method}-s",
+                    variant.key,
+                    Status.OK,
+                    records=(
+                        Record("decode_latency", latency, "s", n=25, samples=samples),
+                        Record("weight_bytes", 100.0 if method == "a" else 25.0, "B"),
+                    ),
+                ),
+                kind=CellKind.SCENARIO,
+                task=None,
+                scenario="b1-p8-g2",
+            )
+            store.write_cell(
+                sweep,
+                CellResult(
+                    f"{method}-t",
+                    variant.key,
+                    Status.OK,
+                    records=(Record("acc", sum(outcomes) / 100, "fraction", n=100),),
+                    items=_items(outcomes),
+                ),
+                kind=CellKind.TASK,
+                task="grammar",
+                scenario=None,
+            )
+        yield store
+
+
+def test_times_are_ratios_with_an_interval_and_quality_is_paired(store):
+    found = {each.metric: each for each in compare_methods(store, "a", "b")}
+    latency = found["decode_latency"]
+    assert latency.ratio == pytest.approx(2.0)
+    assert latency.lower < 2.0 < latency.upper
+    assert latency.upper - latency.lower < 0.1
+    assert found["weight_bytes"].ratio == pytest.approx(0.25)
+    accuracy = found["acc"]
+    assert accuracy.difference == pytest.approx(-0.05)
+    # 10 items only a has right, 5 only b: the exact binomial test.
+    by_hand = 2 * sum(math.comb(15, k) for k in range(6)) / 2**15
+    assert accuracy.p == pytest.approx(by_hand)
+    assert accuracy.detectable > 0.05
+    assert accuracy.ratio is None
+
+
+def test_rows_of_different_devices_are_never_compared(store):
+    other = _variant("c", device_name="another machine")
+    sweep = store.open_sweep(command="c", config={}, manifest={"device": "cpu"}, cells_planned=1)
+    store.write_variant(sweep, other)
+    store.write_cell(
+        sweep,
+        CellResult("c-s", other.key, Status.OK, records=(Record("decode_latency", 0.001, "s"),)),
+        kind=CellKind.SCENARIO,
+        task=None,
+        scenario="b1-p8-g2",
+    )
+    with pytest.raises(ConfigError, match="share no model, seed, type and device"):
+        compare_methods(store, "a", "c")
+
+
+def test_an_unknown_method_is_named(store):
+    with pytest.raises(UnknownName, match="'d'"):
+        compare_methods(store, "a", "d")
+
+
+@pytest.mark.parametrize(
+    ("text", "trips"),
+    [
+        ("decode_latency>1.05x", True),
+        ("decode_latency>2.5x", False),
+        ("decode_latency<0.9x", False),
+        ("weight_bytes<0.5x", True),
+        ("acc<-0.01", True),
+        ("acc<-0.1", False),
+        ("decode_latency>0.005", True),
+    ],
+)
+def test_gates(store, text, trips):
+    assert bool(tripped([parse_gate(text)], compare_methods(store, "a", "b"))) is trips
+
+
+@pytest.mark.parametrize("text", ["acc", "acc=1", ">1", "acc>x", "acc > 1 x y"])
+def test_a_malformed_gate_is_refused(text):
+    with pytest.raises(ConfigError, match="--fail-on"):
+        parse_gate(text)
+
+
+def test_a_gate_on_nothing_is_refused(store):
+    with pytest.raises(UnknownName, match="decode_latency"):
+        tripped([parse_gate("decode_latenzy>1x")], compare_methods(store, "a", "b"))
+
+
+def test_the_command_exits_with_3_when_a_gate_trips(store, tmp_path, capsys):
+    database = ("--db", str(tmp_path / "results.db"))
+    assert run(["compare", "a", "b", *database, "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in rows} == {"decode_latency", "weight_bytes", "acc"}
+    assert run(["compare", "a", "b", *database, "--fail-on", "decode_latency>1.05x"]) == 3
+    assert "gate decode_latency>1.05x trips on m b1-p8-g2" in capsys.readouterr().err
+
+
+def test_what_is_stored_beside_the_baseline():
+    records = {r.metric: r for r in baseline_records(_items(A), _items(B))}
+    assert records["flips"].value == pytest.approx(0.15)
+    assert records["acc_difference"].value == pytest.approx(-0.05)
+    assert records["acc_difference"].lower < -0.05 < records["acc_difference"].upper
+    losses = baseline_records(_items([2.0, 3.0, 4.0], "nll"), _items([2.1, 3.3, 4.2], "nll"))
+    (rise,) = losses
+    assert (rise.metric, rise.unit) == ("nll_rise", "nats/token")
+    assert rise.value == pytest.approx(0.2)
+    assert 0 < rise.lower <= 0.2 <= rise.upper
+
+
+def test_other_items_are_not_compared():
+    with pytest.raises(ConfigError, match="not scored on the same data"):
+        baseline_records(_items(A), _items(A[:50]))

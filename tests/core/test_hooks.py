@@ -1,0 +1,119 @@
+"""Every hook has a documentation entry and a test in which a plugin uses it in a real sweep."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import hookspecs
+
+ROOT = Path(__file__).parents[2]
+HOOKS = sorted(
+    name
+    for name, value in inspect.getmembers(hookspecs, inspect.isfunction)
+    if getattr(value, "harness_spec", None) is not None
+)
+
+PLUGIN = '''
+import json
+import pathlib
+
+import torch
+
+from harness import Meter, Method, ModelEntry, Options, Record, TaskSource, hookimpl
+from harness.models.loading import LoadedModel, load
+from harness.nn.surgery import block_linears
+
+HERE = pathlib.Path(__file__).parent
+
+
+def _note(kind, **facts):
+    with (HERE / "seen.jsonl").open("a") as file:
+        file.write(json.dumps({"hook": kind, **facts}) + "\\n")
+
+
+@torch.no_grad()
+def transform(model, options, context):
+    for _, linear in block_linears(model):
+        linear.weight.mul_(0.5)
+    return model
+
+
+@hookimpl
+def register_methods():
+    return [Method(name="half", options=Options, transform=transform)]
+
+
+@hookimpl
+def register_models():
+    return [ModelEntry("mine", str(HERE / "model"))]
+
+
+@hookimpl
+def register_tasks():
+    return [TaskSource(HERE / "tasks")]
+
+
+@hookimpl
+def register_meters():
+    def measure(measured):
+        return [Record("parameters_counted", sum(p.numel() for p in measured.model.parameters()), "parameters")]
+
+    return [Meter(name="count", measure=measure)]
+
+
+@hookimpl
+def load_model(spec, device, dtype):
+    _note("load_model", name=spec.name, device=str(device), dtype=dtype)
+    return None
+
+
+@hookimpl
+def variant_started(label, model, options):
+    _note("variant_started", label=label, model=model)
+    raise RuntimeError("an observer's mistake decides nothing")
+
+
+@hookimpl
+def cell_finished(result):
+    _note("cell_finished", status=str(result.status))
+'''
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_is_documented_and_used_here(hook):
+    page = (ROOT / "docs" / "plugin-hooks.md").read_text()
+    assert f"| `{hook}` |" in page
+    assert inspect.getdoc(getattr(hookspecs, hook))
+    assert f"def {hook}(" in PLUGIN
+
+
+def test_a_plugin_that_uses_every_hook(tmp_path, tiny_llama):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "plug.py").write_text(PLUGIN)
+
+    def harness(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "harness", *arguments],
+            capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        )  # fmt: skip
+
+    ran = harness(
+        "sweep", "--plugin", "plug.py", "--methods", "half", "--models", "mine", "--tasks", "none",
+        "--prompt-lens", "8", "--new-tokens", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(harness("results", "--format", "json").stdout)
+    counted = {row["value"] for row in rows if row["metric"] == "parameters_counted"}
+    assert counted == {sum(parameter.numel() for parameter in tiny_llama.parameters())}
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    by_hook = {hook: [s for s in seen if s["hook"] == hook] for hook in HOOKS}
+    assert {s["label"] for s in by_hook["variant_started"]} == {"mine · baseline", "mine · half"}
+    assert {s["dtype"] for s in by_hook["load_model"]} == {"float32"}
+    assert [s["status"] for s in by_hook["cell_finished"]] == ["ok"] * 4

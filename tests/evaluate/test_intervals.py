@@ -1,0 +1,55 @@
+"""Bootstrap draws against the standard errors of theory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness.evaluate.intervals import (
+    bootstrap_statistic,
+    bootstrap_weighted_mean,
+    generator,
+    percentile_interval,
+)
+
+
+def test_bootstrap_of_a_mean_has_its_standard_error():
+    values = np.random.default_rng(0).normal(3, 2, size=300)
+    draws = bootstrap_weighted_mean(values, generator(0, "x"), resamples=4000)
+    assert np.mean(draws) == pytest.approx(values.mean(), abs=0.02)
+    assert np.std(draws) == pytest.approx(values.std() / np.sqrt(300), rel=0.05)
+    lower, upper = percentile_interval(draws)
+    assert upper - lower == pytest.approx(2 * 1.96 * values.std() / np.sqrt(300), rel=0.06)
+
+
+def test_bootstrap_of_a_weighted_mean_is_that_of_the_ratio():
+    rng = np.random.default_rng(1)
+    weights = rng.integers(1, 50, size=80).astype(float)
+    values = rng.normal(size=80) + weights / 25
+    mean = np.average(values, weights=weights)
+    # The delta method for a ratio of sums.
+    expected = np.sqrt(np.sum((weights * (values - mean)) ** 2)) / weights.sum()
+    draws = bootstrap_weighted_mean(values, generator(0, "x"), weights, resamples=4000)
+    assert np.std(draws) == pytest.approx(expected, rel=0.06)
+    assert np.mean(draws) == pytest.approx(mean, abs=0.03)
+
+
+def test_bootstrap_of_any_statistic():
+    values = [1.0, 2.0, 4.0, 8.0]
+    draws = bootstrap_statistic(values, max, generator(0, "x"), resamples=2000)
+    # The largest of n is missed with probability (1 - 1/n)^n.
+    assert np.mean(draws == 8.0) == pytest.approx(1 - 0.75**4, abs=0.03)
+
+
+def test_draws_depend_on_seed_and_name_alone():
+    first = generator(0, "acc").random(3).tolist()
+    assert generator(0, "acc").random(3).tolist() == first
+    assert generator(1, "acc").random(3).tolist() != first
+    assert generator(0, "nll").random(3).tolist() != first
+
+
+def test_large_samples_are_drawn_in_pieces(monkeypatch):
+    monkeypatch.setattr("harness.evaluate.intervals._DRAWS_AT_ONCE", 100)
+    draws = bootstrap_weighted_mean(np.arange(30.0), generator(0, "x"), resamples=50)
+    assert draws.shape == (50,)
+    assert np.all((draws > 0) & (draws < 29))

@@ -1,0 +1,159 @@
+"""Paired statistics against scipy, closed forms and simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from harness.errors import ConfigError
+from harness.evaluate.paired import (
+    benjamini_hochberg,
+    choice_kl,
+    discordant,
+    flips,
+    mcnemar,
+    minimum_detectable_effect,
+    paired_bootstrap_difference,
+    wilson,
+)
+from harness.records import Item
+
+
+def items(outcomes, metric="acc", **detail):
+    return [Item(index, metric, float(value), detail) for index, value in enumerate(outcomes)]
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (0, 1), (1, 1), (3, 8), (8, 3), (0, 12), (40, 61), (900, 1010)])
+def test_mcnemar_is_the_binomial_test(b, c):
+    expected = stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
+    assert mcnemar(b, c) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 40), (40, 40), (3, 17), (517, 1000)])
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_wilson_is_scipys(k, n, confidence):
+    expected = stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
+    assert wilson(k, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3), (0, 0)])
+def test_wilson_refuses_what_is_no_share(k, n):
+    with pytest.raises(ValueError, match="a share needs"):
+        wilson(k, n)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_benjamini_hochberg_is_scipys(seed):
+    pvalues = np.random.default_rng(seed).uniform(size=25) ** 3
+    adjusted = benjamini_hochberg(pvalues.tolist())
+    assert adjusted == pytest.approx(stats.false_discovery_control(pvalues).tolist())
+    assert benjamini_hochberg([]) == []
+
+
+def test_discordant_items_and_flips():
+    a, b = items([1, 1, 0, 0, 1, 0]), items([1, 0, 1, 0, 0, 0])
+    assert discordant(a, b, "acc") == (2, 1)
+    record = flips(a, b, "acc")
+    assert (record.metric, record.value, record.unit, record.n) == ("acc_flips", 0.5, "fraction", 6)
+    assert (record.lower, record.upper) == wilson(3, 6)
+
+
+def test_flips_sees_what_accuracy_does_not():
+    a, b = items([1, 0] * 50), items([0, 1] * 50)
+    assert sum(i.outcome for i in a) == sum(i.outcome for i in b)
+    assert flips(a, b, "acc").value == 1.0
+
+
+def test_items_are_matched_by_index_not_by_place():
+    a = items([1, 0, 1])
+    assert flips(a, list(reversed(a)), "acc").value == 0.0
+
+
+def test_items_of_different_data_are_refused():
+    with pytest.raises(ConfigError, match=r"3 and 2, 2 in common"):
+        flips(items([1, 0, 1]), items([1, 0]), "acc")
+    with pytest.raises(ConfigError, match="no items of 'f1'"):
+        flips(items([1]), items([1]), "f1")
+
+
+def test_paired_difference_is_far_sharper_than_unpaired():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(5, 2, size=400)  # items differ much more than the two models do
+    a, b = hard + rng.normal(0, 0.1, 400), hard + 0.05 + rng.normal(0, 0.1, 400)
+    difference = paired_bootstrap_difference(a.tolist(), b.tolist(), seed=1)
+    expected = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert difference.value == pytest.approx(np.mean(b - a))
+    assert difference.lower == pytest.approx(expected.low, abs=0.002)
+    assert difference.upper == pytest.approx(expected.high, abs=0.002)
+    assert stats.ttest_ind(b, a).pvalue > 0.2
+    assert difference.lower > 0
+
+
+def test_paired_difference_weights_and_seed():
+    a, b, weights = [1.0, 2.0, 3.0], [2.0, 2.0, 5.0], [1.0, 1.0, 2.0]
+    assert paired_bootstrap_difference(a, b, 0, weights).value == pytest.approx((1 + 0 + 4) / 4)
+    assert paired_bootstrap_difference(a, b, 0) == paired_bootstrap_difference(a, b, 0)
+    assert paired_bootstrap_difference(a, a, 0) == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="of one length"):
+        paired_bootstrap_difference([1.0], [1.0, 2.0], 0)
+
+
+@pytest.mark.parametrize(("n", "q"), [(200, 0.2), (1000, 0.1), (5000, 0.05)])
+def test_minimum_detectable_effect_solves_connors_equation(n, q):
+    d = minimum_detectable_effect(n, q)
+    z_alpha, z_beta = stats.norm.ppf(0.975), stats.norm.ppf(0.8)
+    assert n * d**2 == pytest.approx((z_alpha * math.sqrt(q) + z_beta * math.sqrt(q - d**2)) ** 2)
+
+
+def test_minimum_detectable_effect_has_its_power():
+    """Simulated: an effect of that size is found about four times in five."""
+    n, q = 800, 0.15
+    d = minimum_detectable_effect(n, q)
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(n, [(q + d) / 2, (q - d) / 2, 1 - q], size=2000)
+    found = np.mean([mcnemar(int(b), int(c)) < 0.05 for b, c, _ in draws])
+    assert 0.74 < found < 0.84  # the exact test is a little more cautious than the formula
+
+
+def test_minimum_detectable_effect_shrinks_with_n_and_grows_with_flips():
+    assert minimum_detectable_effect(4000, 0.1) < minimum_detectable_effect(1000, 0.1)
+    assert minimum_detectable_effect(1000, 0.05) < minimum_detectable_effect(1000, 0.2)
+    assert minimum_detectable_effect(10, 0.1) == math.inf
+    # No flip among 1000 is no proof that there are none.
+    assert minimum_detectable_effect(1000, 0.0) == minimum_detectable_effect(1000, 0.001)
+
+
+def test_choice_kl_is_scipys_entropy():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(2, 5, 4)) - 50
+    sides = [
+        [Item(i, "acc", 1.0, {"loglikelihoods": row.tolist()}) for i, row in enumerate(side)]
+        for side in logits
+    ]
+    p, q = (np.exp(side - side.max(-1, keepdims=True)) for side in logits)
+    expected = [stats.entropy(x, y) for x, y in zip(p, q, strict=True)]
+    record = choice_kl(*sides)
+    assert record.value == pytest.approx(np.mean(expected))
+    assert record.lower <= record.value <= record.upper
+    assert choice_kl(sides[0], sides[0]).value == 0.0
+    assert choice_kl(sides[1], sides[0]).value != pytest.approx(record.value)
+
+
+def test_choice_kl_needs_log_likelihoods():
+    with pytest.raises(ConfigError, match="carry no log-likelihoods"):
+        choice_kl(items([1]), items([1]))
+
+
+def test_no_torch_and_no_lm_eval_are_imported():
+    code = (
+        "import sys, json, harness.evaluate.paired, harness.evaluate.intervals\n"
+        "print(json.dumps([m for m in ('torch', 'lm_eval', 'scipy') if m in sys.modules]))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(output.stdout) == []

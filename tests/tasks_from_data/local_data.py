@@ -1,0 +1,69 @@
+"""Readers of public evaluation sets that lie beside the checkout, or in the folder HARNESS_TEST_DATA.
+
+For tests and for comparing with published figures; nothing here is part of the distribution.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+_ARTICLE = re.compile(r"^ = [^=].* = \n$")
+
+
+def data_folder() -> Path:
+    """Where the files are looked for."""
+    given = os.environ.get("HARNESS_TEST_DATA")
+    return Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
+
+
+def data_revision(file: str, **_: Any) -> str:
+    """The content hash of the file that a task reads."""
+    from harness.keys import file_hash
+
+    return file_hash(data_folder() / file)
+
+
+def json_lines(file: str, **_: Any) -> dict[str, Any]:
+    """Records of a `.jsonl.gz` file."""
+    from datasets import Dataset
+
+    with gzip.open(data_folder() / file, "rt", encoding="utf-8") as lines:
+        return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+
+
+def wikitext(file: str, **_: Any) -> dict[str, Any]:
+    """Articles of a raw WikiText file, such that joining them gives the text of the GPTQ code.
+
+    That code joins the rows of the hub's data set by blank lines; a row is a line with its end, or
+    nothing for a blank line.
+    """
+    from datasets import Dataset
+
+    with lzma.open(data_folder() / file, "rt", encoding="utf-8") as lines:
+        rows = [line if line.strip() else "" for line in lines]
+    starts = [number for number, row in enumerate(rows) if _ARTICLE.match(row)]
+    bounds = [0, *starts[1:], len(rows)]
+    articles = ["\n\n".join(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return {"test": Dataset.from_list([{"text": article} for article in articles])}
+
+
+# WinoGrande scores the end of the sentence after each of two beginnings.
+
+
+def winogrande_answer(document: dict[str, Any]) -> int:
+    return int(document["label"])
+
+
+def winogrande_beginnings(document: dict[str, Any]) -> list[str]:
+    before = document["sentence"].partition("_")[0]
+    return [before + document["option1"], before + document["option2"]]
+
+
+def winogrande_end(document: dict[str, Any]) -> str:
+    return str(document["sentence"].partition("_")[2]).strip()
