@@ -36,7 +36,9 @@ FAMILY_STYLES: dict[str, tuple[str, str]] = {
 }
 """Colour and marker of each family."""
 
+_TEXT_COLOUR = "#31333F"
 _FRONT_COLOUR = "#777777"
+_NAME_LENGTH = 34
 _LABELLED = 25  # with more points than this, names are left to hovering
 
 
@@ -99,6 +101,7 @@ def pareto(
         yaxis_title=axis_title(html.escape(y_name), y_shown, y_better),
         legend={"title": "family", "itemsizing": "constant"},
         hoverlabel={"align": "left"},
+        font={"color": _TEXT_COLOUR},
         height=560,
         margin={"l": 10, "r": 10, "t": 30, "b": 10},
     )
@@ -148,7 +151,7 @@ def _family_trace(rows: pd.DataFrame, family: str, x_unit: str, y_unit: str, tot
         error_y=_bars(rows, "y"),
         mode="markers+text" if total <= _LABELLED else "markers",
         name=family,
-        text=[_label(row["name"], row["marks"]) for _, row in rows.iterrows()],
+        text=[_label(_shortened(row["name"]), row["marks"]) for _, row in rows.iterrows()],
         # Beside the interval's bars, and on the inner side at the right edge.
         textposition=["top left" if at_edge else "top right" for at_edge in rows["at_edge"]],
         textfont={"size": 11},
@@ -158,6 +161,7 @@ def _family_trace(rows: pd.DataFrame, family: str, x_unit: str, y_unit: str, tot
         marker={
             "color": colour,
             "size": [14 if on_front else 10 for on_front in rows["front"]],
+            "opacity": 1,
             "symbol": [f"{symbol}-open" if marks else symbol for marks in rows["marks"]],
             "line": {"width": 2, "color": colour},
         },
@@ -174,6 +178,7 @@ def comparison(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
     first = frame.iloc[0]
     factor, unit = scale(first["unit"], frame["value"])
     rows = frame.assign(**{name: frame[name] * factor for name in ("value", "lower", "upper")})
+    places = {name: place for place, name in enumerate(names)}
     figure = go.Figure()
     for _, row in rows.iterrows():
         colour, symbol = FAMILY_STYLES[row["family"]]
@@ -181,11 +186,12 @@ def comparison(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
         figure.add_trace(
             go.Scatter(
                 x=[row["value"]],
-                y=[html.escape(row["name"])],
+                y=[places[row["name"]]],
                 error_x=_bars(row.to_frame().T, "value", "lower", "upper"),
                 mode="markers+text",
                 text=[format_value(row["value"])],
                 textposition="top center",
+                cliponaxis=False,
                 hovertext=[f"{_label(row['name'], row['marks'])}<br>{html.escape(text)}"],
                 hoverinfo="text",
                 marker={
@@ -201,12 +207,13 @@ def comparison(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
     figure.update_layout(
         title={"text": html.escape(first["column"]), "font": {"size": 14}},
         xaxis_title=axis_title("", unit, direction).strip(),
+        font={"color": _TEXT_COLOUR},
         height=130 + 42 * len(names),
         margin={"l": 10, "r": 20, "t": 45, "b": 10},
     )
     figure.update_yaxes(
-        categoryorder="array",
-        categoryarray=[html.escape(name) for name in names],
+        tickvals=list(places.values()),
+        ticktext=[html.escape(_shortened(name)) for name in names],
         range=[len(names) - 0.4, -0.7],
         automargin=True,
     )
@@ -226,6 +233,11 @@ def _bars(
         "thickness": 1,
         "width": 3,
     }
+
+
+def _shortened(name: str) -> str:
+    """A name that leaves room for the chart; hovering shows it whole."""
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
 
 def _label(name: str, marks: str) -> str:

@@ -31,7 +31,7 @@ _START_TIMEOUT_S = 30.0
 
 
 def serve(db: str, host: str = "127.0.0.1", port: int = 8501, *, open_browser: bool) -> int:
-    """Run the server until it is stopped; returns its exit code, 0 after Ctrl-C.
+    """Run the server until it is stopped; returns its exit code, 0 after Ctrl-C or SIGTERM.
 
     The store is opened read-only, and only when a page asks for it, so it may still be missing.
 
@@ -50,7 +50,8 @@ def serve(db: str, host: str = "127.0.0.1", port: int = 8501, *, open_browser: b
             address = f"http://{'localhost' if host in ('127.0.0.1', '0.0.0.0') else host}:{port}"
             if open_browser and _is_up(process, host, port):
                 webbrowser.open(address)
-            return process.wait()
+            code = process.wait()
+        return 0 if code == -signal.SIGTERM else code
     except KeyboardInterrupt:
         return 0
     finally:

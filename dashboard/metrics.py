@@ -31,9 +31,23 @@ LEADING = (
 )
 """The metrics that most questions are about, in the order in which tables and lists show them."""
 
-COUNTED = frozenset({"weight_bytes", "disk_bytes", "kv_cache_bytes_per_token"})
+COUNTED = frozenset(
+    {
+        "compression_ratio",
+        "disk_bytes",
+        "kv_cache_bytes_per_token",
+        "stored_bits_per_weight",
+        "theoretical_compression_ratio",
+        "weight_bytes",
+    }
+)
 """Metrics that have no interval because they are counted: a second reading would be the same."""
 
+_DIRECTIONS = {
+    "compression_ratio": "higher",
+    "stored_bits_per_weight": "lower",
+    "theoretical_compression_ratio": "higher",
+}
 _LOWER_UNITS = frozenset({"s", "B", "B/token", "J", "J/token", "W", "tokens", "steps"})
 _HIGHER_UNITS = frozenset({"tokens/s", "B/s", "FLOP/s"})
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -41,6 +55,8 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def better(metric: str, unit: str, kind: str = "") -> str | None:
     """``lower`` or ``higher``; None where nobody knows (a number that a method recorded itself)."""
+    if metric in _DIRECTIONS:
+        return _DIRECTIONS[metric]
     if unit in _LOWER_UNITS:
         return "lower"
     if unit in _HIGHER_UNITS:
@@ -70,6 +86,8 @@ def scale(unit: str, values: Iterable[float | None]) -> tuple[float, str]:
         return 1024.0**-power, _SIZES[power] + per + rest
     if unit == "fraction":
         return 100.0, "%"
+    if unit == "1":  # a number without a unit
+        return 1.0, ""
     return 1.0, unit
 
 

@@ -1,13 +1,13 @@
 """What all pages share: the store, the filters in the address, and text that stays text.
 
 Whatever comes from a store (names, reasons, logs) was written by others: it is only ever shown by
-widgets that draw plain text, or escaped.
+widgets that draw plain text (tables, choices, `st.text`, `st.code`), never by those that read
+Markdown; charts, which read some HTML, escape it.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,11 +26,11 @@ from .queries import Filters, Stamp
 
 __all__ = [
     "ask_filters",
+    "ask_sweep",
     "choose_many",
     "choose_one",
     "delta_table",
     "how_to_fill",
-    "literal",
     "opened",
     "overview_table",
     "records",
@@ -45,12 +45,6 @@ _PINNED = ("model", "method", "variant")
 _WIDTHS_PX = {"marks": 100, "verdict": 140, "compared": 110, "reason": 420}
 _OPTIONAL = ("marks", "caution")  # columns that are left out where nothing is in them
 _FILL = "harness sweep --methods gptq,smoothquant"
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&^=])")
-
-
-def literal(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
 # --- the store --------------------------------------------------------------------------------
@@ -83,12 +77,21 @@ def how_to_fill(headline: str, reason: str = "") -> None:
     st.code(_FILL, language="bash")
 
 
-def records(store: Store) -> pd.DataFrame:
-    """The records of the sweep that the reader chose; a page ends here where there are none."""
-    sweeps = stored.sweeps(store)["sweep"].tolist()
-    labels = [NEWEST, *(f"sweep {sweep}" for sweep in reversed(sweeps))]
-    chosen = choose_one("Results of", labels, "sweep", st.sidebar)
-    sweep = None if chosen in (None, NEWEST) else int(chosen.removeprefix("sweep "))
+def ask_sweep(store: Store) -> int | None:
+    """The sweep that the reader chose; None for the newest of each cell."""
+    sweeps = [str(sweep) for sweep in reversed(stored.sweeps(store)["sweep"].tolist())]
+    chosen = choose_one(
+        "Results of",
+        [NEWEST, *sweeps],
+        "sweep",
+        st.sidebar,
+        format_func=lambda each: each if each == NEWEST else f"sweep {each}",
+    )
+    return None if chosen in (None, NEWEST) else int(chosen)
+
+
+def records(store: Store, sweep: int | None) -> pd.DataFrame:
+    """The records of a sweep, or the current ones; a page ends here where there are none."""
     frame = _records(store.label, queries.stamp(store), sweep, store)
     if frame.empty:
         if sweep is None:
@@ -100,7 +103,8 @@ def records(store: Store) -> pd.DataFrame:
 
 
 @st.cache_data(show_spinner=False, max_entries=8)
-def _records(label: str, _at: Stamp, sweep: int | None, _store: Store) -> pd.DataFrame:
+def _records(label: str, at: Stamp, sweep: int | None, _store: Store) -> pd.DataFrame:
+    # Kept until something is added; Streamlit leaves the parameter with an underscore out of the key.
     return queries.load(_store, sweep)
 
 
@@ -147,17 +151,18 @@ def choose_many(
     return chosen
 
 
-def choose_one(
-    label: str, options: Sequence[str], key: str, where: Any = st, *, default: int = 0
-) -> str | None:
-    """A single choice whose state is in the address as ``key=...``; None where there is no option."""
+def choose_one(label: str, options: Sequence[str], key: str, where: Any = st, **widget: Any) -> str | None:
+    """A single choice whose state is in the address as ``key=...``; None where there is no option.
+
+    The first option is what is chosen where the reader chose nothing.
+    """
     if not options:
         return None
     state = f"choice_{key}"
     wanted = st.session_state.get(state) or next(iter(_remembered(key)), None)
-    st.session_state[state] = wanted if wanted in options else options[default]
-    chosen: str = where.selectbox(label, options, key=state)
-    _remember(key, [chosen], [options[default]])
+    st.session_state[state] = wanted if wanted in options else options[0]
+    chosen: str = where.selectbox(label, options, key=state, **widget)
+    _remember(key, [chosen], [options[0]])
     return chosen
 
 
@@ -233,11 +238,11 @@ def delta_table(deltas: pd.DataFrame) -> pd.DataFrame:
             {
                 "variant": row.name,
                 "metric": row.column,
-                "baseline": f"{format_value(row.baseline * factor)} {unit}".strip(),
-                "value": f"{format_value(row.value * factor)} {unit}".strip(),
+                "verdict": row.verdict,
                 "difference [95 %]": f"{_difference(row, factor)} {step}".strip(),
                 "value / baseline": row.ratio,
-                "verdict": row.verdict,
+                "baseline": f"{format_value(row.baseline * factor)} {unit}".strip(),
+                "value": f"{format_value(row.value * factor)} {unit}".strip(),
                 "compared": row.compared,
                 "marks": row.marks,
                 "caution": row.flag,

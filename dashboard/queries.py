@@ -20,11 +20,12 @@ import pandas as pd
 from sqlalchemy import func, select
 
 from harness.evaluate.paired import paired_bootstrap_difference
+from harness.records import Status
 from harness.store import queries as stored
 from harness.store.store import Store
 from harness.store.tables import cells, records, sweeps
 
-from .metrics import COUNTED, better, column_name, order_key
+from .metrics import COUNTED, LEADING, better, column_name, order_key
 
 __all__ = [
     "DELTA_COLUMNS",
@@ -34,6 +35,7 @@ __all__ = [
     "deltas",
     "failures",
     "filtered",
+    "leading_columns",
     "load",
     "named",
     "newest",
@@ -50,6 +52,7 @@ DELTA_COLUMNS = (
     "variant", "name", "model", "method", "marks", "metric", "place", "column", "unit", "direction",
     "baseline", "value", "delta", "lower", "upper", "ratio", "verdict", "compared", "flag",
 )  # fmt: skip
+_LEADING_COSTS, _LEADING_SCORES = 4, 5
 _SETTING = ["model", "seed", "dtype", "device_name"]
 
 
@@ -59,6 +62,7 @@ class Stamp(NamedTuple):
     sweep: int
     cell: int
     record: int
+    started_at: str  # of the last sweep, so that a store made anew is not taken for the old one
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +82,12 @@ class Filters:
 
 
 def stamp(store: Store) -> Stamp:
-    """Cheap: three look-ups in primary keys."""
+    """Cheap: a few look-ups in primary keys."""
     with store.reading() as connection:
         newest_ids = [connection.scalar(select(func.max(t.c.id))) for t in (sweeps, cells, records)]
-    return Stamp(*(id_ or 0 for id_ in newest_ids))
+        started_at = connection.scalar(select(sweeps.c.started_at).where(sweeps.c.id == newest_ids[0]))
+    sweep, cell, record = (id_ or 0 for id_ in newest_ids)
+    return Stamp(sweep, cell, record, started_at or "")
 
 
 def load(store: Store, sweep: int | Literal["last"] | None = None) -> pd.DataFrame:
@@ -171,6 +177,20 @@ def columns_of(frame: pd.DataFrame, kinds: Collection[str] = ()) -> pd.DataFrame
     ordered = pd.DataFrame(rows, columns=list(table.columns), dtype=object)
     ordered["direction"] = [better(row.metric, row.unit, row.kind) for row in rows]
     return ordered
+
+
+def leading_columns(about: pd.DataFrame) -> list[str]:
+    """What to show before anything is chosen: some costs, each at one shape, and some scores.
+
+    Args:
+        about: rows of `columns_of`.
+    """
+    leading = about[about["metric"].isin(LEADING)]
+    if leading.empty:
+        return list(about["column"][:_LEADING_COSTS])
+    scores = leading["kind"] == "task"
+    costs = leading[~scores & ~leading["metric"].duplicated()]
+    return [*costs["column"][:_LEADING_COSTS], *leading.loc[scores, "column"][:_LEADING_SCORES]]
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -348,9 +368,17 @@ def option_table(frame: pd.DataFrame, variants: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(table, dtype=object).fillna("")
 
 
-def failures(store: Store) -> pd.DataFrame:
-    """The cells that are not ok, the newest first, with ``place`` as in `load`."""
-    frame = stored.failures(store)
+def failures(store: Store, sweep: int | Literal["last"] | None = None) -> pd.DataFrame:
+    """The cells that are not ok: first those that should have been, then the newest first.
+
+    The columns of `harness.store.queries.failures`, and ``place`` as in `load`.
+    """
+    frame = stored.failures(store, sweep=sweep)
     place = frame["task"].where(frame["task"].notna(), frame["scenario"])
     frame["place"] = place.where(place.notna(), frame["kind"]).astype(object)
-    return frame.sort_values("cell", ascending=False, kind="stable").reset_index(drop=True)
+    frame["started_at"] = frame["started_at"].str.slice(0, 19).str.replace("T", " ").astype(object)
+    expected = [not Status(status).is_failure for status in frame["status"]]
+    order = frame.assign(expected=expected).sort_values(
+        ["expected", "cell"], ascending=[True, False], kind="stable"
+    )
+    return order.drop(columns="expected").reset_index(drop=True)

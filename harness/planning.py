@@ -20,7 +20,8 @@ from harness.errors import ConfigError
 from harness.evaluate.index import resolve_tasks
 from harness.grid import Grid, GridInputs, VariantPlan, build_grid, with_baseline
 from harness.job import Budget, CellJob, VariantJob
-from harness.measure.machine import MEASURING_VERSION, device_name, resolve_device
+from harness.measure import MEASURING_VERSION
+from harness.measure.machine import device_name, resolve_device
 from harness.measure.scenario import default_scenarios
 from harness.models.info import ModelInfo
 from harness.models.loading import ModelDescription, describe, resolve_model, zoo_names

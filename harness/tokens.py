@@ -88,10 +88,12 @@ def read_text(path: Path) -> str:
     import gzip
     import lzma
 
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    unpackers = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            return str(file.read())
+        content = path.read_bytes()
+        if path.suffix in unpackers:
+            content = unpackers[path.suffix](content)
+        return content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"the text file {path} does not exist") from None
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:

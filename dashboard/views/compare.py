@@ -11,7 +11,6 @@ from harness.store import queries as stored
 from harness.store.store import Store
 
 from .. import charts, page, queries
-from ..metrics import LEADING
 
 __all__ = ["render"]
 
@@ -22,7 +21,7 @@ def render() -> None:
     """Draw the page."""
     st.title("Compare")
     with page.opened() as store:
-        frame = page.records(store)
+        frame = page.records(store, page.ask_sweep(store))
         rows = queries.filtered(frame, page.ask_filters(frame))
         names = rows.drop_duplicates("variant").set_index("variant")["name"]
         ids = page.choose_many(
@@ -44,22 +43,29 @@ def render() -> None:
             for column in about["column"]
             if chosen.loc[chosen["column"] == column, "variant"].nunique() >= _FEWEST
         ]
-        leading = about.loc[about["metric"].isin(LEADING), "column"]
-        leading = [column for column in shared if column in set(leading)]
-        columns = page.choose_many("Figures", shared, "figure", default=leading or shared)
-        _draw_charts(chosen, columns, [names[variant] for variant in ids])
-        _draw_tables(store, frame, rows, ids, columns)
+        default = queries.leading_columns(about[about["column"].isin(shared)])
+        columns = page.choose_many("Figures", shared, "figure", default=default)
+        # Where all are of one model, its name need not be repeated.
+        chosen = queries.named(chosen)
+        _draw_charts(chosen, columns, _in_order(chosen, ids))
+        _draw_tables(store, queries.named(rows[rows["variant"].isin(ids)]), ids, columns)
 
 
 def _first_choice(rows: pd.DataFrame) -> list[int]:
-    """The baseline with the most companions, and the first of them."""
+    """The baseline with the most companions, and those of them with the most figures."""
     pairs = queries.pairs_of(rows)
     if not pairs:
         return [int(variant) for variant in rows["variant"].unique()[:_FEWEST]]
     baseline = Counter(pairs.values()).most_common(1)[0][0]
-    measured = set(rows.loc[rows["column"].notna(), "variant"])
-    others = [each for each, paired in pairs.items() if paired == baseline and each in measured]
+    figures = queries.newest(rows)["variant"].value_counts()
+    others = [each for each, paired in pairs.items() if paired == baseline and each in figures]
+    others.sort(key=lambda variant: -figures[variant])
     return [baseline, *others[:3]]
+
+
+def _in_order(rows: pd.DataFrame, ids: list[int]) -> list[str]:
+    names = rows.drop_duplicates("variant").set_index("variant")["name"]
+    return [names[variant] for variant in ids if variant in names]
 
 
 def _draw_charts(chosen: pd.DataFrame, columns: list[str], names: list[str]) -> None:
@@ -69,12 +75,10 @@ def _draw_charts(chosen: pd.DataFrame, columns: list[str], names: list[str]) -> 
         places[number % 2].plotly_chart(figure, width="stretch", key=f"comparison {column}")
 
 
-def _draw_tables(
-    store: Store, frame: pd.DataFrame, rows: pd.DataFrame, ids: list[int], columns: list[str]
-) -> None:
+def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list[str]) -> None:
     st.subheader("Against the first")
     pairs = dict.fromkeys(ids[1:], ids[0])
-    compared = queries.deltas(store, frame, columns, pairs)
+    compared = queries.deltas(store, rows, columns, pairs)
     if compared.empty:
         st.info("The first variant has none of these figures.")
     else:
@@ -83,11 +87,10 @@ def _draw_tables(
     st.dataframe(queries.option_table(rows, ids), width="stretch")
     st.subheader("What the transforms changed")
     variants = stored.variants(store).set_index("variant").loc[ids].reset_index()
-    names = rows.drop_duplicates("variant").set_index("variant")["name"]
     page.show_table(
         pd.DataFrame(
             {
-                "variant": [names[variant] for variant in ids],
+                "variant": _in_order(rows, ids),
                 "modules": variants["modules"],
                 "changed": variants["modules_changed"],
                 "MiB before": variants["bytes_before"] / 2**20,

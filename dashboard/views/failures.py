@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
@@ -14,9 +16,10 @@ def render() -> None:
     """Draw the page."""
     st.title("Failures")
     with page.opened() as store:
-        frame = page.records(store)
+        sweep = page.ask_sweep(store)
+        frame = page.records(store, sweep)
         filters = page.ask_filters(frame)
-        failed = queries.failures(store)
+        failed = queries.failures(store, sweep)
         passed = queries.filtered(frame, filters)
         failed = failed[failed["cell"].isin(set(passed["cell"]))]
         if filters.statuses:
@@ -37,14 +40,15 @@ def render() -> None:
         _draw_details(failed)
 
 
+def _label(row: Any) -> str:
+    return f"{row.status} · {row.model} · {row.method} · {row.place} (cell {row.cell})"
+
+
 def _draw_details(failed: pd.DataFrame) -> None:
     st.subheader("Details")
-    labels = {
-        f"cell {row.cell}: {row.status} · {row.model} · {row.method} · {row.place}": row
-        for row in failed.itertuples()
-    }
-    chosen = page.choose_one("Cell", list(labels), "cell")
-    row = labels[chosen]
+    rows = {str(row.cell): row for row in failed.itertuples()}
+    chosen = page.choose_one("Cell", list(rows), "cell", format_func=lambda cell: _label(rows[cell]))
+    row = rows[chosen]
     st.text(row.reason or "No reason was given.")
     for title, content in (("Traceback", row.traceback), ("End of the log", row.log_tail)):
         st.markdown(f"**{title}**")

@@ -8,18 +8,15 @@ import streamlit as st
 from harness.store.store import Store
 
 from .. import page, queries
-from ..metrics import LEADING
 
 __all__ = ["render"]
-
-_SHOWN_AT_FIRST = 9
 
 
 def render() -> None:
     """Draw the page."""
     st.title("Overview")
     with page.opened() as store:
-        frame = page.records(store)
+        frame = page.records(store, page.ask_sweep(store))
         rows = queries.named(queries.filtered(frame, page.ask_filters(frame)))
         if rows.empty:
             st.info("No variant passes the filters.")
@@ -32,19 +29,10 @@ def render() -> None:
         figures[3].metric("not ok", int((cells["status"] != "ok").sum()))
         about = queries.columns_of(rows)
         names = about["column"].tolist()
-        chosen = page.choose_many("Columns", names, "column", default=_first_choice(about))
+        chosen = page.choose_many("Columns", names, "column", default=queries.leading_columns(about))
         table = page.overview_table(queries.overview(rows, chosen), about)
         page.show_table(table)
         _draw_deltas(store, frame, rows, chosen)
-
-
-def _first_choice(about: pd.DataFrame) -> list[str]:
-    """The leading metrics, at one shape each and at every task."""
-    leading = about[about["metric"].isin(LEADING)]
-    if leading.empty:
-        return about["column"].tolist()[:_SHOWN_AT_FIRST]
-    once = leading[(leading["kind"] == "task") | ~leading["metric"].duplicated()]
-    return once["column"].tolist()[:_SHOWN_AT_FIRST]
 
 
 def _draw_deltas(store: Store, frame: pd.DataFrame, rows: pd.DataFrame, chosen: list[str]) -> None:

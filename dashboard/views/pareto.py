@@ -20,7 +20,7 @@ def render() -> None:
     """Draw the page."""
     st.title("Pareto")
     with page.opened() as store:
-        frame = page.records(store)
+        frame = page.records(store, page.ask_sweep(store))
         rows = queries.filtered(frame, page.ask_filters(frame))
         # A front over several models would only say that small models are small.
         model = page.choose_one("Model", _models(rows), "on")

@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from harness.cli import catalog, compare, dashboard, doctor, new, results, sweep
 from harness.errors import HarnessError
 
 __all__ = ["app", "run"]
+
+# Newer releases of Typer carry their own copy of click, so its errors are found through Typer.
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="harness",
@@ -67,12 +69,13 @@ def run(arguments: Sequence[str]) -> int:
     except HarnessError as error:
         _say(str(error))
         return 2
-    except click.exceptions.Abort:
+    except typer.Abort:
         return 130
-    except click.ClickException as error:
-        _say(error.format_message())
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            click.echo(f"see: {error.ctx.command_path} --help", err=True)
+    except CommandLineError as error:
+        _say(str(getattr(error, "format_message", error.__str__)()))
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            typer.echo(f"see: {context.command_path} --help", err=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -84,4 +87,4 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _say(message: str) -> None:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    typer.echo("error: " + " ".join(message.split()), err=True)

@@ -19,4 +19,4 @@ def dashboard(
 
     from harness.cli.sweep import database
 
-    return serve(database(db), port=port, open_browser=open_browser)
+    return int(serve(database(db), port=port, open_browser=open_browser))

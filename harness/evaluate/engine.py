@@ -33,6 +33,7 @@ from harness.evaluate.windows import (
     TokenWindows,
     WindowScores,
     cut_windows,
+    device_of,
     score_windows,
     window_length,
 )
@@ -76,7 +77,7 @@ def evaluate_task(
     """
     _check_applicable(info)
     note = None if limit is None else f"limit={limit}"
-    with quiet(), seeded(seed), evaluating(model):
+    with quiet(), seeded(seed, device_of(model)), evaluating(model):
         loaded = load_task(task, seed=seed)
         lm = InMemoryLM(model, tokenizer, info, batch_size=batch_size)
         try:
@@ -127,7 +128,7 @@ def make_reference(
     task's revision, and `limit`. Raises as `evaluate_task`.
     """
     _check_applicable(info)
-    with quiet(), seeded(seed), evaluating(model):
+    with quiet(), seeded(seed, device_of(model)), evaluating(model):
         documents = load_task(task, seed=seed).documents(limit)
         windows = cut_windows(documents, tokenizer, window_length(info.max_positions))
         reference = compute_reference(model, windows, vocab_size=info.vocab_size, batch_size=batch_size)

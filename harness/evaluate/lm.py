@@ -120,7 +120,7 @@ class InMemoryLM(HFLM):  # type: ignore[misc]
 
 
 def _prepared(tokenizer: Any) -> Any:
-    """A copy that has a padding token without gaining a new one."""
+    """A copy that has what HFLM needs without gaining a new token."""
     if tokenizer is None:
         raise NotApplicable("the model has no tokenizer, so no text can be scored")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -128,8 +128,9 @@ def _prepared(tokenizer: Any) -> Any:
         raise NotApplicable("the tokenizer has neither a beginning- nor an end-of-text token to condition on")
     mine = copy.deepcopy(tokenizer)
     mine.model_max_length = int(1e30)  # documents are cut into windows: no need to warn of long ones
-    if mine.pad_token_id is None:
-        mine.pad_token = mine.eos_token if mine.eos_token is not None else mine.bos_token
+    if mine.eos_token_id is None:
+        # HFLM stops texts at it and pads with it, or else adds a token that the model does not know.
+        mine.eos_token = mine.bos_token
     return mine
 
 
@@ -148,13 +149,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Python's, numpy's and torch's global generators seeded, and restored afterwards.
 
     lm-eval's tasks draw few-shot examples and samples from them.
     """
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

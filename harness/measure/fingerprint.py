@@ -19,9 +19,10 @@ from harness.measure.storage import own_tensors, plain_tensors, tensor_key
 
 __all__ = ["ModuleFingerprint", "TensorFingerprint", "checksums", "fingerprint_modules"]
 
-_CHUNK_WORDS = 4 * 1024 * 1024  # of 8 bytes: 32 MB of temporaries a pass
+_CHUNK_WORDS = {"cpu": 1 << 17, "cuda": 1 << 22}  # of 8 bytes: what suits the caches
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; as a signed 64-bit number
 _MODULUS = 1 << 64
+_MURMUR = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))
 _CONFIG_FIELDS = ("sliding_window", "layer_types", "num_hidden_layers", "rope_parameters", "is_causal")
 
 
@@ -121,68 +122,88 @@ def checksums(tensors: Mapping[Any, torch.Tensor]) -> dict[Any, int]:
     A change within one 8-byte word always changes it, any other change almost surely. Tied tensors
     are read once, and results cross from the device once for all, not once a tensor.
     """
-    factors: dict[torch.device, torch.Tensor] = {}
-    parts: dict[tuple[Any, ...], list[torch.Tensor]] = {}
-    keys: dict[Any, list[tuple[Any, ...]]] = {}
-    for name, tensor in tensors.items():
-        keys[name] = []
-        for plain in plain_tensors(tensor):
-            key = tensor_key(plain)
-            if key not in parts:
-                if plain.device not in factors and not plain.is_meta:
-                    factors[plain.device] = _position_factors(plain.device)
-                parts[key] = _chunk_sums(plain, factors)
-            keys[name].append(key)
-    read = _read_all(parts)
-    return {name: _joined([part for key in found for part in read[key]]) for name, found in keys.items()}
+    positions = {device: _positions(device) for device in {t.device for t in _plain(tensors)}}
+    sums: dict[tuple[Any, ...], torch.Tensor] = {}
+    for tensor in _plain(tensors):
+        key = tensor_key(tensor)
+        if key not in sums:
+            sums[key] = _mixed_sum(tensor, positions[tensor.device])
+    read = _read_all(sums)
+    return {
+        name: _joined([read[tensor_key(plain)] for plain in plain_tensors(tensor)])
+        for name, tensor in tensors.items()
+    }
 
 
-def _read_all(parts: dict[tuple[Any, ...], list[torch.Tensor]]) -> dict[tuple[Any, ...], list[int]]:
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for tensors in parts.values():
-        for tensor in tensors:
-            by_device.setdefault(tensor.device, []).append(tensor)
-    values = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
-    return {key: [int(next(values[tensor.device])) for tensor in tensors] for key, tensors in parts.items()}
+def _plain(tensors: Mapping[Any, torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in tensors.values():
+        yield from plain_tensors(tensor)
+
+
+def _chunk_words(device: torch.device) -> int:
+    return _CHUNK_WORDS.get(device.type, _CHUNK_WORDS["cpu"])
+
+
+def _positions(device: torch.device) -> torch.Tensor:
+    """What sets the places of a chunk apart: int64 [chunk], multiples of the golden ratio."""
+    return torch.arange(_chunk_words(device), device=device).mul_(_GOLDEN)
+
+
+def _read_all(sums: dict[tuple[Any, ...], torch.Tensor]) -> dict[tuple[Any, ...], int]:
+    by_device: dict[torch.device, dict[tuple[Any, ...], torch.Tensor]] = {}
+    for key, found in sums.items():
+        by_device.setdefault(found.device, {})[key] = found
+    read: dict[tuple[Any, ...], int] = {}
+    for device, named in by_device.items():
+        values = [0] * len(named) if device.type == "meta" else torch.stack([*named.values()]).tolist()
+        read.update(zip(named, values, strict=True))
+    return read
 
 
 def _joined(parts: list[int]) -> int:
     total = 0
     for part in parts:
-        total = (total * _GOLDEN + part + 1) % _MODULUS
+        total = (total * _GOLDEN + part) % _MODULUS
     return total
 
 
-def _chunk_sums(tensor: torch.Tensor, factors: dict[torch.device, torch.Tensor]) -> list[torch.Tensor]:
-    """Sums (int64 scalars on the tensor's device), one a chunk, of the words mixed by position."""
+def _mixed_sum(tensor: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The sum (an int64 scalar on the tensor's device) of its words mixed with their positions."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     if tensor.is_meta or not tensor.numel():
-        return []
-    by_position = factors[tensor.device]
+        return total
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole = raw.numel() // 8 * 8
     words = raw[:whole]
     if words.storage_offset() % 8:
         words = words.clone()
-    chunks = [*words.view(torch.int64).split(_CHUNK_WORDS)] if whole else []
-    if whole < raw.numel():
-        chunks.append(raw[whole:].to(torch.int64))
-    return [_mixed(chunk, by_position[: chunk.numel()]).sum() for chunk in chunks]
+    chunks = [*words.view(torch.int64).split(len(positions))] if whole else []
+    for number, chunk in enumerate(chunks):
+        first = _signed(number * len(positions) * _GOLDEN)
+        total += _mixed(chunk, positions[: chunk.numel()], first).sum()
+    if whole < raw.numel():  # at most seven bytes more, each a word
+        tail = raw[whole:].to(torch.int64)
+        total += _mixed(tail, positions[: tail.numel()], _signed(whole // 8 * _GOLDEN)).sum()
+    return total
 
 
-def _mixed(words: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    # Each of the three steps is a bijection of 64-bit words. The shifts carry high bits down:
-    # by multiplication alone two flipped signs could cancel in the sum.
-    return _xor_shift(_xor_shift(words, 32) * factors, 29)
+def _signed(number: int) -> int:
+    """The number modulo 2^64 as the signed integer with the same bits."""
+    return (number + _MODULUS // 2) % _MODULUS - _MODULUS // 2
 
 
-def _xor_shift(words: torch.Tensor, bits: int) -> torch.Tensor:
-    shifted = (words >> bits).bitwise_and_((1 << (64 - bits)) - 1)
-    return shifted.bitwise_xor_(words)
+def _mixed(words: torch.Tensor, positions: torch.Tensor, first: int) -> torch.Tensor:
+    """Each word with its position through the finaliser of MurmurHash3 (a bijection of 64 bits).
+
+    Every bit of a word reaches every bit of the result. A plain weighted sum would not do: the flipped
+    signs of two weights are two equal high bits, and those cancel.
+    """
+    mixed = torch.add(words, positions).add_(first)
+    for factor in _MURMUR:
+        _xor_shift_(mixed).mul_(factor)
+    return _xor_shift_(mixed)
 
 
-def _position_factors(device: torch.device) -> torch.Tensor:
-    """Odd factors int64 [_CHUNK_WORDS], one a position, that look random (the mixer of SplitMix64)."""
-    mixed = torch.arange(1, _CHUNK_WORDS + 1, device=device) * _GOLDEN
-    mixed = _xor_shift(mixed, 30) * (0xBF58476D1CE4E5B9 - _MODULUS)
-    mixed = _xor_shift(mixed, 27) * (0x94D049BB133111EB - _MODULUS)
-    return _xor_shift(mixed, 31) | 1
+def _xor_shift_(words: torch.Tensor) -> torch.Tensor:
+    # int64 shifts are arithmetic; the mask makes this one logical.
+    return words.bitwise_xor_((words >> 33).bitwise_and_((1 << 31) - 1))

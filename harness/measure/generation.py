@@ -191,5 +191,7 @@ def _fixed_cache(
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters
+    """True where the model's `forward` takes the argument, or hands everything on to another."""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
+    parameters = inspect.signature(inner.forward).parameters
+    return name in parameters or "input_ids" not in parameters

@@ -157,12 +157,15 @@ def kv_cache_bytes_per_token(
 
 
 def _window(model: nn.Module) -> int | None:
+    """The fewest tokens that any layer's cache is limited to; None where all grow without limit."""
+    from harness.nn.ring_cache import ring_size
+
     config = getattr(model, "config", None)
-    types = getattr(config, "layer_types", None)
-    if types is not None and "sliding_attention" not in types:
-        return None
-    window = getattr(config, "sliding_window", None)
-    return int(window) if window else None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    limits = [ring_size(kind) for kind in kinds]
+    if not kinds or "sliding_attention" in kinds:
+        limits.append(getattr(config, "sliding_window", None))
+    return min((int(limit) for limit in limits if limit), default=None)
 
 
 @torch.inference_mode()

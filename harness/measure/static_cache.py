@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, StaticLayer, get_layer_types_and_kwargs
 
+from harness.nn.ring_cache import ring_size
+
 __all__ = ["FixedCache", "FullLayer", "Ticker", "WindowLayer", "cache_problem"]
 
 _LAYERS = ("full_attention", "sliding_attention")
@@ -114,6 +116,14 @@ class WindowLayer(FullLayer):
         return self.ticker.length % self.max_cache_len
 
 
+class RingLayer(WindowLayer):
+    """The last `ring_size` tokens for a local pattern of the harness, whose attention knows that key p
+    is in slot ``p % ring_size`` and needs the query's true position (see `harness.nn.ring_cache`)."""
+
+    def query_offset(self) -> Any:
+        return self.get_seq_length()
+
+
 class FixedCache(Cache):
     """The cache of all layers of a model, for one prefill and the steps after it.
 
@@ -126,14 +136,15 @@ class FixedCache(Cache):
         self.ticker = Ticker(torch.zeros(1, dtype=torch.int64, device=device))
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         window = options.get("sliding_window") or max_len
-        super().__init__(
-            layers=[
-                WindowLayer(self.ticker, window)
-                if kind == "sliding_attention" and window < max_len
-                else FullLayer(self.ticker, max_len)
-                for kind in types
-            ]
-        )
+        super().__init__(layers=[self._layer(kind, window, max_len) for kind in types])
+
+    def _layer(self, kind: str, window: int, max_len: int) -> FullLayer:
+        if kind == "sliding_attention" and window < max_len:
+            return WindowLayer(self.ticker, window)
+        ring = ring_size(kind)
+        if ring is not None and ring < max_len:
+            return RingLayer(self.ticker, ring)
+        return FullLayer(self.ticker, max_len)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         layer = self.layers[layer_idx]
@@ -160,5 +171,5 @@ def cache_problem(model: nn.Module) -> str | None:
     if config is None:
         return "the model has no configuration that describes its cache"
     types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    unknown = sorted(set(types) - set(_LAYERS))
+    unknown = sorted(kind for kind in {*types} - {*_LAYERS} if ring_size(kind) is None)
     return f"layers of type {', '.join(unknown)} have no cache of fixed size" if unknown else None

@@ -22,13 +22,15 @@ from torch import nn
 from harness.errors import NotApplicable
 from harness.nn.local_attention import flex_attention_in_band, gathered_attention
 from harness.nn.masks import Band
+from harness.nn.sdpa import shared_heads_sdpa
 
 __all__ = ["PositionMask", "attend_in_band", "swap_attention", "use_local_attention"]
 
 Attend = Callable[..., tuple[torch.Tensor, None]]
 
-_PREFIX = "harness_"
+_PREFIX, _LOCAL = "harness_", "local_"
 _FLEX_FROM = 1024  # tokens; below it a masked dense kernel is as fast and needs no compiling
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # other terms of a score than q·k
 _EVERYTHING = 2**40  # a window that no sequence leaves
 
 
@@ -62,7 +64,7 @@ class PositionMask:
         return (self.padding.cumsum(-1) == 0).sum(-1)[:, None, None, None]
 
 
-def swap_attention(model: nn.Module, name: str, attend: Attend) -> None:
+def swap_attention(model: nn.Module, name: str, attend: Attend, mask: str | None = None) -> None:
     """Make `model` compute its attention with `attend`, registered under `name`.
 
     Args:
@@ -70,22 +72,22 @@ def swap_attention(model: nn.Module, name: str, attend: Attend) -> None:
         attend: ``attend(module, query, key, value, mask, *, dropout, scaling, **kwargs)``, as
             transformers calls it, but with a `PositionMask`; returns the output
             [batch, q, heads, d] and None.
+        mask: transformers' name of the masks that `attend` takes instead (``sdpa``: bool tensors).
 
     Raises:
-        NotApplicable: the model does not dispatch its attention, or it was swapped already.
+        NotApplicable: the model does not dispatch its attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
         raise NotApplicable(f"{type(model).__name__} has its attention built in: it cannot be swapped")
-    current = str(model.config._attn_implementation)
-    if current.startswith(_PREFIX):
-        raise NotApplicable("the attention was already replaced by another method of the chain")
     name = _PREFIX + name
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attend)
-        AttentionMaskInterface.register(name, _position_mask)
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS[mask] if mask else _position_mask
+        AttentionMaskInterface.register(name, make_mask)
     model.set_attn_implementation(name)
 
 
@@ -104,6 +106,8 @@ def use_local_attention(model: nn.Module, bands: Sequence[Band | None]) -> bool:
     own_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if own_types or getattr(config, "sliding_window", None) is not None:
         raise NotApplicable("the model already has local attention layers of its own")
+    if str(config._attn_implementation).startswith(_PREFIX + _LOCAL):
+        raise NotApplicable("the attention was already made local by another step of the chain")
     bands = tuple(bands)
 
     def attend(
@@ -114,14 +118,16 @@ def use_local_attention(model: nn.Module, bands: Sequence[Band | None]) -> bool:
         attention_mask: PositionMask | None,
         dropout: float = 0.0,
         scaling: float | None = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer: Any = module
+        if extra := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+            raise NotApplicable(f"the model's attention also has {', '.join(extra)}")
         band = bands[layer.layer_idx] or Band("sliding", _EVERYTHING, causal=layer.is_causal)
         return attend_in_band(query, key, value, attention_mask, band, dropout=dropout, scaling=scaling), None
 
     digest = hashlib.sha256(repr(bands).encode()).hexdigest()[:12]
-    swap_attention(model, f"local_{digest}", attend)
+    swap_attention(model, _LOCAL + digest, attend)
     if not all(band is None or band.causal for band in bands):
         return False
     return use_ring_caches(config, [band.reach if band else None for band in bands])
@@ -159,7 +165,9 @@ def attend_in_band(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
         sees_all = band.first(q_len - 1) <= 0 and (band.causal or band.last(0) >= q_len - 1)
         if mask.padding is None and sees_all:
-            return _sdpa(query, key, value, None, band.causal, dropout, scaling)
+            return shared_heads_sdpa(
+                query, key, value, is_causal=band.causal, dropout=dropout, scaling=scaling
+            )
         is_long = q_len >= max(_FLEX_FROM, 2 * band.reach)
         if mask.padding is None and query.is_cuda and is_long and dropout == 0:
             return flex_attention_in_band(query, key, value, band, scaling=scaling)
@@ -169,7 +177,7 @@ def attend_in_band(
             )
     layout = _Layout("ordered", key.shape[2], key.shape[2])
     allowed = _dense_mask(mask, band, q_len, layout, query.device)
-    return _sdpa(query, key, value, allowed, False, dropout, scaling)
+    return shared_heads_sdpa(query, key, value, allowed, dropout=dropout, scaling=scaling)
 
 
 def _one_query(
@@ -199,7 +207,7 @@ def _one_query(
         and max(band.first(current), 0) <= current - count + 1
     )
     allowed = None if sees_all else _dense_mask(mask, band, 1, layout, query.device)
-    return _sdpa(query, key, value, allowed, False, dropout, scaling)
+    return shared_heads_sdpa(query, key, value, allowed, dropout=dropout, scaling=scaling)
 
 
 # --- positions ------------------------------------------------------------------------------------
@@ -306,30 +314,3 @@ def _can_look(tensor: torch.Tensor, q_length: int) -> bool:
     if q_length == 1 or torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor | None,
-    is_causal: bool,
-    dropout: float,
-    scaling: float | None,
-) -> torch.Tensor:
-    repeats = query.shape[1] // key.shape[1]
-    # With a mask the grouped form falls back to the slow kernel: repeat the keys instead.
-    grouped = repeats > 1 and allowed is None
-    if repeats > 1 and not grouped:
-        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=allowed,
-        dropout_p=dropout,
-        scale=scaling,
-        is_causal=is_causal,
-        enable_gqa=grouped,
-    )
-    return out.transpose(1, 2)

@@ -22,6 +22,10 @@ from harness.nn.anatomy import blocks_of
 __all__ = ["Block", "BlockInput", "iterate_blocks"]
 
 
+_MASKED_APART = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
+"""Kinds of layers for which transformers itself makes different masks."""
+
+
 @dataclass(slots=True)
 class BlockInput:
     """What one calibration batch feeds a block: hidden states [batch, tokens, d] and the rest."""
@@ -97,7 +101,7 @@ def iterate_blocks(
 
 def _require_equal_masks(model: nn.Module) -> None:
     # What the first block gets beside the hidden states is passed on to all others.
-    kinds = set(getattr(getattr(model, "config", None), "layer_types", None) or ())
+    kinds = {*(getattr(getattr(model, "config", None), "layer_types", None) or ())} & _MASKED_APART
     if len(kinds) > 1:
         raise NotApplicable(
             f"blocks with different attention ({', '.join(sorted(kinds))}) cannot be run one by one"

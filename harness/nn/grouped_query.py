@@ -4,6 +4,8 @@ Llama's own attention can have any number of key-value heads. OPT's and GPT-2's 
 are replaced here by modules with the same names of projections, the same arithmetic and the same
 calls, whose keys and values are narrower. With as many key-value heads as query heads they compute
 exactly what the original computes.
+
+A decode step reads each shared head once: transformers would repeat it for every query head first.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable
 from harness.nn.anatomy import anatomy_of, blocks_of
+from harness.nn.attention import swap_attention
+from harness.nn.sdpa import shared_heads_sdpa
 from harness.nn.surgery import linear_from, replace_module
 
 __all__ = ["FusedGroupedAttention", "GroupedAttention", "regroup_key_values"]
@@ -57,7 +61,31 @@ def regroup_key_values(model: nn.Module, groups: int, pool: Pool) -> nn.Module:
         else:
             raise NotApplicable(f"{anatomy.family} models keep no key-value cache")
     config.num_key_value_heads = groups
+    if config._attn_implementation == "sdpa":
+        swap_attention(model, "shared_heads", _shared_heads_attention, mask="sdpa")
     return model
+
+
+def _shared_heads_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' own `sdpa`, except that a decode step does not repeat the shared heads."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[2] == 1:
+        out = shared_heads_sdpa(query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+        return out, None
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output
 
 
 def _has(block: nn.Module, name: str) -> bool:

@@ -18,11 +18,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
 
-from sqlalchemy import BigInteger, Float, Text
+from sqlalchemy import BigInteger, Float, Integer, Text
 from sqlalchemy.engine import Dialect
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["CleanText", "Real", "Whole", "dump_json", "load_json", "nan_if_null"]
+__all__ = ["CleanText", "Real", "RowId", "Whole", "dump_json", "load_json", "nan_if_null"]
 
 _TAG = "$float"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -49,6 +49,15 @@ class Whole(TypeDecorator[int]):
 
     def process_bind_param(self, value: SupportsIndex | None, dialect: Dialect) -> int | None:
         return None if value is None else operator.index(value)
+
+
+class RowId(Whole):
+    """The number of a row. SQLite fills in only an INTEGER key (which is 64 bits wide there)."""
+
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[int]:
+        return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
 
 
 class CleanText(TypeDecorator[str]):

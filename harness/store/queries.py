@@ -171,8 +171,12 @@ def results(
     )
 
 
-def failures(store: Store | Engine) -> pd.DataFrame:
-    """The current cells that are not ok, with reason, traceback and the end of the worker's log."""
+def failures(store: Store | Engine, *, sweep: int | Literal["last"] | None = None) -> pd.DataFrame:
+    """The cells that are not ok, with reason, traceback and the end of the worker's log.
+
+    Args:
+        sweep: a sweep's id or ``"last"``; None means the current cells.
+    """
     query = (
         select(
             cells.c.sweep_id.label("sweep"),
@@ -195,7 +199,7 @@ def failures(store: Store | Engine) -> pd.DataFrame:
         .order_by(cells.c.sweep_id, variants_table.c.model, variants_table.c.method, cells.c.id)
     )
     with _reading(store) as connection:
-        frame = _frame(connection, query.where(_current(connection, None)))
+        frame = _frame(connection, query.where(_current(connection, sweep)))
     return _typed(frame, floats=("seconds",), integers=("sweep", "cell", "variant"))
 
 

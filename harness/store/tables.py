@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
-    BigInteger,
     Boolean,
     Column,
     ForeignKey,
@@ -30,7 +29,7 @@ from sqlalchemy import (
     Text,
 )
 
-from harness.store.encoding import CleanText, Real, Whole
+from harness.store.encoding import CleanText, Real, RowId, Whole
 
 __all__ = [
     "REVISION",
@@ -62,13 +61,10 @@ metadata = MetaData(
     }
 )
 
-# SQLite fills in only an INTEGER primary key (which is 64 bits wide there).
-_Id = BigInteger().with_variant(Integer, "sqlite")
-
 machines = Table(
     "machines",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", RowId, primary_key=True),
     Column("fingerprint", Text, nullable=False, unique=True),
     Column("facts", JSON, nullable=False),
     Column("first_seen_at", Text, nullable=False),
@@ -77,8 +73,8 @@ machines = Table(
 sweeps = Table(
     "sweeps",
     metadata,
-    Column("id", _Id, primary_key=True),
-    Column("machine_id", _Id, ForeignKey("machines.id"), nullable=False),
+    Column("id", RowId, primary_key=True),
+    Column("machine_id", RowId, ForeignKey("machines.id"), nullable=False),
     Column("command", CleanText, nullable=False),
     Column("config", JSON, nullable=False),
     Column("manifest", JSON, nullable=False),
@@ -92,9 +88,9 @@ sweeps = Table(
 variants = Table(
     "variants",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", RowId, primary_key=True),
     Column("key", Text, nullable=False, unique=True),
-    Column("sweep_id", _Id, ForeignKey("sweeps.id"), nullable=False),  # the first that made it
+    Column("sweep_id", RowId, ForeignKey("sweeps.id"), nullable=False),  # the first that made it
     Column("model", Text, nullable=False),
     Column("model_identity", Text, nullable=False),
     Column("method", Text, nullable=False),
@@ -112,7 +108,7 @@ variants = Table(
 effects = Table(
     "effects",
     metadata,
-    Column("variant_id", _Id, ForeignKey("variants.id"), primary_key=True),
+    Column("variant_id", RowId, ForeignKey("variants.id"), primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("module", Text, nullable=False),
     Column("kind", Text, nullable=False),
@@ -131,10 +127,10 @@ effects = Table(
 cells = Table(
     "cells",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", RowId, primary_key=True),
     Column("key", Text, nullable=False),
-    Column("variant_id", _Id, ForeignKey("variants.id"), nullable=False),
-    Column("sweep_id", _Id, ForeignKey("sweeps.id"), nullable=False),
+    Column("variant_id", RowId, ForeignKey("variants.id"), nullable=False),
+    Column("sweep_id", RowId, ForeignKey("sweeps.id"), nullable=False),
     Column("kind", Text, nullable=False),  # transform | scenario | task
     Column("task", Text),
     Column("scenario", Text),
@@ -151,8 +147,8 @@ cells = Table(
 sweep_cells = Table(
     "sweep_cells",
     metadata,
-    Column("sweep_id", _Id, ForeignKey("sweeps.id"), primary_key=True),
-    Column("cell_id", _Id, ForeignKey("cells.id"), primary_key=True),
+    Column("sweep_id", RowId, ForeignKey("sweeps.id"), primary_key=True),
+    Column("cell_id", RowId, ForeignKey("cells.id"), primary_key=True),
     Index(None, "cell_id"),
     sqlite_with_rowid=False,
 )
@@ -160,8 +156,8 @@ sweep_cells = Table(
 records = Table(
     "records",
     metadata,
-    Column("id", _Id, primary_key=True),
-    Column("cell_id", _Id, ForeignKey("cells.id"), nullable=False),
+    Column("id", RowId, primary_key=True),
+    Column("cell_id", RowId, ForeignKey("cells.id"), nullable=False),
     Column("metric", Text, nullable=False),
     Column("value", Real),  # NULL is NaN
     Column("unit", Text, nullable=False),
@@ -176,7 +172,7 @@ records = Table(
 samples = Table(
     "samples",
     metadata,
-    Column("record_id", _Id, ForeignKey("records.id"), primary_key=True),
+    Column("record_id", RowId, ForeignKey("records.id"), primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("value", Real),  # NULL is NaN
     sqlite_with_rowid=False,
@@ -185,7 +181,7 @@ samples = Table(
 items = Table(
     "items",
     metadata,
-    Column("cell_id", _Id, ForeignKey("cells.id"), primary_key=True),
+    Column("cell_id", RowId, ForeignKey("cells.id"), primary_key=True),
     Column("metric", Text, primary_key=True),
     Column("position", Whole, primary_key=True),
     Column("outcome", Real),  # NULL is NaN

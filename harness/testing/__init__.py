@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from harness.testing.contract import ContractReport, check_method
     from harness.testing.global_state import unchanged_globals
     from harness.testing.making import make_context
-    from harness.testing.models import TINY_FAMILIES, tiny_model
+    from harness.testing.models import TINY_FAMILIES, TinyTokenizer, tiny_model
 
 __all__ = [
     "TINY_FAMILIES",
     "ContractReport",
+    "TinyTokenizer",
     "check_method",
     "make_context",
     "tiny_model",
@@ -26,6 +27,7 @@ __all__ = [
 _WHERE = {
     "TINY_FAMILIES": "models",
     "ContractReport": "contract",
+    "TinyTokenizer": "models",
     "check_method": "contract",
     "make_context": "making",
     "tiny_model": "models",

@@ -23,7 +23,7 @@ from harness.method import Method, Options, Paper
 from harness.models.info import info_from_config
 from harness.testing.global_state import unchanged_globals
 from harness.testing.making import make_context
-from harness.testing.models import TINY_FAMILIES, tiny_model
+from harness.testing.models import TINY_FAMILIES, TinyTokenizer, tiny_model
 
 __all__ = ["ContractReport", "check_method"]
 
@@ -58,22 +58,23 @@ def check_method(
     *,
     model: str | Callable[[], nn.Module] | None = None,
     options: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
+    tokenizer: Any = TinyTokenizer,
     max_drift: float = 1.0,
 ) -> ContractReport:
     """Check a method against the contract, on the CPU, on tiny random models.
 
     The card is complete (bundled methods); options survive JSON and refuse unknown names; the
-    transform has a real effect, leaves the process alone, gives a finite output of the same shape
-    and an evaluating model; a second run on a fresh model agrees bit for bit; a saved state loaded
-    into another transformed copy gives the same output; a quantization stores fewer bytes; a method
-    that is neither architectural nor trained stays within `max_drift` at its mildest.
+    transform has a real effect, leaves the process alone, gives an evaluating model whose output is
+    finite, of the same shape and the same each time; a second run on a fresh model agrees bit for
+    bit; a saved state loaded into another transformed copy gives the same output; a quantization
+    stores fewer bytes; a method that is neither architectural nor trained stays within `max_drift`
+    at its mildest.
 
     Args:
         model: a name of `TINY_FAMILIES` or a function that makes a fresh model, equal each time; by
             default every tiny family that the method applies to.
         options: for models this small; the defaults where left out.
-        tokenizer: what `Context.tokenizer` holds.
+        tokenizer: what `Context.tokenizer` holds; by default the special tokens alone.
         max_drift: relative Frobenius distance of the outputs before and after.
 
     Raises:
@@ -103,8 +104,7 @@ def check_method(
     return ContractReport(method.name, tuple(checked), skipped)
 
 
-# --- static clauses
-# -----------------------------------------------------------------------------------
+# --- static clauses -------------------------------------------------------------------------------
 
 
 def _check_options(method: Method, options: Options) -> None:
@@ -133,8 +133,7 @@ def _check_card(method: Method) -> None:
     _expect(not unnamed, method.name, f"the card does not explain the options {unnamed}")
 
 
-# --- on a model
-# ---------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 def _check_on(
@@ -176,11 +175,11 @@ def _run(method: Method, options: Options, model: nn.Module, tokenizer: Any) -> 
     probe = _probe(model, seed=1234)
     original = _output(model, probe)
     context = make_context(model, tokenizer=tokenizer)
-    before = snapshot(model, probe=probe)
+    before = snapshot(model)
     result = method.transform(model, options, context)
     if not isinstance(result, nn.Module):
         raise AssertionError(f"{method.name}: transform must return the model, not {result!r}")
-    effect = measure_effect(before, result, probe=probe)
+    effect = measure_effect(before, result)
     return _Run(result, effect, _output(result, probe), original)
 
 
@@ -189,6 +188,8 @@ def _check_result(method: Method, run: _Run, who: str) -> None:
     shape, original_shape = tuple(run.output.shape), tuple(run.original.shape)
     _expect(shape == original_shape, who, f"the output has shape {shape}, not {original_shape}")
     _expect(bool(torch.isfinite(run.output).all()), who, "the output is not finite")
+    same = torch.equal(_output(run.model, _probe(run.model, seed=1234)), run.output)
+    _expect(same, who, "evaluating the same input twice gives two outputs")
     if method.family == "baseline":
         _expect(not run.effect.changed, who, "the baseline changed the model")
         return

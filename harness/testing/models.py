@@ -11,7 +11,7 @@ from torch import nn
 from harness.errors import UnknownName
 from harness.nn.surgery import conv1d_to_linear
 
-__all__ = ["TINY_FAMILIES", "tiny_model"]
+__all__ = ["TINY_FAMILIES", "TinyTokenizer", "tiny_model"]
 
 _VOCAB, _WIDTH, _FFN, _HEADS, _POSITIONS = 256, 128, 256, 4, 128
 
@@ -101,6 +101,14 @@ _MAKERS: Mapping[str, Callable[[int], Any]] = {
 
 TINY_FAMILIES = tuple(_MAKERS)
 """Decoders (llama, opt, gpt2), a masked language model (bert), a bare sentence encoder (encoder)."""
+
+
+class TinyTokenizer:
+    """The numbers that a tokenizer of the tiny models would give; it reads no text."""
+
+    vocab_size = _VOCAB
+    pad_token_id, unk_token_id, cls_token_id, sep_token_id, mask_token_id = range(5)
+    all_special_ids = (0, 1, 2, 3, 4)
 
 
 def tiny_model(family: str, *, seed: int = 0, layers: int = 2) -> nn.Module:

@@ -33,6 +33,19 @@ class Architecture:
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} is not divisible by {self.heads} heads")
 
+    @property
+    def description(self) -> str:
+        """The shape in words, for the model card."""
+        parts = {
+            "llama": "RMSNorm, rotary positions, SwiGLU",
+            "opt": "LayerNorm, learned positions, ReLU, biases",
+        }
+        return (
+            f"{self.layers} pre-norm layers, width {self.width}, {self.heads} attention heads, "
+            f"feed-forward width {self.ffn_width}, {parts[self.family]}, "
+            f"{self.context_tokens:,} positions"
+        )
+
 
 # Both feed-forward widths are multiples of 128, so that 128-wide quantization groups fit.
 ARCHITECTURES = {

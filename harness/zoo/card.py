@@ -78,7 +78,9 @@ On the saved float16 checkpoint, loaded back and computed in float32.
 
 Bits per byte: every token of every document is scored once, in non-overlapping windows of \
 {length} tokens; a document's first window is conditioned on `<|endoftext|>`, each further one on \
-the token before it alone. Minimal pairs: the sum of log-likelihoods given `<|endoftext|>`.
+the token before it alone. Minimal pairs: the share whose \
+good sentence has the higher sum of log-likelihoods given `<|endoftext|>`; lm-eval puts a space \
+before the sentence, the first row does not.
 
 ## Limits
 A test object, not a useful assistant: it knows next to nothing, repeats itself, and mirrors its \

@@ -33,9 +33,7 @@ __all__ = [
 
 _ENCODE_AT_ONCE = 512  # documents; bounds the memory of the tokenizer's own records
 
-_SENTENCE_END = re.compile(
-    r"(?<=[.!?])\s+(?=[A-Z])|(?<=[.!?][\"'\u201d)])\s+(?=[\"'\u201c(]?[A-Z])"
-)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])|(?<=[.!?][\"'\u201d)])\s+(?=[\"'\u201c(]?[A-Z])")
 _SHORTEST_LINE = 40  # characters; under it lie titles and headings
 _MOST_SENTENCES = 6
 
@@ -119,15 +117,11 @@ def split_sentences(line: str) -> list[str]:
     return [sentence for sentence in re.split(_SENTENCE_END, line.strip()) if sentence]
 
 
-def encode_documents(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]
-) -> Iterator[TokenIds]:
+def encode_documents(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> Iterator[TokenIds]:
     """Token ids of each document, in order, without special tokens; uses all cores."""
     for first in range(0, len(documents), _ENCODE_AT_ONCE):
         batch = list(documents[first : first + _ENCODE_AT_ONCE])
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
-            batch, add_special_tokens=False
-        ):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield np.asarray(encoding.ids, dtype=np.uint16)
 
 
@@ -152,9 +146,7 @@ def training_batches(
     a token is not always seen with the same context.
     """
     if len(stream) < 2 * length + 1:
-        raise ConfigError(
-            f"{len(stream)} tokens of text are too few for sequences of {length} tokens"
-        )
+        raise ConfigError(f"{len(stream)} tokens of text are too few for sequences of {length} tokens")
     tokens = torch.from_numpy(stream.astype(np.int32)).to(device)
     within = torch.arange(length + 1, device=device)
     random = torch.Generator().manual_seed(seed)

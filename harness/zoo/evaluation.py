@@ -66,8 +66,7 @@ def bits_per_byte(
     for ids in encode_documents(tokenizer, documents):
         tokens = [int(tokenizer.eos_token_id), *ids.tolist()]
         windows += [
-            tokens[first : first + window_tokens + 1]
-            for first in range(0, len(tokens) - 1, window_tokens)
+            tokens[first : first + window_tokens + 1] for first in range(0, len(tokens) - 1, window_tokens)
         ]
     if not windows:
         raise ConfigError("no text to evaluate")
@@ -80,10 +79,17 @@ def bits_per_byte(
 
 
 def minimal_pair_accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[MinimalPair]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Sequence[MinimalPair],
+    *,
+    delimiter: str = "",
 ) -> float:
-    """Share of pairs whose good sentence is likelier, each given only the end-of-text token."""
-    sentences = [pair.good for pair in pairs] + [pair.bad for pair in pairs]
+    """Share of pairs whose good sentence is likelier, each given only the end-of-text token.
+
+    lm-eval puts its target delimiter, a space, before the sentence: `delimiter=" "`.
+    """
+    sentences = [delimiter + pair.good for pair in pairs] + [delimiter + pair.bad for pair in pairs]
     start = int(tokenizer.eos_token_id)
     windows = [[start, *ids.tolist()] for ids in encode_documents(tokenizer, sentences)]
     nats = _negative_log_likelihoods(model, windows)
@@ -108,9 +114,7 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
 
 
 @torch.inference_mode()
-def _negative_log_likelihoods(
-    model: PreTrainedModel, windows: Sequence[Sequence[int]]
-) -> list[float]:
+def _negative_log_likelihoods(model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> list[float]:
     """Nats of all tokens but the first, for each window.
 
     Windows of like length share a batch. They are padded on the right, where a causal model cannot

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from harness.errors import ConfigError
@@ -52,7 +53,9 @@ def save_checkpoint(
 ) -> None:
     """Write model and tokenizer; the model in memory keeps its own precision."""
     directory.mkdir(parents=True, exist_ok=True)
-    copy.deepcopy(model).to(dtype).save_pretrained(directory)
+    duplicate = copy.deepcopy(model)
+    nn.Module.to(duplicate, dtype)
+    duplicate.save_pretrained(directory)
     save_tokenizer(tokenizer, directory)
 
 

@@ -19,9 +19,7 @@ PADDING = "<|padding|>"
 """A token of its own: OPT never trains the embedding of its padding token."""
 
 
-def train_tokenizer(
-    texts: Iterable[str], *, vocab_size: int, context_tokens: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, context_tokens: int) -> PreTrainedTokenizerFast:
     """Learn `vocab_size` tokens, the 256 bytes and two special ones included.
 
     No token is added before or after a text by itself: the caller decides what to condition on.

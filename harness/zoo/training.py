@@ -38,7 +38,7 @@ class Budget:
 class Hyperparameters:
     """What the schedule of a run is made of."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     warmup_share: float = 0.03
     floor_share: float = 0.02
     weight_decay: float = 0.1
@@ -151,9 +151,7 @@ def _causal_attention(
     Under torch.compile transformers builds the full mask, which keeps torch from its flash kernel;
     a name without a registered mask function gets none.
     """
-    mixed = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scaling
-    )
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
     return mixed.transpose(1, 2).contiguous(), None
 
 

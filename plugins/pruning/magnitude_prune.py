@@ -1,4 +1,4 @@
-"""The smallest weights become zero, and losing half of them costs little accuracy.
+"""The smallest weights become zero: large networks lose half of them at little cost.
 
 Paper: Learning both Weights and Connections for Efficient Neural Networks. Song Han, Jeff Pool,
 John Tran, William J. Dally, 2015, arXiv:1506.02626. Compared with other ways in Gale, Elsen,
@@ -15,7 +15,7 @@ Knobs: `sparsity`; `scope`, over which weights compete (`layer`, `row` of a laye
 `min_layer_density`, what a layer keeps at least under `global`; `steps`; `targets`, a regular
 expression for the names of layers.
 
-Hurts: beyond half without retraining; on small models earlier.
+Hurts: beyond half without retraining; on small, well-trained models much earlier.
 """
 
 from __future__ import annotations

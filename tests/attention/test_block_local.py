@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from harness_plugins.attention.block_local import METHOD, BlockLocalOptions, bands_of
 from transformers import DynamicCache, StaticCache
 
 from harness.errors import ConfigError, NotApplicable
+from harness.measure.generation import decode_logits_match
 from harness.models.info import info_from_config
+from harness.nn.blocks import iterate_blocks
 from harness.nn.ring_cache import DynamicRingLayer, StaticRingLayer
 from harness.testing import make_context, tiny_model
-from harness_plugins.attention.block_local import METHOD, BlockLocalOptions, bands_of
 
 from .oracle import pattern
 
@@ -75,7 +77,7 @@ _ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("family", (*DECODERS, "bert"))
+@pytest.mark.parametrize("family", [*DECODERS, "bert"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_model_computes_the_pattern(family, mode):
     model = _local(family, mode)
@@ -123,6 +125,14 @@ def test_token_by_token_equals_one_shot(family, mode, cache_kind):
                 seen += size
             assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-4, (chunks, cache_kind)
             cache.reset()
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prompt_len", [3, B, 20])
+def test_the_timed_decode_step_computes_the_model(family, mode, prompt_len):
+    model = _local(family, mode)
+    assert decode_logits_match(model, _tokens(prompt_len), 2 * B) <= 1e-5
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -188,6 +198,7 @@ def test_a_static_decode_step_reads_nothing_back_from_its_counter():
             past_key_values=cache,
             position_ids=torch.tensor([[seen]]),
         )
+        logits = logits.as_subclass(torch.Tensor)  # everything computed from the counter is a NoRead
         assert (logits[:, 0] - expected[:, seen]).abs().max() <= 1e-4
         assert int(counter) == seen + 1
         layer.cumulative_length = counter
@@ -258,6 +269,16 @@ def test_a_saved_model_loads_as_the_ordinary_one(tmp_path):
     assert torch.equal(_logits(loaded, _tokens(50)), _logits(tiny_model("llama"), _tokens(50)))
 
 
+@pytest.mark.parametrize("family", DECODERS)
+def test_blocks_can_be_calibrated_after_the_swap(family):
+    """A quantizer that follows in the chain sees what the swapped model computes."""
+    model, tokens = _local(family), _tokens(50)
+    outputs = [block.run()[0] for block in iterate_blocks(model, [tokens])]
+    with torch.no_grad():
+        hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states
+    assert torch.equal(outputs[0], hidden[1])
+
+
 def test_training_reaches_every_weight():
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
@@ -311,6 +332,15 @@ def test_bad_options_are_named(bad, name):
 def test_usual_names_are_accepted():
     options = BlockLocalOptions.parse({"sliding_window": 32, "b": 16, "c": 2})
     assert (options.window, options.block_size, options.lookback) == (32, 16, 2)
+
+
+def test_other_terms_of_a_score_are_refused():
+    model = _local("llama")
+    layer = model.model.layers[0].self_attn
+    states = torch.zeros(1, 4, 128)
+    rotary = model.model.rotary_emb(states, torch.arange(4)[None])
+    with pytest.raises(NotApplicable, match="softcap"):
+        layer(states, position_embeddings=rotary, softcap=30.0)
 
 
 def test_a_second_attention_method_is_refused():

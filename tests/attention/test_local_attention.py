@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .oracle import attention, pattern
 from torch.nn import functional as F
 
 from harness.errors import NotApplicable
 from harness.nn.attention import PositionMask, attend_in_band
 from harness.nn.local_attention import flex_attention_in_band, gathered_attention
 from harness.nn.masks import Band, band_block_mask
+
+from .oracle import attention, pattern
 
 B = 8
 BANDS = [

@@ -7,6 +7,7 @@ import sqlite3
 import pytest
 
 from harness.cli.app import run
+from harness.store.tables import VERSION_TABLE
 
 SWEEP = ("sweep", "--methods", "rtn")
 
@@ -54,6 +55,7 @@ def _empty_folder(tmp_path, monkeypatch):
         ((*SWEEP, "--include-path", "none"), ("--include-path none is no directory",)),
         ((*SWEEP, "--text", "none.txt"), ("none.txt does not exist",)),
         ((*SWEEP, "--frsh"), ("--frsh",)),
+        ((*SWEEP, "--jobs", "x"), ("--jobs",)),
         (("sweeep",), ("sweeep",)),
         (("results",), ("results.db", "harness sweep")),
         (("results", "--sweep", "x", "--db", "x.db"), ("",)),
@@ -94,7 +96,7 @@ def test_a_store_of_a_newer_version(capsys, tmp_path):
 
     Store.open(tmp_path / "results.db").close()
     with sqlite3.connect(tmp_path / "results.db") as connection:
-        connection.execute("update alembic_version set version_num = '9999'")
+        connection.execute(f"update {VERSION_TABLE} set version_num = '9999'")
     connection.close()
-    _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "newer version")
-    _refused(capsys, tmp_path, ("results",), "newer version")
+    _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "written by a newer harness")
+    _refused(capsys, tmp_path, ("results",), "written by a newer harness")

@@ -154,9 +154,7 @@ def test_the_source_of_a_method_is_part_of_the_key(tmp_path):
         spec.loader.exec_module(module)
         return Method(name="plain", options=_Options, transform=module.transform)
 
-    hashes = {
-        method_of(f"def transform(m, o, c):\n    return m  # {n}\n").source_hash for n in range(2)
-    }
+    hashes = {method_of(f"def transform(m, o, c):\n    return m  # {n}\n").source_hash for n in range(2)}
     assert len(hashes) == 2
 
 

@@ -19,7 +19,7 @@ HOOKS = sorted(
     if getattr(value, "harness_spec", None) is not None
 )
 
-PLUGIN = '''
+PLUGIN = """
 import json
 import pathlib
 
@@ -62,7 +62,8 @@ def register_tasks():
 @hookimpl
 def register_meters():
     def measure(measured):
-        return [Record("parameters_counted", sum(p.numel() for p in measured.model.parameters()), "parameters")]
+        count = sum(parameter.numel() for parameter in measured.model.parameters())
+        return [Record("parameters_counted", count, "parameters")]
 
     return [Meter(name="count", measure=measure)]
 
@@ -82,7 +83,7 @@ def variant_started(label, model, options):
 @hookimpl
 def cell_finished(result):
     _note("cell_finished", status=str(result.status))
-'''
+"""
 
 
 @pytest.mark.parametrize("hook", HOOKS)

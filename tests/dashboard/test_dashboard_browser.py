@@ -8,14 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from harness.store import queries
+from harness.store.store import Store
+from tests.dashboard.filling import HOSTILE
+
 pytestmark = pytest.mark.browser
 pytest.importorskip("streamlit")
 
+CHART, TABLE = ".js-plotly-plot", "[data-testid=stDataFrame]"
 SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -41,7 +47,7 @@ def start_server():
     def start(path):
         port = free_port()
         process = subprocess.Popen([sys.executable, "-c", SERVE, str(path), str(port)])
-        processes.append(process)
+        processes.append((process, port))
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             assert process.poll() is None, "the server ended"
@@ -53,9 +59,11 @@ def start_server():
         raise AssertionError("the server did not start")
 
     yield start
-    for process in processes:
+    for process, port in processes:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) is not None
+        assert process.wait(timeout=20) == 0
+        with pytest.raises(OSError, match="refused"):  # Streamlit ended with it
+            socket.create_connection(("127.0.0.1", port), timeout=1)
 
 
 @pytest.fixture
@@ -116,32 +124,55 @@ def test_every_page_of_a_filled_store(start_server, page, filled_path):
     url = start_server(filled_path)
     visit(page, url, "Overview")
     page.get_by_text("Against the baseline").wait_for()
-    count(page, "[data-testid=stDataFrame]", 2)
+    count(page, TABLE, 2)
     save(page, "overview")
 
     visit(page, f"{url}/pareto", "Pareto")
-    plot = page.locator(".js-plotly-plot")
-    plot.first.wait_for()
-    text = plot.first.inner_text()
+    page.locator(CHART).wait_for()
+    text = page.locator(CHART).inner_text()
     assert "Pareto front" in text
-    assert "is better)" in text
+    assert "weight_bytes · b1-p512-g64 [MiB] (lower is better)" in text
     save(page, "pareto")
 
-    visit(page, f"{url}/pareto?quality=acc+%C2%B7+hellaswag&cost=decode_latency+%C2%B7+b8-p512-g64", "Pareto")
-    text = page.locator(".js-plotly-plot").first.inner_text()
+    chosen = {"quality": "acc · hellaswag", "cost": "decode_latency · b8-p512-g64"}
+    visit(page, f"{url}/pareto?{urllib.parse.urlencode(chosen)}", "Pareto")
+    page.locator(CHART).wait_for()
+    text = page.locator(CHART).inner_text()
     assert "acc · hellaswag [%] (higher is better)" in text
     assert "decode_latency · b8-p512-g64 [ms] (lower is better)" in text
+    assert "wanda:sparsity=0.5 (simulated)" in text
     save(page, "pareto-chosen")
 
     visit(page, f"{url}/compare", "Compare")
-    count(page, ".js-plotly-plot", 5)
-    count(page, "[data-testid=stDataFrame]", 3)
+    count(page, CHART, 6)
+    count(page, TABLE, 3)
     save(page, "compare")
 
     visit(page, f"{url}/failures", "Failures")
-    assert page.get_by_text("End of the log").is_visible()
+    page.get_by_text("End of the log").wait_for()
+    count(page, TABLE, 1)
     save(page, "failures")
+    assert page.complaints == []
+
+
+def test_text_of_the_store_is_text(start_server, page, filled_path):
+    """A method, an option, a reason, a traceback and a log that try to be HTML and Markdown."""
+    with Store.open_readonly(filled_path) as store:
+        variants = queries.variants(store).set_index("method")["variant"]
+    url = start_server(filled_path)
+    visit(page, f"{url}/failures?status=crashed", "Failures")
+    assert page.locator("[data-testid=stText]").first.inner_text() == HOSTILE
+    assert page.locator("[data-testid=stCode]").last.inner_text().strip() == HOSTILE
+    save(page, "hostile-failure")
+    visit(
+        page, f"{url}/compare?variant={variants[HOSTILE]}&variant={variants['rtn:bits=4'].iloc[0]}", "Compare"
+    )
+    count(page, CHART, 4)
+    page.get_by_text(HOSTILE[:28]).first.wait_for()
+    save(page, "hostile-compare")
+    visit(page, f"{url}/?method={urllib.parse.quote(HOSTILE)}", "Overview")
     assert page.locator("img[src='x']").count() == 0
+    assert page.locator("a[href^='javascript']").count() == 0
     assert page.complaints == []
 
 

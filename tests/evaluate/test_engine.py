@@ -17,6 +17,7 @@ from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.evaluate.engine import evaluate_task, make_reference, wants_reference
 from harness.evaluate.index import resolve_tasks
 from harness.evaluate.intervals import wilson
+from harness.evaluate.minimal_pairs import minimal_pairs
 from harness.evaluate.reference import load_reference
 from harness.models.info import info_from_config
 
@@ -52,7 +53,7 @@ def folder(tmp_path):
     folder.mkdir()
     data = folder / "data.jsonl"
     rng = random.Random(0)
-    words = "light day night water earth heaven beast fowl seed tree".split()
+    words = ["light", "day", "night", "water", "earth", "heaven", "beast", "fowl", "seed", "tree"]
     with data.open("w") as file:
         for _ in range(24):
             chosen = rng.sample(words, 4)
@@ -69,7 +70,9 @@ def folder(tmp_path):
 
     write("pick", "multiple_choice", "answer", CHOICES)
     write("pick_again", "multiple_choice", 0, CHOICES)
-    write("finish", "loglikelihood", '"{{\' \' + word}}"', "metric_list: [{metric: perplexity}, {metric: acc}]")
+    write(
+        "finish", "loglikelihood", "\"{{' ' + word}}\"", "metric_list: [{metric: perplexity}, {metric: acc}]"
+    )
     generation = (
         "metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]\n"
         "generation_kwargs: {{until: ['\\n'], max_gen_toks: {tokens}}}"
@@ -127,7 +130,11 @@ def test_bits_per_byte_and_word_perplexity_are_lm_evals(model, tokenizer):
 def test_other_kinds_are_lm_evals(name, model, tokenizer, folder):
     mine = values(evaluate(name, model, tokenizer, folder))
     theirs = lm_evals_own(name, model, tokenizer, folder)[name]
-    metrics = {key.partition(",")[0]: v for key, v in theirs.items() if key.endswith(",none") and "_stderr" not in key}
+    metrics = {
+        key.partition(",")[0]: v
+        for key, v in theirs.items()
+        if key.endswith(",none") and "_stderr" not in key
+    }
     metrics = {{"perplexity": "target_perplexity"}.get(key, key): value for key, value in metrics.items()}
     assert mine == pytest.approx(metrics, rel=1e-6)
 
@@ -277,6 +284,28 @@ def test_a_model_in_half_precision_is_summed_in_float32(tokenizer):
     assert found["nll"] == pytest.approx(exact["nll"], rel=5e-3)
 
 
+def test_log_probabilities_are_taken_in_float32(tokenizer):
+    model = make_llama().to(torch.bfloat16)
+    item = evaluate("grammar", model, tokenizer, limit=1, batch_size=1).items[0]
+    pair = minimal_pairs()[0]
+    for score, sentence in zip(item.detail["loglikelihoods"], (pair.good, pair.bad), strict=True):
+        ids = torch.tensor([[0, *tokenizer(sentence)["input_ids"]]])
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits.float()
+        expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
+        assert score == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_tokenizer_without_an_end_gains_no_token(model, tokenizer, folder):
+    """lm-eval would add a padding token, whose embedding does not exist."""
+    bare = copy.deepcopy(tokenizer)
+    bare.eos_token = bare.pad_token = None
+    assert len(bare) == VOCAB
+    assert values(evaluate("write", model, bare, folder)) == values(
+        evaluate("write", model, tokenizer, folder)
+    )
+
+
 def test_dropout_is_off_and_the_mode_is_restored(tokenizer):
     model = make_llama(attention_dropout=0.5)
     expected = values(evaluate("kjv", model, tokenizer, limit=1))
@@ -302,13 +331,12 @@ def test_nothing_leaks(model, tokenizer, folder, capfd):
     np.random.seed(7)
     torch.manual_seed(7)
     level = logging.getLogger("lm_eval").level
-    vocabulary, padding = len(tokenizer), tokenizer.pad_token
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name in ("kjv", "write", "pick"):
         evaluate(name, model, tokenizer, folder, limit=2)
     assert (random.random(), np.random.rand(), float(torch.rand(1))) == expected
     assert logging.getLogger("lm_eval").level == level
-    assert (len(tokenizer), tokenizer.pad_token) == (vocabulary, padding)
+    assert (len(tokenizer), tokenizer.pad_token, tokenizer.model_max_length) == (VOCAB, None, POSITIONS)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert capfd.readouterr() == ("", "")  # a worker's log is for what went wrong
 

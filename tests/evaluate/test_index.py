@@ -79,7 +79,12 @@ def test_bundled_tasks_need_neither_lm_eval_nor_torch(tmp_path):
 
 def test_bundled_tasks(no_lm_eval):
     kjv, grammar = resolve_tasks(["kjv", "grammar", "kjv"])
-    assert (kjv.name, kjv.origin, kjv.kind, kjv.yaml_path) == ("kjv", "bundled", "task", BUNDLED_DIR / "kjv.yaml")
+    assert (kjv.name, kjv.origin, kjv.kind, kjv.yaml_path) == (
+        "kjv",
+        "bundled",
+        "task",
+        BUNDLED_DIR / "kjv.yaml",
+    )
     assert len({kjv.revision, grammar.revision}) == 2
     assert all(len(task.revision) == 64 for task in (kjv, grammar))
     assert pickle.loads(pickle.dumps(kjv)) == kjv
@@ -182,7 +187,8 @@ def test_the_revision_is_the_same_on_another_machine(folder, tmp_path_factory, n
 )
 def test_own_data_functions(folder, no_lm_eval, capsys, helper):
     (folder / "mine.yaml").write_text(
-        "task: mine\ncustom_dataset: !function helper.load\ndataset_kwargs: {file: a}\nmetadata: {version: 1}\n"
+        "task: mine\ncustom_dataset: !function helper.load\n"
+        "dataset_kwargs: {file: a}\nmetadata: {version: 1}\n"
     )
     (folder / "helper.py").write_text(helper.format(mark=1))
     first = revision(folder)

@@ -84,7 +84,9 @@ def test_the_verb_agrees_with_the_head_and_disagrees_with_what_stands_between(ph
         good = pair.good[:-1].split()
         position = next(i for i, (g, b) in enumerate(zip(good, pair.bad.split(), strict=False)) if g != b)
         assert plurals[good[position]] == number_of(good[1]), pair
-        between = [word for word in good[2:position] if any(word in noun for noun in (*words.PLACES, *words.PEOPLE))]
+        between = [
+            word for word in good[2:position] if any(word in noun for noun in (*words.PLACES, *words.PEOPLE))
+        ]
         assert len(between) == 1
         place = any(between[0] == noun.pl for noun in (*words.PLACES, *words.PEOPLE))
         assert ("pl" if place else "sg") != number_of(good[1]), pair

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,7 +60,9 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(tokenizer, windows):
     assert windows.tokens.flatten().tolist() == ids[:used]
     assert windows.dropped_tokens == len(ids) - used < 32
     assert windows.scored_tokens == windows.tokens.shape[0] * 31
-    assert windows.note == f"seq_len=32, windows={len(windows.tokens)}, dropped_tokens={windows.dropped_tokens}"
+    assert (
+        windows.note == f"seq_len=32, windows={len(windows.tokens)}, dropped_tokens={windows.dropped_tokens}"
+    )
 
 
 def test_a_short_text_is_one_short_window(tokenizer):
@@ -142,7 +145,7 @@ def test_some_positions_evenly_spread_stand_for_all(model, other, windows, monke
     monkeypatch.setattr(reference_module, "MAX_POSITIONS", 20)
     reference = reference_of(model, windows)
     places = (reference.windows * 31 + reference.offsets).tolist()
-    gaps = {b - a for a, b in zip(places, places[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(places)}
     assert len(places) == 20
     assert max(gaps) - min(gaps) <= 1
     kl, _ = brute_force(model, other, windows)
@@ -252,7 +255,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(model, windows, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reference_module, "save_file", full)
-    with pytest.raises(ConfigError, match="cannot be written.*No space left"):
+    with pytest.raises(ConfigError, match=r"cannot be written.*No space left"):
         save_reference(path, reference)
     assert list(tmp_path.iterdir()) == []
 

@@ -120,8 +120,26 @@ def test_a_wrong_step_is_found(tiny_llama):
                 output.logits = output.logits + 0.01
             return output
 
-    with pytest.raises(ConfigError, match="differ from a plain forward pass by 1.00e-02"):
+    with pytest.raises(ConfigError, match=r"differ from a plain forward pass by 1\.00e-02"):
         decode_logits_match(Off(vivid(tiny_llama)), prompt_of(6), 3)
+
+
+def test_a_wrapper_that_hands_everything_on_is_run_like_the_model(tiny_opt):
+    class Wrapper(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model, self.config = model, model.config
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    model = vivid(tiny_opt)
+    decode_logits_match(Wrapper(model), prompt_of(6), 4, tolerance=1e-4)
+    compiled = torch.compile(model, backend="eager")  # only its signature is asked for here
+    generation = Generation(compiled, prompt_of(6), 1)
+    assert generation._takes_positions
+    assert generation._prefill_options == {"logits_to_keep": 1}
+    assert generation.capture_problem is None
 
 
 def test_an_empty_prompt_is_refused(tiny_llama):
@@ -208,22 +226,25 @@ def test_an_encoder_never_asks_the_host(tiny_bert):
 def test_masks_known_on_host_change_no_result_and_are_put_back(decoder):
     from transformers import masking_utils
 
-    originals = (
-        masking_utils._ignore_causal_mask_sdpa,
-        masking_utils._ignore_bidirectional_mask_sdpa,
-    )
+    names = ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa")
+    originals = [getattr(masking_utils, name) for name in names]
     generation = Generation(decoder, prompt_of(12), 2)
     plain = [generation.prefill().clone(), generation.step().clone()]
     generation.reset()
-    with pytest.raises(ZeroDivisionError), masks_known_on_host():
+    with masks_known_on_host():
+        assert all(getattr(masking_utils, n) not in originals for n in names)
         known = [generation.prefill().clone(), generation.step().clone()]
-        assert masking_utils._ignore_causal_mask_sdpa is not originals[0]
-        raise ZeroDivisionError
-    assert (
-        masking_utils._ignore_causal_mask_sdpa,
-        masking_utils._ignore_bidirectional_mask_sdpa,
-    ) == originals
+    assert [getattr(masking_utils, name) for name in names] == originals
     assert all(torch.equal(a, b) for a, b in zip(plain, known, strict=True))
+
+
+def test_masks_are_put_back_after_an_error():
+    from transformers import masking_utils
+
+    original = masking_utils._ignore_causal_mask_sdpa
+    with pytest.raises(ZeroDivisionError), masks_known_on_host():
+        raise ZeroDivisionError
+    assert masking_utils._ignore_causal_mask_sdpa is original
 
 
 def test_the_causal_mask_is_really_left_out_at_prefill(tiny_opt):

@@ -27,9 +27,7 @@ def test_median_and_percentiles_are_those_of_the_readings():
 def test_the_interval_agrees_with_a_bootstrap_written_out():
     generator = random.Random(7)
     readings = [generator.lognormvariate(0.0, 0.5) for _ in range(41)]
-    medians = sorted(
-        statistics.median(generator.choices(readings, k=len(readings))) for _ in range(4000)
-    )
+    medians = sorted(statistics.median(generator.choices(readings, k=len(readings))) for _ in range(4000))
     summary = summarize(readings)
     spread = medians[-100] - medians[100]
     assert summary.lower == pytest.approx(medians[100], abs=0.15 * spread)
@@ -86,7 +84,7 @@ def test_a_record_keeps_every_reading_in_its_unit():
 
 def test_a_latency_that_is_not_positive_was_not_measured():
     # Decode time as the difference of two noisy totals goes negative; it must never be stored.
-    with pytest.raises(NumericalFailure, match="a measured time must be positive, not -0.01"):
+    with pytest.raises(NumericalFailure, match=r"a measured time must be positive, not -0\.01"):
         record_from_samples("decode_latency", "s", [0.02, -0.01, 0.03])
     assert record_from_samples("probe_output_change", "1", [-0.5, 0.5]).value == 0.0
 

@@ -125,3 +125,8 @@ def test_models_whose_blocks_mask_differently_are_refused(tiny_llama, batches):
     tiny_llama.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(NotApplicable, match="different attention"):
         next(iterate_blocks(tiny_llama, batches))
+
+
+def test_layers_that_differ_in_their_caches_only_are_not_refused(tiny_llama, batches):
+    tiny_llama.config.layer_types = ["full_attention", "a_cache_of_its_own"]
+    assert len([block.index for block in iterate_blocks(tiny_llama, batches)]) == 2

@@ -107,7 +107,7 @@ def test_targets_select_by_regular_expression(tiny_llama):
     with pytest.raises(ConfigError, match="matches no linear layer"):
         list(block_linears(tiny_llama, targets="nothing"))
     with pytest.raises(ConfigError, match="no regular expression"):
-        list(block_linears(tiny_llama, targets="(")),
+        (list(block_linears(tiny_llama, targets="(")),)
 
 
 class Doubled(nn.Module):

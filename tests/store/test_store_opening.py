@@ -46,6 +46,7 @@ def newer_harness(tmp_path_factory, monkeypatch):
         monkeypatch.setattr(migrations, "files", lambda _package: scripts)
         monkeypatch.setattr(opening, "REVISION", "0002")
         monkeypatch.setattr(migrations.upgrade, "__defaults__", ("0002",))
+        return scripts
 
     return become
 
@@ -330,3 +331,25 @@ def test_the_schema_has_an_index_for_every_foreign_key_that_is_searched(store):
     }
     assert {("cells", "key"), ("cells", "variant_id"), ("records", "cell_id"),
             ("sweep_cells", "cell_id")} <= indexed  # fmt: skip
+
+
+def test_the_next_migration_is_written_from_the_difference(newer_harness, monkeypatch):
+    import sqlalchemy as sa
+
+    from harness.store import tables
+    from harness.store.migrations.__main__ import write_next
+
+    folder = newer_harness()
+    (folder / "versions" / "0002_next.py").unlink()
+    changed = sa.MetaData(naming_convention=metadata.naming_convention)
+    for table in metadata.tables.values():
+        table.to_metadata(changed)
+    changed.tables["sweeps"].append_column(sa.Column("mood", sa.Text))
+    monkeypatch.setattr(tables, "metadata", changed)
+    path = write_next("add a mood")
+    assert path.name == "0002_add_a_mood.py"
+    script = path.read_text()
+    assert "revision = '0002'" in script
+    assert "down_revision = '0001'" in script
+    assert "batch_op.add_column(sa.Column('mood', sa.Text(), nullable=True))" in script
+    assert "drop" not in script

@@ -103,6 +103,14 @@ def test_failures_say_why(filled):
     )
 
 
+def test_failures_of_a_sweep_stay_after_a_retry(filled):
+    retried = begin_sweep(filled)
+    write_task(filled, retried, make_result("chained-task", "chained"))
+    assert queries.failures(filled).empty
+    assert queries.failures(filled, sweep=1)["reason"].tolist() == ["broke"]
+    assert queries.failures(filled, sweep="last").empty
+
+
 def test_sweeps_count_their_cells(filled):
     [row] = queries.sweeps(filled).to_dict("records")
     assert (row["cells"], row["cells_ok"], row["cells_failed"]) == (7, 6, 1)

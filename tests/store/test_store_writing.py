@@ -179,6 +179,14 @@ def test_numbers_that_databases_disagree_about(store):
         assert connection.scalar(select(func.avg(samples.c.value)).where(samples.c.record_id == 3)) == 0.1
 
 
+def test_ids_from_a_frame_find_their_rows(store):
+    cell = write_task(store, begin_sweep(store), make_result())
+    from_frame = queries.results(store)["cell"].iloc[0]
+    assert isinstance(from_frame, np.int64)
+    assert len(store.items(from_frame)) == len(store.items(cell)) == 4
+    assert len(queries.paired_items(store, from_frame, from_frame, "acc")) == 4
+
+
 def test_stored_json_is_standard_json(store):
     sweep = begin_sweep(store, manifest={"cpu": "x", "power_w": math.nan})
     with store.reading() as connection:

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def wikitext(file: str, **_: Any) -> dict[str, Any]:
         rows = [line if line.strip() else "" for line in lines]
     starts = [number for number, row in enumerate(rows) if _ARTICLE.match(row)]
     bounds = [0, *starts[1:], len(rows)]
-    articles = ["\n\n".join(rows[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    articles = ["\n\n".join(rows[a:b]) for a, b in pairwise(bounds)]
     return {"test": Dataset.from_list([{"text": article} for article in articles])}
 
 

@@ -1,0 +1,30 @@
+"""Everything that is registered keeps the contract of a method."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.plugins import load_plugins
+from harness.testing import TINY_FAMILIES, check_method
+
+METHODS = dict(load_plugins().methods)
+
+OPTIONS_FOR_TINY_MODELS = {
+    "block-local": {"window": 8},  # models of 128 positions
+    "gqa": {"groups": 2},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_contract(name):
+    report = check_method(METHODS[name], options=OPTIONS_FOR_TINY_MODELS.get(name))
+    assert {*report.checked, *report.skipped} == set(TINY_FAMILIES)
+
+
+def test_the_bundled_methods_are_found():
+    expected = {"baseline", "block-local", "distilbert", "gqa", "magnitude-prune", "mqa"}
+    assert expected <= METHODS.keys()
+
+
+def test_every_small_option_belongs_to_a_method():
+    assert OPTIONS_FOR_TINY_MODELS.keys() <= METHODS.keys()
