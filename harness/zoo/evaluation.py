@@ -62,19 +62,15 @@ def bits_per_byte(
     token of the window before, nothing else: no context is carried over. The end of a document is
     not scored, the bytes between documents are not counted.
     """
-    windows: list[list[int]] = []  # each: one token of context, then at most window_tokens targets
-    for ids in encode_documents(tokenizer, documents):
-        tokens = [int(tokenizer.eos_token_id), *ids.tolist()]
-        windows += [
-            tokens[first : first + window_tokens + 1] for first in range(0, len(tokens) - 1, window_tokens)
-        ]
-    if not windows:
+    start = int(tokenizer.eos_token_id)
+    encoded = [ids.tolist() for ids in encode_documents(tokenizer, documents)]
+    if not any(encoded):
         raise ConfigError("no text to evaluate")
-    nats = math.fsum(_negative_log_likelihoods(model, windows))
+    nats = math.fsum(_document_nats(model, start, encoded, window_tokens))
     return BitsPerByte(
         bits=nats / math.log(2),
         bytes=sum(len(document.encode()) for document in documents),
-        tokens=sum(len(window) - 1 for window in windows),
+        tokens=sum(map(len, encoded)),
     )
 
 
@@ -91,8 +87,8 @@ def minimal_pair_accuracy(
     """
     sentences = [delimiter + pair.good for pair in pairs] + [delimiter + pair.bad for pair in pairs]
     start = int(tokenizer.eos_token_id)
-    windows = [[start, *ids.tolist()] for ids in encode_documents(tokenizer, sentences)]
-    nats = _negative_log_likelihoods(model, windows)
+    encoded = [ids.tolist() for ids in encode_documents(tokenizer, sentences)]
+    nats = _document_nats(model, start, encoded, int(model.config.max_position_embeddings))
     good, bad = nats[: len(pairs)], nats[len(pairs) :]
     return sum(g < b for g, b in zip(good, bad, strict=True)) / len(pairs)
 
@@ -111,6 +107,23 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     if not pairs:
         raise ConfigError(f"no minimal pairs in {path}")
     return pairs
+
+
+def _document_nats(
+    model: PreTrainedModel, start: int, documents: Sequence[list[int]], window_tokens: int
+) -> list[float]:
+    """Nats of each document's tokens, scored in non-overlapping windows after the token `start`."""
+    windows: list[list[int]] = []  # each: one token of context, then at most window_tokens targets
+    owners: list[int] = []
+    for index, ids in enumerate(documents):
+        tokens = [start, *ids]
+        for first in range(0, len(ids), window_tokens):
+            windows.append(tokens[first : first + window_tokens + 1])
+            owners.append(index)
+    totals = [0.0] * len(documents)
+    for index, nats in zip(owners, _negative_log_likelihoods(model, windows), strict=True):
+        totals[index] += nats
+    return totals
 
 
 @torch.inference_mode()

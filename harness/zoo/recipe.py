@@ -229,4 +229,5 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    transformers.logging.disable_progress_bar()
     sys.exit(main())

@@ -117,10 +117,10 @@ def test_a_wrong_step_is_found(tiny_llama):
                 **options,
             )
             if input_ids.shape[1] == 1:
-                output.logits = output.logits + 0.01
+                output.logits = output.logits * 1.01
             return output
 
-    with pytest.raises(ConfigError, match=r"differ from a plain forward pass by 1\.00e-02"):
+    with pytest.raises(ConfigError, match=r"differ from a plain forward pass by \d\.\d\de-0"):
         decode_logits_match(Off(vivid(tiny_llama)), prompt_of(6), 3)
 
 

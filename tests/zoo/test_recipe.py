@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.zoo.recipe import main
 
-TINY = "--layers 1 --width 32 --heads 2 --ffn-width 64 --context-tokens 32 --batch-sequences 4".split()
-TINY += ["--vocab-size", "300", "--device", "cpu"]
+TINY = ["--layers=1", "--width=32", "--heads=2", "--ffn-width=64", "--context-tokens=32", "--vocab-size=300"]
+TINY += ["--batch-sequences=4", "--device=cpu"]
+WORDS = ("the", "of", "a", "king", "said", "unto", "him", "that", "house", "day", "land", "and", "great")
 
 
 @pytest.fixture(scope="module")
 def text_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    words = "the of a king said unto him that house day land and great people came".split()
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(words, k=12)).capitalize() + "." for _ in range(400)]
+    lines = [" ".join(draw.choices(WORDS, k=12)).capitalize() + "." for _ in range(400)]
     (folder / "plain.txt").write_text("\n".join(lines[:200]) + "\n\n\n" + lines[200], "utf-8")
     (folder / "packed.txt.xz").write_bytes(lzma.compress("\n".join(lines[200:300]).encode()))
     (folder / "dev.txt.gz").write_bytes(gzip.compress("\n\n\n".join(lines[300:]).encode()))
