@@ -42,6 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     limit.add_argument("--steps", type=_positive, help="train that many steps")
     budget.add_argument("--batch-sequences", type=_positive, default=64, help="sequences per step")
     budget.add_argument("--learning-rate", type=float, default=Hyperparameters.learning_rate)
+    budget.add_argument(
+        "--weight-noise-levels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train under rounding-like noise of a grid of N steps per group (15: 4 bits; 0: none)",
+    )
+    budget.add_argument("--weight-noise-group", type=_positive, default=64, metavar="SIZE")
     budget.add_argument("--seed", type=int, default=0)
     budget.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     budget.add_argument("--compile", action="store_true", help="compile the model with torch")

@@ -57,6 +57,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     """Train, save, measure, write the card."""
     device = _device(options.device)
     # Everything that can be wrong with the arguments is found before the training.
+    if options.weight_noise_levels < 0:
+        raise ConfigError(f"--weight-noise-levels must be at least 0, not {options.weight_noise_levels}")
     if options.seconds is not None and options.seconds <= 0:
         raise ConfigError(f"--seconds must be positive, not {options.seconds:g}")
     moments = parse_moments(options.checkpoint_steps)
@@ -75,7 +77,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     model = build_model(architecture, tokenizer)
     nn.Module.to(model, device)
     print(f"{count_parameters(model):,} parameters, {len(stream):,} tokens of text", flush=True)
-    settings = Hyperparameters(learning_rate=options.learning_rate)
+    settings = Hyperparameters(
+        learning_rate=options.learning_rate,
+        noise_levels=options.weight_noise_levels,
+        noise_group=options.weight_noise_group,
+    )
     early = EarlyCheckpoints(model, tokenizer, options.out, moments)
     training = train(
         model,
@@ -89,6 +95,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
         Budget(seconds=options.seconds, steps=options.steps),
         settings,
         compile_model=options.compile,
+        seed=options.seed,
         on_step=early,
         log=lambda line: print(line, flush=True),
     )

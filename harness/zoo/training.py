@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from harness.errors import NumericalFailure
+from harness.zoo.noise import WeightNoise, noisy_weights
 
 __all__ = ["Budget", "Hyperparameters", "TrainingRun", "learning_rate_factor", "train"]
 
@@ -44,6 +46,8 @@ class Hyperparameters:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
+    noise_levels: int = 0  # 0: no weight noise
+    noise_group: int = 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def train(
     settings: Hyperparameters,
     *,
     compile_model: bool = False,
+    seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, progress: None,
     log: Callable[[str], None] = print,
 ) -> TrainingRun:
@@ -86,6 +91,11 @@ def train(
     # The zoo has no dropout, so evaluation mode computes the same; in training mode OPT draws a
     # random number per layer, which cuts the compiled graph into pieces.
     model.eval()
+    noise = (
+        WeightNoise(noisy_weights(model), settings.noise_levels, settings.noise_group, seed)
+        if settings.noise_levels
+        else None
+    )
     loss_of(model, next(batches)).backward()
     optimizer.zero_grad(set_to_none=True)
     _wait_for(device)
@@ -105,8 +115,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = next(batches)
-        loss = loss_of(model, batch)
-        loss.backward()
+        with nullcontext() if noise is None else noise.applied():
+            loss = loss_of(model, batch)
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ All You Need. Noam Shazeer, 2019, arXiv:1911.02150.
 
 Changes: the key and value projections of a decoder, pooled to fewer heads; the model then trains on
 (uptraining). OPT's and GPT-2's attention modules are replaced by ones that can have fewer such
-heads.
+heads. A decode step reads each shared head once instead of repeating it for its query heads first.
 
 Needs: training tokens, unless `steps` is 0. Random weights (`shape:` models) are only pooled.
 

@@ -5,9 +5,8 @@ John Tran, William J. Dally, 2015, arXiv:1506.02626. Compared with other ways in
 Hooker, 2019, arXiv:1902.09574.
 
 Changes: zeros in the linear layers inside the blocks; embeddings, norms, biases and the head stay.
-The
-zeros are unstructured: the dense kernel runs over them, so nothing gets faster or smaller. What a
-bitmap and the surviving weights would take is recorded as `bitmap_bytes`, a theoretical size.
+The zeros are unstructured: the dense kernel runs over them, so nothing gets faster or smaller. What
+a bitmap and the surviving weights would take is recorded as `bitmap_bytes`, a theoretical size.
 
 Needs: nothing; with `steps` it retrains, the zeros held at zero (weights, gradients, optimiser).
 

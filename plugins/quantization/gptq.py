@@ -13,8 +13,10 @@ Needs: calibration tokens.
 Knobs: `bits`, `group_size` (input columns per scale; -1: one per output row), `sym` (no zero points),
 `act_order` (columns by falling activity; without `static_groups` they are stored in that order and the
 input is gathered), `static_groups` (scales from the weights as they were), `damp` (share of the mean
-diagonal added to the Hessian), `block_size` (columns per lazy update: speed only), `true_sequential`
-(inside a block, q/k/v, then output, then FFN see each other's rounding), `ragged`, `targets`.
+diagonal added to the Hessian), `clip` (mse: each scale clips its range where that lowers the loss, as
+the authors' code can; absmax: never, as in the paper), `block_size` (columns per lazy update: speed
+only), `true_sequential` (inside a block, q/k/v, then output, then FFN see each other's rounding),
+`ragged`, `targets`.
 
 Hurts: with few calibration tokens or tokens of another kind it fits them and not the task; at 8 bits
 it gains nothing over plain rounding. At many rows the weights are dequantized before the product.
@@ -32,7 +34,7 @@ from harness import Method, NumericalFailure, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of
 from harness.nn.folding import linears_of
 from harness.nn.hessian import InputHessian, inverse_root, output_error
-from harness.nn.quantizer import Grid, QuantizedWeight, find_grid, group_grid, padded_to_groups
+from harness.nn.quantizer import Grid, QuantizedWeight, group_grid, padded_to_groups
 from harness.nn.surgery import replace_module
 
 from ._weights import ImpliedDefaults, Ragged, pack_float_weight, quantizable, refusal
@@ -55,6 +57,7 @@ class GptqOptions(ImpliedDefaults):
     act_order: bool = Field(False, description="most active columns first")
     static_groups: bool = Field(False, description="scales from the weights before any correction")
     damp: float = Field(0.01, gt=0, description="added to the Hessian, as a share of its mean diagonal")
+    clip: Literal["absmax", "mse"] = Field("mse", description="range of a grid: all, or least loss")
     block_size: int = Field(128, ge=1, description="columns between two updates of the rest")
     true_sequential: bool = Field(True, description="calibrate inside a block step by step")
     targets: str | None = Field(None, description="regular expression of full layer names")
@@ -89,12 +92,13 @@ def gptq_quantize(
     damp: float = 0.01,
     block_size: int = 128,
     static_groups: bool = False,
+    clip: Literal["absmax", "mse"] = "absmax",
 ) -> GptqResult:
     """Quantize a matrix [out, in] given ``mean(x x^T)`` [in, in] of its inputs; float32 or float64.
 
     A group's grid follows from the weights as corrected up to its first column (`static_groups`: as
-    given). Columns that no token ever reaches (``H_jj = 0``) become zeros. The result does not depend
-    on `block_size`. The last group may be shorter.
+    given), with ``clip="mse"`` by the least loss of its own columns. Columns that no token ever reaches
+    (``H_jj = 0``) become zeros. The result does not depend on `block_size`; the last group may be shorter.
 
     Raises:
         NumericalFailure: weights or Hessian are not finite, or the Hessian cannot be factorised.
@@ -106,26 +110,38 @@ def gptq_quantize(
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     weight[:, dead] = 0
-    width = columns if group_size == -1 else group_size
-    # Scales of the weights as given: the grids themselves, or only the type to store scales in.
-    given = group_grid(padded_to_groups(weight, width), bits=bits, group_size=group_size, sym=sym)
-    is_static = static_groups or group_size == -1
-    scale = given.scale.clone()
-    zero = None if given.zero is None else given.zero.clone()
     order = torch.arange(columns, device=device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    group_of = (order if is_static else torch.arange(columns, device=device)) // width
-    groups: list[int] = group_of.tolist()
-    root, damp = inverse_root(hessian, damp)
+    root, damp = inverse_root(hessian[order][:, order], damp)
+    importance = root.diagonal() ** -2  # what a squared rounding error in each column costs
+    width = columns if group_size == -1 else group_size
+    # Grids of the weights as given: the ones to use, or only the type and shape of what is stored.
+    is_static = static_groups or group_size == -1
+    searched = padded_to_groups(importance[torch.argsort(order)][None], width)[0]
+    given = group_grid(
+        padded_to_groups(weight, width),
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        importance=searched if clip == "mse" and is_static else None,
+    )
+    scale, zero = given.scale.clone(), None if given.zero is None else given.zero.clone()
+    weight = weight[:, order]
+    groups: list[int] = ((order if is_static else torch.arange(columns)) // width).tolist()
     # A block never straddles the start of a group, so every correction has arrived by then.
     starts = sorted({*range(0, columns, block_size), *(() if is_static else range(0, columns, width))})
     codes = torch.empty(out, columns, dtype=torch.uint8, device=device)
     loss = 0.0
     for start, end in zip(starts, [*starts[1:], columns], strict=True):
         if not is_static and start % width == 0:
-            grid = find_grid(weight[:, start : start + width], bits=bits, sym=sym, scale_dtype=scale.dtype)
+            grid = group_grid(
+                weight[:, start : start + width],
+                bits=bits,
+                sym=sym,
+                scale_dtype=scale.dtype,
+                importance=importance[start : start + width] if clip == "mse" else None,
+            )
             scale[:, groups[start]] = grid.scale[:, 0]
             if zero is not None and grid.zero is not None:
                 zero[:, groups[start]] = grid.zero[:, 0]
@@ -140,13 +156,10 @@ def gptq_quantize(
             codes[:, start + j], errors[:, j] = code, error
         weight[:, end:] -= errors @ root[start:end, end:]
         loss += float((errors**2).sum())
-    stored_order = None
-    if act_order and is_static:
+    stored_order = order.to(torch.int32) if act_order and not is_static else None
+    if stored_order is None:
         codes = codes[:, torch.argsort(order)]
-    elif act_order:
-        stored_order = order.to(torch.int32)
-    missing = -columns % width
-    codes = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+    codes = padded_to_groups(codes, width)
     quantized = QuantizedWeight(codes, scale, zero, bits, group_size, columns, stored_order)
     return GptqResult(quantized, loss, damp)
 
@@ -202,7 +215,7 @@ def _quantize_step(block: Block, step: list[list[str]], options: GptqOptions) ->
     return errors
 
 
-_CORE_OPTIONS = {"bits", "group_size", "sym", "act_order", "damp", "block_size", "static_groups"}
+_CORE_OPTIONS = {"bits", "group_size", "sym", "act_order", "damp", "block_size", "static_groups", "clip"}
 
 
 def applies(info: ModelInfo, options: GptqOptions) -> str | None:

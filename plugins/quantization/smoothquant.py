@@ -130,11 +130,24 @@ def _smooth(block: Block, model: nn.Module, options: SmoothQuantOptions, head_di
             for each in (peaks[anatomy.out], _column_peaks(block, (anatomy.out,)))
         )
         scale = smoothing_scale(activation_peak, weight_peak, options.alpha)
+        scale = torch.maximum(scale, _smallest_scale(value))
         scale_value_output(block.module, anatomy, scale, head_dim, block.name)
     if options.up_down:
         weight_peak = _column_peaks(block, (anatomy.ffn_out,))
         scale = smoothing_scale(peaks[anatomy.ffn_out], weight_peak, options.alpha)
+        (up,) = linears_of(block.module, anatomy.ffn_in[-1:], block.name)
+        scale = torch.maximum(scale, _smallest_scale(up))
         scale_up_down(block.module, anatomy, scale, block.name)
+
+
+def _smallest_scale(producer: nn.Linear) -> torch.Tensor:
+    """The scale [out] down to which a row may grow without widening the range of the whole matrix.
+
+    A channel that calibration hardly reaches (a ReLU that stays off) asks for a tiny scale, and dividing
+    its row by that would leave one large row to set the weight scale of all.
+    """
+    peaks = producer.weight.float().abs().amax(1)
+    return (peaks / peaks.amax()).clamp(min=_SMALLEST)
 
 
 def _column_peaks(block: Block, names: tuple[str, ...]) -> torch.Tensor:

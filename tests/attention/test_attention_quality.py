@@ -16,15 +16,15 @@ from .recall import RecallModel, accuracy, dense, needle_batch, recall_batch, sl
 
 @pytest.mark.parametrize("name", ["llama-6m", "opt-4m"])
 def test_a_narrower_window_costs_more(name):
-    """Measured on 16 windows of 512: llama-6m .50 / .18 / .015 nats at 16 / 64 / 256."""
+    """Measured, nats at 16 / 64 / 256: llama-6m .46 / .13 / .01, opt-4m 1.27 / .45 / .07."""
     original = held_out_nll(zoo_model(name), windows=8, seq_len=512)
     costs = []
     for window in (16, 64, 256, 512):
         model = zoo_model(name)
         METHOD.transform(model, BlockLocalOptions(window=window), make_context(model))
         costs.append(held_out_nll(model, windows=8, seq_len=512) - original)
-    assert costs[0] > costs[1] + 0.1 > costs[2] + 0.2
-    assert costs[2] > 0
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 0.1
     assert costs[3] == 0
 
 
@@ -64,7 +64,12 @@ def test_a_needle_is_found_inside_the_window_only():
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_averaged_heads_recover_best(groups):
-    """25 steps of uptraining on the bundled model: mean beats first and random by 0.05 nats."""
+    """25 steps of 8 x 128 on llama-6m: the mean beats first and random by 0.05 nats.
+
+    Measured, nats over the original, mean / first / random: 4 groups .39 / .73 / 1.23, 2 groups
+    .84 / .98 / 1.22, 1 group 1.04 / 1.12 / 1.27. On opt-4m the first head wins at 4 and 2 groups
+    (.69 / .61, 1.11 / .85), so the order of mean and first is no law and is not asserted there.
+    """
     after = {}
     for init in ("mean", "first", "random"):
         model = zoo_model("llama-6m")

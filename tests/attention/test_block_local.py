@@ -360,6 +360,7 @@ def test_it_says_where_it_does_not_fit():
 # --- on a GPU -------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mode", MODES)
@@ -390,6 +391,7 @@ def test_a_captured_decode_step_stays_right_when_replayed_later(mode):
         assert (logits[:, 0] - expected[:, seen]).abs().max() <= 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_decoding_does_not_slow_down_with_the_context():

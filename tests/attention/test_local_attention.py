@@ -226,11 +226,27 @@ def test_time_grows_linearly_on_the_cpu():
     assert local <= 1.25
 
 
+# torch's own compiler still calls what torch deprecates
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("band", [Band("sliding", 256), Band("block", 100, 2)], ids=_name)
+def test_flex_compiled_on_the_cpu_matches_gathered(band):
+    for length in (1024, 1500):
+        query, key, value = _qkv(length)
+        with torch.no_grad():
+            flex = flex_attention_in_band(query, key, value, band)
+        assert (flex - gathered_attention(query, key, value, band)).abs().max() <= 1e-5
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -246,6 +262,7 @@ def test_compiled_flex_matches_gathered(band, kv_heads):
         assert (flex - exact).norm() / exact.norm() <= 1e-2
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 def test_a_long_prefill_is_linear_and_beats_dense_on_cuda():
@@ -263,6 +280,7 @@ def test_a_long_prefill_is_linear_and_beats_dense_on_cuda():
     assert dense / times[32768] >= 8
 
 
+@compiles
 @pytest.mark.gpu
 @needs_cuda
 def test_memory_at_32k_is_far_below_materialised_scores():

@@ -109,7 +109,7 @@ def test_what_fills_an_asymmetric_grid_stays_there(bits):
     grouped = once.codes.view(64, -1, 64)
     # A group that rounding left without its first or last code has a smaller range: another grid.
     full = (grouped.amin(-1) == 0) & (grouped.amax(-1) == 2**bits - 1)
-    assert float(full.float().mean()) > 0.9
+    assert float(full.float().mean()) > 0.8
     same = (again.codes.view(64, -1, 64) == grouped).all(-1)
     assert bool(same[full].all())
     assert torch.equal(again.scale[full], once.scale[full])
