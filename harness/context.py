@@ -110,13 +110,16 @@ class Context:
         Args:
             loss: ``loss(model, tokens) -> scalar`` for tokens int64 [batch, seq_len] on the device;
                 by default the mean causal cross-entropy.
-            steps: by default the sweep's `--train-steps`; 0 trains nothing.
+            steps: by default the sweep's `--train-steps`; 0 trains nothing. Models with random weights
+                (`shape:`) are never trained.
             parameters: what to train; by default every parameter that requires a gradient.
             on_step: called after each optimiser step (apply masks, update schedules).
 
         Raises:
             NumericalFailure: the loss became NaN or infinite, or more than doubled.
         """
+        if self.info.synthetic:
+            steps = 0  # random weights are timed and weighed as they are: training them says nothing
         settings = self.settings.replaced(steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size)
         report = train(
             model,

@@ -182,8 +182,6 @@ def _needs_refusal(needs: frozenset[str], info: ModelInfo, device: str) -> str |
             return f"needs an {kind}; {info.label} is a {info.kind}".replace("an d", "a d")
     if "teacher" in needs and info.scratch:
         return "needs a trained teacher; a scratch: model has none"
-    if "training" in needs and info.synthetic:
-        return "training random weights means nothing; use a zoo:, scratch:, local or hub model"
     return None
 
 

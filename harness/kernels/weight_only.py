@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -23,7 +24,12 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 def has_triton(device: torch.device) -> bool:
     """Whether Triton kernels can run on this device."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and _is_triton_installed()
+
+
+@functools.cache
+def _is_triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _fits_triton(weight: PackedWeight, dtype: torch.dtype) -> bool:

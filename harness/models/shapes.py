@@ -50,6 +50,7 @@ def _opt(hidden: int, layers: int, heads: int, **more: Any) -> Mapping[str, Any]
 
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "llama-15m": _llama(288, 6, 6, 768, max_positions=256, tied=True),
         "llama-160m": _llama(768, 12, 12, 2048, max_positions=2048),
         "llama-1b": _llama(2048, 22, 32, 5632, kv_heads=4, max_positions=2048),
         "llama-7b": _llama(4096, 32, 32, 11008),

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from harness.errors import ConfigError
@@ -22,7 +21,7 @@ from harness.nn.surgery import block_linears
 __all__ = ["WeightNoise", "noisy_weights", "rounding_noise"]
 
 
-def noisy_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+def noisy_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     """The matrices [out, in] that quantization methods change: those inside the blocks."""
     return [linear.weight for _, linear in block_linears(model)]
 
@@ -50,11 +49,12 @@ class WeightNoise:
         ConfigError: a group size that does not divide a matrix's input dimension.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], levels: int, group_size: int, seed: int) -> None:
+    def __init__(self, weights: Sequence[torch.Tensor], levels: int, group_size: int, seed: int) -> None:
         for weight in weights:
             if weight.shape[1] % group_size:
                 raise ConfigError(
-                    f"--weight-noise-group {group_size} does not divide an input dimension of {weight.shape[1]}"
+                    f"--weight-noise-group {group_size} does not divide "
+                    f"an input dimension of {weight.shape[1]}"
                 )
         self._weights = [weight.data for weight in weights]
         self._sizes = [weight.numel() for weight in weights]

@@ -99,10 +99,7 @@ def _retrain(
 
     # Without a gradient Adam's moments of a pruned weight stay zero, so it never wants to come
     # back; decay of a zero is zero. Multiplying after each step makes it certain.
-    hooks = [
-        weight.register_hook(lambda gradient, keep=keep: gradient * keep)
-        for weight, keep in pruned
-    ]
+    hooks = [weight.register_hook(lambda gradient, keep=keep: gradient * keep) for weight, keep in pruned]
     try:
         context.train(model, steps=options.steps, on_step=hold)
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.nn.quantized import Int8Linear, QuantizedLinear
@@ -18,16 +20,27 @@ if TYPE_CHECKING:
     from harness.nn.quantizer import QuantizedWeight
 
 __all__ = [
+    "ActivationBits",
     "ImpliedDefaults",
     "Ragged",
+    "WeightBits",
     "pack_float_weight",
     "pack_int8",
     "quantizable",
     "refusal",
     "round_linear",
+    "sharing_input",
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
+ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
 
 
 class ImpliedDefaults(Options):
@@ -39,6 +52,13 @@ class ImpliedDefaults(Options):
             if type(self)(**written).canonical()[name] != value:
                 written[name] = value
         return written
+
+
+def sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+    """The layers of a block in the order in which they run, those that read the same input together."""
+    found = [[name for name in group if name in names] for group in groups]
+    known = {name for group in groups for name in group}
+    return [group for group in found if group] + [[name] for name in names if name not in known]
 
 
 def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | None) -> str | None:

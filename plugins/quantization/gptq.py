@@ -30,14 +30,21 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, field_validator
 
-from harness import Method, NumericalFailure, Paper, hookimpl
+from harness import Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of
 from harness.nn.folding import linears_of
 from harness.nn.hessian import InputHessian, inverse_root, output_error
 from harness.nn.quantizer import Grid, QuantizedWeight, group_grid, padded_to_groups
 from harness.nn.surgery import replace_module
 
-from ._weights import ImpliedDefaults, Ragged, pack_float_weight, quantizable, refusal
+from ._weights import (
+    Ragged,
+    WeightBits,
+    pack_float_weight,
+    quantizable,
+    refusal,
+    sharing_input,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,10 +55,10 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "GptqOptions", "GptqResult", "gptq_quantize"]
 
 
-class GptqOptions(ImpliedDefaults):
-    """The defaults are the paper's with groups of 128."""
+class GptqOptions(Options):
+    """The paper's settings with groups of 128, but for `clip`."""
 
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
+    bits: WeightBits = Field(4, description="bits of a weight")
     group_size: int = Field(128, ge=-1, description="input columns per scale; -1: one per output row")
     sym: bool = Field(False, description="no zero points")
     act_order: bool = Field(False, description="most active columns first")
@@ -175,19 +182,12 @@ def transform(model: nn.Module, options: GptqOptions, context: Context) -> nn.Mo
     for block in context.blocks(model):
         prefix = f"{block.name}."
         inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        steps = _sharing_input(inside, anatomy_of(model).sequential_groups)
+        steps = sharing_input(inside, anatomy_of(model).sequential_groups)
         for step in [[group] for group in steps] if options.true_sequential else [steps]:
             errors += _quantize_step(block, step, options)
     mean = sum(errors) / len(errors)
     context.record("gptq_relative_error", mean, "ratio", "squared error of layer outputs, mean of layers")
     return model
-
-
-def _sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
-    """The layers of a block in the order in which they run, those that read the same input together."""
-    found = [[name for name in group if name in names] for group in groups]
-    known = {name for group in groups for name in group}
-    return [group for group in found if group] + [[name] for name in names if name not in known]
 
 
 def _quantize_step(block: Block, step: list[list[str]], options: GptqOptions) -> list[float]:

@@ -35,8 +35,10 @@ from harness.nn.ranges import ClipMethod, observe_clips
 from harness.nn.surgery import replace_module
 
 from ._weights import (
+    ActivationBits,
     ImpliedDefaults,
     Ragged,
+    WeightBits,
     pack_float_weight,
     pack_int8,
     quantizable,
@@ -53,8 +55,8 @@ __all__ = ["METHOD", "RtnOptions"]
 class RtnOptions(ImpliedDefaults):
     """`group_size`, `w_gran` and `sym` follow from `bits` where they are not given."""
 
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits of a weight")
-    a_bits: Literal[8, 16] = Field(16, description="bits of an activation; 16: as it is")
+    bits: WeightBits = Field(4, description="bits of a weight")
+    a_bits: ActivationBits = Field(16, description="bits of an activation; 16: as it is")
     group_size: int = Field(128, ge=-1, description="input columns per scale; -1: one per output row")
     w_gran: Literal["per-group", "per-channel", "per-tensor"] = Field(
         "per-group", description="what shares a weight scale; follows from group_size"

@@ -1,13 +1,13 @@
-"""Running the command line in this process and as a process."""
+"""Running the command line."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
+
+from harness.cli.app import run as run_harness
 
 
 @dataclass
@@ -22,20 +22,20 @@ class Ran:
 
 
 @pytest.fixture
-def harness(tmp_path, monkeypatch):
-    """Run ``harness ...`` as its own process in an empty folder with an own cache."""
+def harness(tmp_path, monkeypatch, capsys):
+    """Run ``harness ...`` in an empty folder with a cache of its own.
+
+    In this process, so that all sweeps of a test run share one fork server; its workers are processes of
+    their own all the same.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HARNESS_DB", raising=False)
 
-    def run(*arguments, timeout=240):
-        done = subprocess.run(
-            [sys.executable, "-m", "harness", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=tmp_path,
-        )
-        return Ran(done.returncode, done.stdout, done.stderr)
+    def run(*arguments):
+        capsys.readouterr()
+        code = run_harness([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
 
     return run

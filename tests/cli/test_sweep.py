@@ -143,7 +143,7 @@ def test_dry_run_shows_the_matrix_and_writes_nothing(harness, checkpoint, tmp_pa
 
 def test_a_synthetic_model_is_timed_and_its_accuracy_refused(harness):
     ran = harness(
-        "sweep", "--methods", "magnitude-prune", "--models", "shape:llama-160m", "--prompt-lens", "4",
+        "sweep", "--methods", "magnitude-prune", "--models", "shape:llama-15m", "--prompt-lens", "4",
         "--new-tokens", "1", "--device", "cpu",
     )  # fmt: skip
     assert ran.code == 0, ran.err

@@ -164,7 +164,6 @@ def test_the_source_of_a_method_is_part_of_the_key(tmp_path):
         ("gpu", {}, "needs a CUDA device"),
         ("encoders", {}, "needs an encoder; m is a decoder"),
         ("taught", {"scratch": True}, "needs a trained teacher"),
-        ("trained", {"synthetic": True}, "random weights"),
         ("picky:bits=3", {}, "not today"),
     ],
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from harness.models.loading import ZOO_DIR
 from tests.models.hub_server import COMMIT, serve_hub
 
 SWEEP = (
@@ -17,13 +19,14 @@ SWEEP = (
 )  # fmt: skip
 
 
-def _harness(tmp_path, endpoint, *arguments):
+def _harness(tmp_path, endpoint, *arguments, **settings):
     # The hub's client reads its settings when it is imported, so it gets a process of its own.
     environment = {
         **os.environ,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(tmp_path / "hub-cache"),
         "HARNESS_CACHE": str(tmp_path / "cache"),
+        **settings,
     }
     return subprocess.run(
         [sys.executable, "-m", "harness", *arguments],
@@ -34,6 +37,8 @@ def _harness(tmp_path, endpoint, *arguments):
 @pytest.fixture
 def repository(tmp_path, tiny_llama):
     tiny_llama.save_pretrained(tmp_path / "repository")
+    for file in (ZOO_DIR / "llama-6m").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "repository")
     return tmp_path / "repository"
 
 
@@ -60,8 +65,9 @@ def test_a_repository_that_does_not_exist_is_one_clear_error(tmp_path, repositor
     assert not (tmp_path / "results.db").exists()
 
 
-def test_a_hub_that_cannot_be_reached_is_one_clear_error(tmp_path):
-    ran = _harness(tmp_path, "http://127.0.0.1:9", "sweep", *SWEEP, "--models", "org/tiny")
+def test_without_the_hub_a_model_that_is_not_cached_is_one_clear_error(tmp_path):
+    arguments = ("sweep", *SWEEP, "--models", "org/tiny")
+    ran = _harness(tmp_path, "http://127.0.0.1:9", *arguments, HF_HUB_OFFLINE="1")
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: model 'org/tiny' from the hub: ")
     assert len(ran.stderr.strip().splitlines()) == 1

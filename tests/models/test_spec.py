@@ -69,7 +69,12 @@ def test_registered_names_stand_for_their_spec():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("opt-6.7b", 6_658_473_984)],
+    [
+        ("llama-15m", 15_191_712),
+        ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320),
+        ("opt-6.7b", 6_658_473_984),
+    ],
 )
 def test_shapes_have_the_published_sizes(name, parameters):
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness_plugins.quantization.rtn import METHOD, RtnOptions
 
 from harness.chain import parse_chain
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
@@ -13,7 +14,6 @@ from harness.nn.quantizer import quantize_activation, quantize_weight
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
-from harness_plugins.quantization.rtn import METHOD, RtnOptions
 
 FAMILIES = ["llama", "opt", "gpt2", "bert", "encoder"]
 

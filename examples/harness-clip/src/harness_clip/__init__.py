@@ -38,9 +38,7 @@ def transform(model: nn.Module, options: ClipOptions, context: Context) -> nn.Mo
     return model
 
 
-METHOD = Method(
-    name="clip-weights", options=ClipOptions, transform=transform, paper="An example; no paper."
-)
+METHOD = Method(name="clip-weights", options=ClipOptions, transform=transform, paper="An example; no paper.")
 
 
 @hookimpl

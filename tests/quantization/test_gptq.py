@@ -1,0 +1,338 @@
+"""GPTQ against OBQ, brute force and its own accounting; then the method on whole models."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from harness_plugins.quantization.gptq import METHOD, gptq_quantize
+
+from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.models.info import info_from_config
+from harness.nn.hessian import inverse_root, output_error
+from harness.nn.quantized import QuantizedLinear
+from harness.nn.quantizer import group_grid, quantize_weight
+from harness.nn.surgery import block_linears
+from harness.testing.making import make_context
+from harness.testing.models import tiny_model
+from tests.quantization.obq import damped, obq
+
+
+def correlated(columns: int, *, decay: float, seed: int = 0, tokens: int = 0) -> torch.Tensor:
+    """The second moment of inputs whose eigenvalues fall as ``i^-decay``, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator, dtype=torch.float64))
+    spectrum = torch.arange(1, columns + 1, dtype=torch.float64) ** -decay
+    x = torch.randn(tokens or 4 * columns, columns, generator=generator, dtype=torch.float64)
+    x = x * spectrum.sqrt() @ basis.T
+    return x.T @ x / len(x)
+
+
+def matrix(out: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.randn(out, columns, generator=generator, dtype=torch.float64)
+
+
+def error(weight: torch.Tensor, quantized, hessian: torch.Tensor, damp: float = 0.01) -> float:
+    return output_error(weight - quantized.dequantize(torch.float64), damped(hessian, damp))
+
+
+FORMS = [
+    {"bits": 4},
+    {"bits": 3, "sym": True},
+    {"bits": 2, "act_order": True},
+    {"bits": 4, "group_size": 16},
+    {"bits": 3, "group_size": 24},  # blocks of 64 and 128 straddle group starts
+    {"bits": 2, "group_size": 16, "act_order": True},
+    {"bits": 2, "group_size": 16, "act_order": True, "static_groups": True},
+    {"bits": 3, "group_size": 16, "clip": "mse"},
+    {"bits": 2, "clip": "mse", "act_order": True},
+]
+
+
+# --- the core, exactly --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_errors_add_up_to_the_damped_output_error(form):
+    weight, hessian = matrix(24, 144), correlated(144, decay=1)
+    result = gptq_quantize(weight, hessian, **form)
+    assert result.loss == pytest.approx(error(weight, result.quantized, hessian), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_block_size_changes_nothing(form):
+    weight, hessian = matrix(24, 144), correlated(144, decay=1)
+    results = [gptq_quantize(weight, hessian, block_size=size, **form) for size in (1, 64, 128, 1000)]
+    for other in results[1:]:
+        assert torch.equal(other.quantized.codes, results[0].quantized.codes)
+        assert torch.equal(other.quantized.scale, results[0].quantized.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("sym", [True, False])
+def test_it_is_obq_in_the_given_order(bits, sym):
+    weight, hessian = matrix(8, 48), correlated(48, decay=1)
+    quantized = gptq_quantize(weight, hessian, bits=bits, sym=sym).quantized
+    reference = obq(weight, hessian, group_grid(weight, bits=bits, sym=sym, group_size=-1), greedy=False)
+    torch.testing.assert_close(quantized.dequantize(torch.float64), reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+def test_greedy_obq_is_no_worse(decay):
+    weight, hessian = matrix(32, 64), correlated(64, decay=decay)
+    grid = group_grid(weight, bits=3, sym=False, group_size=-1)
+    greedy = output_error(weight - obq(weight, hessian, grid, greedy=True), damped(hessian, 0.01))
+    fixed = error(weight, gptq_quantize(weight, hessian, bits=3).quantized, hessian)
+    assert greedy <= fixed
+
+
+@pytest.mark.parametrize("group_size", [-1, 16])
+def test_without_correlations_it_is_rounding(group_size):
+    weight = matrix(16, 64)
+    quantized = gptq_quantize(
+        weight, 3.7 * torch.eye(64, dtype=torch.float64), bits=3, group_size=group_size
+    ).quantized
+    rounded = quantize_weight(weight, bits=3, group_size=group_size, sym=False)
+    assert torch.equal(quantized.dequantize(), rounded.dequantize())
+
+
+def test_it_lies_between_rounding_and_the_optimum():
+    """All 4^6 quantized rows, 200 draws: never below the best, nearly always better than rounding."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.uint8)
+    sums = {"best": 0.0, "gptq": 0.0, "rtn": 0.0}
+    no_worse = 0
+    for draw in range(200):
+        mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+        x = torch.randn(64, 6, generator=generator, dtype=torch.float64) @ mix
+        hessian, weight = x.T @ x / 64, matrix(1, 6, seed=draw)
+        grid = group_grid(weight, bits=2, sym=False, group_size=-1)
+        differences = grid.decode(codes, torch.float64) - weight
+        best = float(((differences @ damped(hessian, 0.01)) * differences).sum(1).min())
+        gptq = error(weight, gptq_quantize(weight, hessian, bits=2).quantized, hessian)
+        rtn = error(weight, quantize_weight(weight, bits=2, sym=False), hessian)
+        assert gptq >= best * (1 - 1e-9)
+        no_worse += gptq <= rtn * (1 + 1e-9)
+        sums = {"best": sums["best"] + best, "gptq": sums["gptq"] + gptq, "rtn": sums["rtn"] + rtn}
+    assert sums["gptq"] / sums["rtn"] <= 0.95
+    assert sums["best"] <= sums["gptq"]
+    assert no_worse >= 0.85 * 200
+
+
+def test_the_loss_is_bounded_where_nothing_is_clipped():
+    """``E <= sum (s / 2)^2 / U_jj^2``: two uncorrelated columns of ±9 keep all others inside the range."""
+    weight, hessian = matrix(16, 66), torch.eye(66, dtype=torch.float64)
+    hessian[:64, :64] = correlated(64, decay=1)
+    weight[:, 64], weight[:, 65] = 9, -9
+    result = gptq_quantize(weight, hessian, bits=3)
+    root, _ = inverse_root(hessian, 0.01)
+    step = result.quantized.scale.double()
+    bound = float((step**2 / 4 / root.diagonal() ** 2).sum())
+    assert 0.1 * bound < result.loss <= bound
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_correlated_inputs_are_where_it_gains(bits):
+    weight = matrix(256, 256)
+    rounded = quantize_weight(weight, bits=bits, sym=False)
+
+    def ratio(decay: float, **options) -> float:
+        hessian = correlated(256, decay=decay, tokens=8192)
+        quantized = gptq_quantize(weight, hessian, bits=bits, **options).quantized
+        return output_error(weight - quantized.dequantize(torch.float64), hessian) / output_error(
+            weight - rounded.dequantize(torch.float64), hessian
+        )
+
+    plain = ratio(1.0)
+    assert plain <= 0.55
+    assert ratio(1.0, act_order=True) <= 1.05 * plain
+    assert ratio(1.5) <= 0.25
+    assert 0.93 <= ratio(0.0) <= 1.01  # white inputs: nothing to gain
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_clipping_lowers_the_loss_at_few_bits(group_size):
+    weight, hessian = matrix(64, 128), correlated(128, decay=1)
+    loss = {
+        clip: gptq_quantize(weight, hessian, bits=2, group_size=group_size, clip=clip).loss
+        for clip in ("absmax", "mse")
+    }
+    assert loss["mse"] < 0.85 * loss["absmax"]
+
+
+def test_group_scales_follow_from_corrected_weights():
+    weight, hessian = matrix(16, 64), correlated(64, decay=1)
+    moving = gptq_quantize(weight, hessian, bits=3, group_size=16).quantized
+    static = gptq_quantize(weight, hessian, bits=3, group_size=16, static_groups=True).quantized
+    given = group_grid(weight, bits=3, group_size=16, sym=False)
+    assert torch.equal(static.scale, given.scale)
+    assert torch.equal(moving.scale[:, 0], given.scale[:, 0])  # nothing was corrected before
+    assert not torch.equal(moving.scale[:, 3], given.scale[:, 3])
+
+
+def test_an_order_is_stored_only_where_groups_follow_it():
+    weight, hessian = matrix(8, 64), correlated(64, decay=1)
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    moving = gptq_quantize(weight, hessian, bits=4, group_size=16, act_order=True).quantized
+    assert moving.order.tolist() == order.tolist()
+    assert moving.order.dtype == torch.int32
+    for options in ({"group_size": -1}, {"group_size": 16, "static_groups": True}):
+        assert gptq_quantize(weight, hessian, bits=4, act_order=True, **options).quantized.order is None
+
+
+def test_columns_without_input_become_zeros():
+    weight, hessian = matrix(8, 32), correlated(32, decay=1)
+    hessian[5], hessian[:, 5] = 0, 0
+    result = gptq_quantize(weight, hessian, bits=4, group_size=16)
+    assert bool((result.quantized.dequantize()[:, 5] == 0).all())
+    assert bool(torch.isfinite(result.quantized.dequantize()).all())
+
+
+def test_a_shorter_last_group():
+    weight, hessian = matrix(8, 40), correlated(40, decay=1)
+    quantized = gptq_quantize(weight, hessian, bits=4, group_size=16).quantized
+    assert quantized.codes.shape == (8, 48)
+    assert quantized.scale.shape == (8, 3)
+    assert quantized.dequantize().shape == (8, 40)
+    assert error(weight, quantized, hessian) < error(
+        weight, quantize_weight(weight, bits=4, sym=False, group_size=16, pad=True), hessian
+    )
+
+
+def test_single_rows_and_columns():
+    for out, columns in ((1, 1), (5, 1), (1, 9)):
+        weight = matrix(out, columns)
+        quantized = gptq_quantize(weight, torch.eye(columns, dtype=torch.float64), bits=4).quantized
+        rounded = quantize_weight(weight, bits=4, sym=False)
+        assert torch.equal(quantized.dequantize(), rounded.dequantize())
+
+
+def test_what_is_not_finite_is_refused():
+    weight, hessian = matrix(4, 8), correlated(8, decay=1)
+    spoilt = weight.clone()
+    spoilt[0, 0] = float("nan")
+    with pytest.raises(NumericalFailure, match="weights"):
+        gptq_quantize(spoilt, hessian, bits=4)
+    spoilt = hessian.clone()
+    spoilt[2, 2] = float("inf")
+    with pytest.raises(NumericalFailure, match="Hessian"):
+        gptq_quantize(weight, spoilt, bits=4)
+    with pytest.raises(ConfigError, match="damp"):
+        gptq_quantize(weight, hessian, bits=4, damp=0)
+
+
+# --- the method on models -------------------------------------------------------------------------
+
+
+def quantized_layers(model) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert", "encoder"])
+def test_every_block_linear_is_replaced(apply, weights, logits, family):
+    names = set(weights(tiny_model(family)))
+    model = apply(METHOD, tiny_model(family), group_size=64)
+    layers = quantized_layers(model)
+    assert set(layers) == names
+    assert {layer.bits for layer in layers.values()} == {4}
+    assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize(
+    "options", [{"group_size": 32, "act_order": True}, {"group_size": 32, "true_sequential": False}]
+)
+def test_other_orders(apply, logits, options):
+    original = logits(tiny_model("llama"))
+    changed = logits(apply(METHOD, tiny_model("llama"), **options))
+    assert float((changed - original).norm() / original.norm()) < 0.15
+
+
+def test_layers_see_the_rounding_of_those_before_them():
+    """The core, given the inputs that the already quantized model feeds a layer, gives that very layer."""
+    model = tiny_model("opt")
+    context = make_context(model, calibration_samples=4, calibration_len=32)
+    originals = {name: linear.weight.detach().clone() for name, linear in block_linears(model)}
+    model = METHOD.transform(model, METHOD.options.parse({"bits": 2, "group_size": 64}), context)
+    for name in ("model.decoder.layers.0.fc1", "model.decoder.layers.1.self_attn.out_proj"):
+        seen = []
+        layer = model.get_submodule(name)
+        handle = layer.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=context.calibration())
+        handle.remove()
+        x = seen[0].reshape(-1, layer.in_features)
+        expected = gptq_quantize(
+            originals[name], x.T @ x / len(x), bits=2, group_size=64, clip="mse"
+        ).quantized.dequantize()
+        same = (layer.dequantize() == expected).float().mean()
+        assert float(same) > 0.99, name  # float32 sums in another order may tip a few codes
+
+
+def test_stored_bits(apply):
+    for name, layer in quantized_layers(apply(METHOD, tiny_model("opt"))).items():
+        stored = sum(t.numel() * t.element_size() for n, t in layer.state_dict().items() if n != "bias")
+        bits = 8 * stored / (layer.in_features * layer.out_features)
+        assert bits == pytest.approx(4 + (16 + 4) / 128, abs=0.001), name
+        assert bits <= 4.6
+
+
+def test_it_reports_the_error_it_made():
+    model = tiny_model("llama")
+    errors = {}
+    for bits in (2, 4):
+        model = tiny_model("llama")
+        context = make_context(model, calibration_samples=4, calibration_len=32)
+        METHOD.transform(model, METHOD.options.parse({"bits": bits}), context)
+        (record,) = context.records
+        assert record.metric == "gptq_relative_error"
+        errors[bits] = record.value
+    assert 0 < errors[4] < errors[2] < 1
+
+
+def test_targets_limit_it(apply):
+    model = apply(METHOD, tiny_model("llama"), targets=r"layers\.0\.self_attn")
+    assert len(quantized_layers(model)) == 4
+
+
+def test_what_it_refuses(apply):
+    quantized = apply(METHOD, tiny_model("llama"))
+    with pytest.raises(NotApplicable, match="quantized already"):
+        apply(METHOD, quantized)
+    with pytest.raises(NotApplicable, match="96 does not divide the 128 columns"):
+        apply(METHOD, tiny_model("llama"), group_size=96)
+    info = info_from_config(tiny_model("llama").config, "tiny")
+    assert "does not divide" in METHOD.applies(info, METHOD.options.parse({"group_size": 96}))
+    assert METHOD.applies(info, METHOD.options.parse({})) is None
+    spoilt = tiny_model("llama")
+    spoilt.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NumericalFailure, match=r"layers\.1\.mlp\.up_proj: weights are NaN"):
+        apply(METHOD, spoilt)
+
+
+def test_no_calibration_tokens_is_an_error():
+    model = tiny_model("llama")
+    context = make_context(model)
+    context.calibration_batches = lambda *_args, **_kwargs: []
+    with pytest.raises(ConfigError, match=r"q_proj: no calibration tokens"):
+        METHOD.transform(model, METHOD.options.parse({}), context)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"group_size": 0}, "group_size"),
+        ({"damp": 0}, "damp"),
+        ({"bits": 6}, "bits"),
+        ({"block_size": 0}, "block_size"),
+    ],
+)
+def test_options_that_make_no_sense(values, message):
+    with pytest.raises(ConfigError, match=message):
+        METHOD.options.parse(values)
+
+
+def test_usual_names_are_understood():
+    parsed = METHOD.options.parse({"wbits": 3, "desc_act": True, "percdamp": 0.05, "groupsize": 64})
+    assert (parsed.bits, parsed.act_order, parsed.damp, parsed.group_size) == (3, True, 0.05, 64)
