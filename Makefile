@@ -7,13 +7,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: sweep test dashboard lint format docs wheelhouse clean
+.PHONY: sweep test test-slow dashboard lint format docs wheelhouse clean
 
 sweep: $(VENV)/.core
 	$(BIN)/harness sweep --methods gptq,smoothquant
 
 test: $(VENV)/.all chromium
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest
+
+# Minutes of training and evaluation, for the claims that need them.
+test-slow: $(VENV)/.all
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 dashboard: $(VENV)/.all
 	$(BIN)/harness dashboard

@@ -15,7 +15,9 @@ from harness.nn.quantizer import SMALLEST_SCALE
 
 __all__ = ["matmul", "quantize_to", "quantize_tokens"]
 
-_ROUND = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds half to even
+# 1.5 * 2^23: adding and subtracting it rounds half to even. The kernels that use it are launched without
+# fusing multiplication and addition, which would round the exact product and not the float32 one.
+_ROUND = 12582912.0
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(x):
         _quantize_tokens_kernel[(rows,)](
             x, codes, scales, columns, x.stride(0), _ROUND,
-            SMALLEST=SMALLEST_SCALE, BLOCK=block, num_warps=4,
+            SMALLEST=SMALLEST_SCALE, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
 
@@ -128,8 +130,9 @@ def quantize_to(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     block = min(4096, triton.next_power_of_2(columns))
     with torch.cuda.device_of(x):
         _quantize_to_kernel[(rows, triton.cdiv(columns, block))](
-            x, codes, scale, columns, x.stride(0), _ROUND, BLOCK=block, num_warps=4
-        )
+            x, codes, scale, columns, x.stride(0), _ROUND, BLOCK=block, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return codes
 
 

@@ -293,7 +293,8 @@ def quantize_activation(
     x = x.float()
     if scale is None:
         peak = x.abs().amax(-1, keepdim=True) if per_token else x.abs().amax().view(1)
-        scale = peak / 127
+        # By a tensor: on CUDA torch divides by a Python number through its reciprocal, an ulp off.
+        scale = peak / torch.full_like(peak, 127)
         scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
     codes = torch.round(x * (1 / scale)).clamp_(-127, 127)
     return codes.to(torch.int8), scale

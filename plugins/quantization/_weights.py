@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from harness.nn.quantizer import QuantizedWeight
 
 __all__ = [
+    "UNTRAINED",
     "ActivationBits",
     "ImpliedDefaults",
     "Ragged",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
+UNTRAINED = "a scratch model is trained after the transform, and packed weights cannot be trained"
 
 
 def _whole(value: Any) -> Any:
@@ -65,6 +67,8 @@ def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | 
     """Why a weight quantizer does not fit a model, as far as its configuration tells."""
     if info.family == "other":
         return f"architecture {info.model_type!r} is not known"
+    if info.scratch:
+        return UNTRAINED
     if group_size == -1 or ragged != "raise" or targets is not None:
         return None
     for what, size in (("hidden size", info.hidden_size), ("FFN size", info.ffn_size)):

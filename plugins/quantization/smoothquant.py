@@ -39,7 +39,7 @@ from harness.nn.folding import (
 from harness.nn.ranges import observe_clips, observe_peaks
 from harness.nn.surgery import replace_module
 
-from ._weights import pack_int8, quantizable
+from ._weights import UNTRAINED, pack_int8, quantizable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -176,6 +176,8 @@ _POST_NORM = (
 def applies(info: ModelInfo, options: SmoothQuantOptions) -> str | None:
     if info.family == "other":
         return f"architecture {info.model_type!r} is not known"
+    if info.scratch:
+        return UNTRAINED
     if info.family == "bert":
         return _POST_NORM
     if info.family == "gpt2" and (options.vo or options.up_down):

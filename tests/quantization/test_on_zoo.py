@@ -41,7 +41,7 @@ class ZooModel:
         directory = Path(harness.zoo.__file__).parent / "checkpoints" / name
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.original = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.calibration = text_tokens(kjv_training_text(), self.tokenizer, name="training books")
+        self.calibration = text_tokens(kjv_training_text()[:1_000_000], self.tokenizer, name="KJV")
 
     @cached_property
     def windows(self) -> list[list[int]]:
@@ -91,7 +91,8 @@ class ZooModel:
         )
         return method.transform(model, method.options.parse(options), context)
 
-    def rise(self, method: Method, *, every: int = 6, **options: Any) -> float:
+    @cache  # noqa: B019 - as above
+    def rise(self, method: Method, *, every: int = 8, **options: Any) -> float:
         """How much the loss rises over the original's, on the same windows."""
         return self.loss(self.make(method, **options), every) - self.original_loss(every)
 
@@ -120,24 +121,25 @@ def test_rounding_weights_costs_more_with_fewer_bits(zoo):
 
 
 def test_groups_help(zoo):
-    """Measured, opt: groups of 16 at 3 bits .105 (per row .40), at 2 bits .717 (2.56)."""
+    """Measured, opt / llama: groups of 16 at 3 bits .105 / .095, at 2 bits .717 / .751."""
     for bits in (3, 2):
         grouped = zoo.rise(rtn.METHOD, bits=bits, group_size=16)
         assert grouped <= zoo.rise(rtn.METHOD, bits=bits, group_size=-1)
 
 
 def test_w8a8_is_nearly_free_without_outliers(zoo):
-    """Measured on opt: per token .0033, per tensor .0058, static .0104."""
+    """Measured, opt / llama: per token .0033 / .0019, per tensor .0058 / .0085, static .0104 / .0117."""
     assert zoo.rise(rtn.METHOD, bits=8, a_bits=8) <= 0.01
-    assert zoo.rise(rtn.METHOD, bits=8, a_bits=8, a_gran="per-tensor-static") <= 0.03
+    assert zoo.rise(rtn.METHOD, bits=8, a_bits=8, a_gran="per-tensor-static", samples=16) <= 0.03
 
 
 def test_outliers_break_one_scale_per_tensor_and_smoothing_repairs_it(zoo):
     """An identity test: smoothing undoes planted outliers by construction, so it cannot lose here.
 
-    Measured on opt: per token .456, per tensor 1.93, static 2.06; smoothed .003, .007, .010.
+    Measured, opt / llama: per token .456 / .172, per tensor 1.93 / 1.50, static 2.06 / 1.53; smoothed
+    .003 / .001, .007 / .009, .010 / .012, which is what the models without outliers lose.
     """
-    w8a8 = {"bits": 8, "a_bits": 8, "outliers": True}
+    w8a8 = {"bits": 8, "a_bits": 8, "outliers": True, "samples": 16}
     per_token = zoo.rise(rtn.METHOD, **w8a8)
     per_tensor = zoo.rise(rtn.METHOD, a_gran="per-tensor-dynamic", **w8a8)
     static = zoo.rise(rtn.METHOD, a_gran="per-tensor-static", **w8a8)
@@ -145,10 +147,10 @@ def test_outliers_break_one_scale_per_tensor_and_smoothing_repairs_it(zoo):
     assert per_tensor >= 3 * per_token
     assert static >= 3 * per_token
     assert per_token >= 10 * zoo.rise(rtn.METHOD, bits=8, a_bits=8)
-    assert math.exp(zoo.rise(smoothquant.METHOD, outliers=True)) <= 1.01
-    smoothed = zoo.rise(smoothquant.METHOD, outliers=True, level="O3")
+    assert math.exp(zoo.rise(smoothquant.METHOD, outliers=True, samples=16)) <= 1.01
+    smoothed = zoo.rise(smoothquant.METHOD, outliers=True, level="O3", samples=16)
     assert smoothed <= 0.1 * static
-    assert smoothed == pytest.approx(zoo.rise(smoothquant.METHOD, level="O3"), abs=0.002)
+    assert smoothed == pytest.approx(zoo.rise(smoothquant.METHOD, level="O3", samples=16), abs=0.002)
 
 
 @pytest.mark.slow
@@ -161,7 +163,7 @@ def test_gptq_loses_less_than_rounding_at_few_bits(zoo, bits):
 
 @pytest.mark.slow
 def test_gptq_at_4_bits_in_groups_of_64_is_within_two_percent(zoo):
-    """Measured, opt / llama, perplexity on 128 windows of 256 tokens: +1.35 % / +1.37 % (rounding 3.9 / 3.5)."""
+    """Measured, opt / llama, calibrated on 128 windows of 256: +1.35 % / +1.37 % (rounding 3.9 / 3.5)."""
     model = zoo.make(gptq.METHOD, bits=4, group_size=64, samples=128, seq_len=256)
     rise = zoo.loss(model, 1) - zoo.original_loss(1)
     assert math.exp(rise) <= 1.02
@@ -174,12 +176,12 @@ def test_gptq_at_4_bits_in_groups_of_64_is_within_two_percent(zoo):
 
 @pytest.mark.slow
 def test_smoothing_before_gptq_repairs_outliers_for_it_too(zoo):
-    """Measured on opt, 4 bits per row with outliers: smoothed .040, as they are .051 (rounding .110)."""
+    """Measured, opt / llama, 4 bits per row: .040 / .027; GPTQ alone .051 / .055, rounding .110 / .100."""
     planted = inject_outliers(copy.deepcopy(zoo.original), k=64.0, channels=4, sites=("norm",))
     context = make_context(planted, tokens=zoo.calibration, calibration_samples=64, calibration_len=128)
     context.last_in_chain = False
     smoothed = smoothquant.METHOD.transform(planted, smoothquant.METHOD.options.parse({}), context)
     context = make_context(smoothed, tokens=zoo.calibration, calibration_samples=64, calibration_len=128)
     chained = gptq.METHOD.transform(smoothed, gptq.METHOD.options.parse({"group_size": -1}), context)
-    rise = zoo.loss(chained, 6) - zoo.original_loss(6)
+    rise = zoo.loss(chained, 8) - zoo.original_loss(8)
     assert rise <= 0.7 * zoo.rise(rtn.METHOD, bits=4, group_size=-1, outliers=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness_plugins.quantization import gptq, smoothquant
 from harness_plugins.quantization.rtn import METHOD, RtnOptions
 
 from harness.chain import parse_chain
@@ -99,6 +100,12 @@ def test_the_group_size_must_divide_the_widths():
     assert "does not divide the hidden size 128" in METHOD.applies(info, options(group_size=256))
     assert METHOD.applies(info, options(group_size=96, ragged="pad")) is None
     assert METHOD.applies(info, options(bits=8)) is None
+
+
+@pytest.mark.parametrize("method", [METHOD, gptq.METHOD, smoothquant.METHOD], ids=lambda method: method.name)
+def test_untrained_models_are_for_training(method):
+    info = info_from_config(tiny_model("llama").config, "scratch:tiny", scratch=True)
+    assert "trained after the transform" in method.applies(info, method.options.parse({}))
 
 
 def test_a_tied_head_stays():
