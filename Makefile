@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 sweep: $(VENV)/.core
 	$(BIN)/harness sweep --methods gptq,smoothquant
 
-test: $(VENV)/.all chromium
+test: $(VENV)/.all debian-services
 	$(BIN)/python -m pytest
 
 # Minutes of training and evaluation, for the claims that need them.
@@ -57,17 +57,20 @@ $(VENV)/.all: $(VENV)/.core
 	$(PIP) -e '.[all]'
 	touch $@
 
-.PHONY: debian-venv chromium
+.PHONY: debian-venv debian-services
 debian-venv:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv; \
 	else echo "Python's venv module is missing; install it (Debian: apt install python3-venv)" >&2; exit 2; fi
 
-# The browser tests need Chromium; without root they are skipped, visibly.
-chromium:
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+# The browser tests need Chromium, the PostgreSQL tests a server; without root they are skipped, visibly.
+debian-services:
+	@missing=""; \
+	command -v chromium >/dev/null || missing="$$missing chromium"; \
+	ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-		apt-get install -y -qq --no-install-recommends chromium >/dev/null; fi
+		apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 clean:
 	rm -rf $(VENV) wheelhouse build dist .pytest_cache .mypy_cache .ruff_cache

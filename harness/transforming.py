@@ -70,7 +70,10 @@ def make_variant(
     with PeakMemory(device) as transform_memory:
         clock = time.perf_counter()
         model = _apply(chain, job, plugins, loaded, device, dtype, contexts, report_progress)
+        changed = None
         if loaded.info.scratch:
+            # Training changes every weight: whether the method did anything is asked before it.
+            changed = measure_effect(before, model).changed
             context = _context(job, plugins, loaded, device, dtype, chain.steps, True)
             contexts.append(context)
             context.report_progress = report_progress
@@ -80,7 +83,7 @@ def make_variant(
     effect = measure_effect(before, model, probe=probe)
     del before
     no_effect = None
-    if not chain.is_baseline and not effect.changed:
+    if not chain.is_baseline and not (effect.changed if changed is None else changed):
         no_effect = f"{chain.label} changed nothing in {job.model.info.label}"
     costs = (
         Record("load_s", load_s, "s"),

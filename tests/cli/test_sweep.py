@@ -155,6 +155,44 @@ def test_a_synthetic_model_is_timed_and_its_accuracy_refused(harness):
     assert any(row["metric"] == "decode_latency" and row["value"] > 0 for row in rows)
 
 
+def test_a_scratch_model_is_trained_after_the_transform(harness):
+    ran = harness(
+        "sweep", "--plugin", PLUGIN, "--methods", "nothing,scale", "--models", "scratch:llama-nano", *FAST,
+        "--train-steps", "3", "--train-len", "16",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    methods = _by_method(harness("results", "--format", "json").rows)
+    for name in ("baseline", "scale"):
+        records = {row["metric"]: row["value"] for row in methods[name]}
+        assert records["trained_steps"] == 3
+        assert records["trained_tokens"] == 3 * 8 * 16
+    # Training moved every weight, but the method itself did nothing.
+    assert {row["status"] for row in methods["nothing"]} == {"no_effect"}
+
+
+def test_a_saved_directory_is_scored_like_the_bundled_model(harness, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from harness.models.loading import ZOO_DIR
+
+    AutoModelForCausalLM.from_pretrained(ZOO_DIR / "opt-4m").save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(ZOO_DIR / "opt-4m").save_pretrained(tmp_path / "saved")
+    ran = harness(
+        "sweep", "--methods", "rtn:bits=3", "--models", "zoo:opt-4m,./saved", "--tasks", "kjv", "--limit",
+        "1", "--prompt-lens", "8", "--new-tokens", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    rows = harness("results", "--format", "json", "--tasks", "kjv").rows
+    scores = {
+        model: {(row["method"], row["metric"]): row["value"] for row in rows if row["model"] == model}
+        for model in ("zoo:opt-4m", "./saved")
+    }
+    assert {row["status"] for row in rows} == {"ok"}
+    assert scores["./saved"] == scores["zoo:opt-4m"]
+    assert scores["./saved"]["rtn:bits=3", "nll_rise"] > 0
+    assert scores["./saved"]["baseline", "mean_kl"] < 1e-6
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed(harness, checkpoint, tmp_path, number):
     arguments = ("sweep", "--plugin", PLUGIN, "--methods", "hangs,scale", "--models", checkpoint, *FAST)
