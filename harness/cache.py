@@ -19,17 +19,9 @@ import torch
 from harness.errors import ConfigError
 from harness.keys import content_key
 
-__all__ = ["ContentCache", "default_cache_dir"]
+__all__ = ["ContentCache"]
 
 T = TypeVar("T")
-
-
-def default_cache_dir() -> Path:
-    """`HARNESS_CACHE`, or the user's cache folder."""
-    import platformdirs
-
-    given = os.environ.get("HARNESS_CACHE")
-    return Path(given) if given else Path(platformdirs.user_cache_dir("transformer-harness"))
 
 
 class ContentCache:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness.cache import default_cache_dir
 from harness.chain import parse_chain
 from harness.config import SweepConfig
 from harness.errors import ConfigError
 from harness.evaluate.index import resolve_tasks
+from harness.folders import default_cache_dir
 from harness.grid import Grid, GridInputs, VariantPlan, build_grid, with_baseline
 from harness.job import Budget, CellJob, VariantJob
 from harness.measure import MEASURING_VERSION
@@ -26,7 +26,7 @@ from harness.measure.scenario import default_scenarios
 from harness.models.info import ModelInfo
 from harness.models.loading import ModelDescription, describe, resolve_model, zoo_names
 from harness.plugins import LoadedPlugins, load_plugins
-from harness.records import CellKind, Scenario
+from harness.records import Scenario
 from harness.texts import text_hash
 
 __all__ = ["DEFAULT_TASKS", "SweepPlan", "plan_sweep", "variant_job"]
@@ -49,7 +49,6 @@ class SweepPlan:
     budget: Budget
     environment: Mapping[str, Any]
     cache_dir: Path
-    has_lm_eval_tasks: bool
 
 
 def plan_sweep(config: SweepConfig) -> SweepPlan:
@@ -100,7 +99,6 @@ def plan_sweep(config: SweepConfig) -> SweepPlan:
         budget=budget,
         environment=environment,
         cache_dir=default_cache_dir(),
-        has_lm_eval_tasks=any(task.origin == "lm-eval" for task in tasks),
     )
 
 
@@ -128,10 +126,6 @@ def variant_job(plan: SweepPlan, variant: VariantPlan, keys: frozenset[str]) -> 
         threads=max(1, (os.cpu_count() or 1) // config.jobs),
         environment=plan.environment,
     )
-
-
-def cells_of_kind(grid: Grid, kind: CellKind) -> int:
-    return sum(cell.kind is kind for cell in grid.cells)
 
 
 # --- defaults and checks ------------------------------------------------------------------------------

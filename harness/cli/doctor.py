@@ -70,7 +70,7 @@ def _zoo() -> dict[str, Any]:
 def _cache() -> dict[str, Any]:
     import tempfile
 
-    from harness.cache import default_cache_dir
+    from harness.folders import default_cache_dir
 
     directory = default_cache_dir()
     try:

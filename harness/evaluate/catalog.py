@@ -18,10 +18,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from harness.errors import ConfigError
 from harness.evaluate.yaml_files import YamlReader
+from harness.folders import default_cache_dir
 
 __all__ = ["Catalog", "Entry", "folder_catalog", "lm_eval_catalog", "lm_eval_folder"]
 
@@ -100,7 +99,7 @@ def lm_eval_catalog(cache_dir: Path | None = None) -> dict[str, Entry]:
     except PackageNotFoundError:
         release = "unknown"
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    stored = (cache_dir or _cache_dir()) / f"lm-eval-tasks-{release}-{place}.json"
+    stored = (cache_dir or default_cache_dir()) / f"lm-eval-tasks-{release}-{place}.json"
     entries = _read_stored(stored, folder)
     if entries is None:
         entries = folder_catalog(folder, lenient=True)
@@ -168,12 +167,6 @@ def _add_tags(entries: dict[str, Entry], task: str, tags: Any) -> None:
 
 
 # --- the file on disk --------------------------------------------------------------------------------
-
-
-def _cache_dir() -> Path:
-    # The same rule as harness.cache, which imports torch.
-    given = os.environ.get("HARNESS_CACHE")
-    return Path(given) if given else Path(platformdirs.user_cache_dir("transformer-harness"))
 
 
 def _read_stored(path: Path, folder: Path) -> dict[str, Entry] | None:
