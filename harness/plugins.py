@@ -9,16 +9,14 @@ and passed on; nothing here is a singleton.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import pkgutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -26,6 +24,7 @@ import pluggy
 from harness import hookspecs
 from harness.errors import HarnessError, PluginError, UnknownName
 from harness.evaluate.task import TaskSource
+from harness.importing import import_file
 from harness.measure.meter import Meter
 from harness.method import Method
 from harness.models.registry import ModelEntry
@@ -132,7 +131,7 @@ class _Found:
         if self.entry_point is not None:
             return self.entry_point.load()
         if self.file is not None:
-            return _import_file(self.file)
+            return import_file(self.file, "harness_plugin")
         assert self.module is not None
         return importlib.import_module(self.module)
 
@@ -172,25 +171,6 @@ def _module_exists(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _import_file(path: Path) -> ModuleType:
-    # The name carries the path's hash, so that two files of one name do not replace each other.
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    name = f"harness_plugin_{path.stem.replace('-', '_')}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise PluginError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 # --- loading ----------------------------------------------------------------------------------------

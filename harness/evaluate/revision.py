@@ -8,14 +8,13 @@ revision), and what a module's own ``data_revision()`` answers.
 from __future__ import annotations
 
 import ast
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.errors import ConfigError
 from harness.evaluate.yaml_files import FunctionRef, TaskFile, functions_in
+from harness.importing import import_file
 from harness.keys import content_key, file_hash
 
 __all__ = ["data_files", "task_revision"]
@@ -95,7 +94,7 @@ def _own_data_revision(name: str, content: Mapping[str, Any]) -> str | None:
         **(content.get("dataset_kwargs") or {}),
     }
     try:
-        return str(getattr(_imported(function.file), DATA_REVISION)(**arguments))
+        return str(getattr(import_file(function.file, "harness_task"), DATA_REVISION)(**arguments))
     except (ImportError, SyntaxError, OSError, ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"task {name!r}: {function.file.name}: {error}") from error
 
@@ -107,20 +106,3 @@ def _defines(file: Path, function: str) -> bool:
     except (OSError, SyntaxError, ValueError):
         return False  # lm-eval says what is wrong with it when it loads the task
     return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
-
-
-def _imported(file: Path) -> Any:
-    name = f"harness_task_{file.stem}_{file_hash(file)[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

@@ -196,15 +196,7 @@ def test_a_saved_directory_is_scored_like_the_bundled_model(harness, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed(harness, checkpoint, tmp_path, number):
     arguments = ("sweep", "--plugin", PLUGIN, "--methods", "hangs,scale", "--models", checkpoint, *FAST)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness", *arguments],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    seen = ""
-    while "baseline · b1-p8-g2: ok" not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
+    process, _ = _running_until("baseline · b1-p8-g2: ok", tmp_path, arguments)
     time.sleep(0.5)
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
@@ -225,15 +217,7 @@ def test_interrupted_and_resumed(harness, checkpoint, tmp_path, number):
 
 def test_a_killed_sweep_loses_at_most_the_cell_in_flight(harness, checkpoint, tmp_path):
     arguments = ("sweep", "--plugin", PLUGIN, "--methods", "scale,hangs", "--models", checkpoint, *FAST)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness", *arguments],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    seen = ""
-    while "scale · transform: ok" not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
+    process, seen = _running_until("scale · transform: ok", tmp_path, arguments)
     process.kill()
     process.communicate(timeout=60)
     finished = seen.count(": ok")
@@ -250,18 +234,9 @@ def test_a_killed_sweep_loses_at_most_the_cell_in_flight(harness, checkpoint, tm
 
 
 def test_workers_die_with_their_parent(harness, checkpoint, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness", "sweep", "--plugin", PLUGIN, "--methods", "hangs",
-         "--models", checkpoint, *FAST],
-        cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    seen = ""
-    while "baseline · b1-p8-g2: ok" not in seen:
-        line = process.stderr.readline()
-        assert line, seen
-        seen += line
+    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "hangs", "--models", checkpoint, *FAST)
+    process, _ = _running_until("baseline · b1-p8-g2: ok", tmp_path, arguments)
     time.sleep(1.0)
-    marker = f"{tmp_path}".encode()
     family = _descendants(process.pid)
     assert family, "the worker and the fork server should run now"
     process.kill()
@@ -269,7 +244,21 @@ def test_workers_die_with_their_parent(harness, checkpoint, tmp_path):
     deadline = time.monotonic() + 20
     while (alive := [pid for pid in family if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not alive, marker
+    assert not alive
+
+
+def _running_until(line, folder, arguments):
+    """A sweep as a process of its own that has just reported this line, and all it reported."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = ""
+    while line not in seen:
+        news = process.stderr.readline()
+        assert news, seen
+        seen += news
+    return process, seen
 
 
 def _descendants(pid):
