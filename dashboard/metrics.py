@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from harness.evaluate.metrics import metric_of
 
-__all__ = ["COUNTED", "LEADING", "axis_title", "better", "column_name", "order_key", "scale", "shown_unit"]
+__all__ = ["COUNTED", "LEADING", "axis_title", "better", "column_name", "order_key", "scale"]
 
 LEADING = (
     "weight_bytes",
@@ -89,11 +89,6 @@ def scale(unit: str, values: Iterable[float | None]) -> tuple[float, str]:
     if unit == "1":  # a number without a unit
         return 1.0, ""
     return 1.0, unit
-
-
-def shown_unit(unit: str, values: Iterable[float | None]) -> str:
-    """The second half of `scale`."""
-    return scale(unit, values)[1]
 
 
 def column_name(metric: str, place: str) -> str:

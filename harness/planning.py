@@ -51,15 +51,18 @@ class SweepPlan:
     cache_dir: Path
 
 
-def plan_sweep(config: SweepConfig) -> SweepPlan:
+def plan_sweep(config: SweepConfig, *, strict: bool = False) -> SweepPlan:
     """Check the configuration and lay out the grid.
+
+    Args:
+        strict: a broken plugin is an error, not a report.
 
     Raises:
         ConfigError, UnknownName, MissingExtra, PluginError: bad input, in one clear line.
     """
     if not config.methods:
         raise ConfigError("no method is named; try --methods gptq,smoothquant")
-    plugins = load_plugins(config.plugin)
+    plugins = load_plugins(config.plugin, strict=strict)
     chains = tuple(parse_chain(text, plugins.methods) for text in config.methods)
     baseline = parse_chain("baseline", plugins.methods)
     device = resolve_device(config.device)

@@ -38,14 +38,8 @@ def run_worker(job: VariantJob, connection: Any) -> None:
     """The entry point of the process: run the job and stream messages into `connection`."""
     _die_with_parent()
     _log_to(job.log_path)
-    lock = threading.Lock()
-
-    def send(message: Message) -> None:
-        with lock:
-            connection.send(message)
-
     try:
-        _run(job, send)
+        _run(job, connection.send)
     finally:
         connection.close()
 

@@ -135,7 +135,6 @@ def _sweep(
     strict: bool,
 ) -> int:
     from harness.config import load_config
-    from harness.errors import PluginError
 
     config = load_config(file, given)
     if not dry_run:
@@ -145,12 +144,10 @@ def _sweep(
         start_fork_server()
     from harness.planning import plan_sweep
 
-    plan = plan_sweep(config)
+    plan = plan_sweep(config, strict=strict)
     for report in plan.plugins.broken:
-        message = f"plugin {report.name} ({report.location}) could not be loaded: {report.error}"
-        if strict:
-            raise PluginError(message)
-        typer.echo(f"warning: {message}", err=True)
+        where = f"{report.name} ({report.location})"
+        typer.echo(f"warning: plugin {where} could not be loaded: {report.error}", err=True)
     target = database(db)
     if dry_run:
         from harness.cli.matrix import print_matrix
