@@ -87,6 +87,7 @@ def read_text(path: Path) -> str:
     """
     import gzip
     import lzma
+    import zlib
 
     unpackers = {".xz": lzma.decompress, ".gz": gzip.decompress}
     try:
@@ -96,7 +97,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"the text file {path} does not exist") from None
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"the text file {path} cannot be read: {error}") from None
 
 

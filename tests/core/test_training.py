@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.errors import ConfigError, NumericalFailure
-from harness.tokens import RandomTokens, TextTokens
+from harness.tokens import RandomTokens, TextTokens, read_text
 from harness.training import TrainSettings, causal_loss, lr_factor, train
 
 
@@ -115,3 +115,18 @@ def test_a_window_longer_than_the_text_is_refused():
     with pytest.raises(ConfigError, match="does not fit"):
         TextTokens(torch.arange(5), "short").windows(1, 6, _generator())
     assert RandomTokens(7).windows(2, 3, _generator()).max() < 7
+
+
+def test_packed_texts_are_read_and_damaged_ones_are_one_clear_error(tmp_path):
+    import gzip
+    import lzma
+
+    for suffix, pack in ((".txt", bytes), (".gz", gzip.compress), (".xz", lzma.compress)):
+        file = tmp_path / f"text{suffix}"
+        packed = pack("Grüße. ".encode() * 200)
+        file.write_bytes(packed)
+        assert read_text(file) == "Grüße. " * 200
+        # Damage in the middle: not the header, so the unpacker itself must fail.
+        file.write_bytes(packed[: len(packed) // 2] + b"\xff" * 8 + packed[len(packed) // 2 + 8 :])
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_text(file)
