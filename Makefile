@@ -16,7 +16,7 @@ test: $(VENV)/.all debian-services
 	$(BIN)/python -m pytest
 
 # Minutes of training and evaluation, for the claims that need them.
-test-slow: $(VENV)/.all
+test-slow: $(VENV)/.all debian-services
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 dashboard: $(VENV)/.all

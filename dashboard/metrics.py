@@ -45,6 +45,9 @@ COUNTED = frozenset(
 
 _DIRECTIONS = {
     "compression_ratio": "higher",
+    "decode_mbu": "higher",
+    "decode_mfu": "higher",
+    "prefill_mfu": "higher",
     "stored_bits_per_weight": "lower",
     "theoretical_compression_ratio": "higher",
 }

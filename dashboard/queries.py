@@ -4,8 +4,9 @@ Rows of `load` are records of current cells (or of one sweep's), as `harness.sto
 returns them, with these columns added:
 
 - ``place``: the task, the shape, or ``transform``;
-- ``column``: metric and place together, which names one thing that can be compared;
-- ``knobs``: the options as text; ``marks``: ``simulated``, ``synthetic``, both or nothing;
+- ``column``: metric and place together, with what tells scores of one name apart (``limit 10``), which
+  names one thing that can be compared;
+- ``knobs``: the options as text; ``marks``: ``simulated``, ``synthetic``, ``imported``, or nothing;
 - ``name``: the variant as charts and lists call it, unique over the frame.
 """
 
@@ -19,6 +20,8 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from sqlalchemy import func, select
 
+from harness.comparability import Conditions, differences, read_conditions, scope_of
+from harness.evaluate.definitions import Score, definitions
 from harness.evaluate.paired import paired_bootstrap_difference
 from harness.records import Status
 from harness.store import queries as stored
@@ -53,7 +56,7 @@ DELTA_COLUMNS = (
     "baseline", "value", "delta", "lower", "upper", "ratio", "verdict", "compared", "flag",
 )  # fmt: skip
 _LEADING_COSTS, _LEADING_SCORES = 4, 5
-_SETTING = ["model", "seed", "dtype", "device_name"]
+_SETTING = ["model", "seed", "dtype", "device_name", "origin"]
 
 
 class Stamp(NamedTuple):
@@ -95,14 +98,25 @@ def load(store: Store, sweep: int | Literal["last"] | None = None) -> pd.DataFra
     frame = stored.results(store, sweep=sweep)
     place = frame["task"].where(frame["task"].notna(), frame["scenario"])
     frame["place"] = place.where(place.notna(), frame["kind"])
+    conditions = read_conditions(store, frame["cell"])
+    meanings = definitions(
+        [
+            Score(task, metric, note, conditions[cell].limit)
+            for task, metric, note, cell in zip(
+                frame["task"], frame["metric"], frame["note"], frame["cell"], strict=True
+            )
+        ]
+    )
     frame["column"] = [
-        None if metric is None else column_name(metric, place)
-        for metric, place in zip(frame["metric"], frame["place"], strict=True)
+        None if metric is None else column_name(metric, place) + (f" ({meaning})" if meaning else "")
+        for metric, place, meaning in zip(frame["metric"], frame["place"], meanings, strict=True)
     ]
     frame["knobs"] = [knobs_text(options) for options in frame["options"]]
     frame["marks"] = [
-        marks_text(simulated=simulated is True, synthetic=synthetic)
-        for simulated, synthetic in zip(frame["simulated"], frame["synthetic"], strict=True)
+        marks_text(simulated=simulated is True, synthetic=synthetic, imported=origin is not None)
+        for simulated, synthetic, origin in zip(
+            frame["simulated"], frame["synthetic"], frame["origin"], strict=True
+        )
     ]
     return named(frame.astype(dict.fromkeys(("place", "column", "knobs", "marks"), object)))
 
@@ -114,9 +128,9 @@ def knobs_text(options: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     return " + ".join(knobs_text(step) or "-" for step in options)
 
 
-def marks_text(*, simulated: bool, synthetic: bool) -> str:
+def marks_text(*, simulated: bool, synthetic: bool, imported: bool = False) -> str:
     """What a reader must know before believing a row."""
-    return ", ".join(["simulated"] * simulated + ["synthetic"] * synthetic)
+    return ", ".join(["simulated"] * simulated + ["synthetic"] * synthetic + ["imported"] * imported)
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +175,7 @@ def filtered(frame: pd.DataFrame, filters: Filters) -> pd.DataFrame:
 
 def newest(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each variant and column: where two cells measured the same thing under different
-    settings (another `--limit`), the newer one."""
+    settings, the newer one."""
     measured = frame[frame["column"].notna()]
     return measured.sort_values("cell", kind="stable").drop_duplicates(["variant", "column"], keep="last")
 
@@ -273,18 +287,21 @@ def deltas(
     rows = newest(frame)
     rows = rows[rows["column"].isin(set(columns))]
     by_place = {(int(row["variant"]), row["column"]): row for _, row in rows.iterrows()}
+    conditions = read_conditions(store, rows["cell"])
     compared = []
     for variant, baseline in pairs.items():
         for column in columns:
             a, b = by_place.get((baseline, column)), by_place.get((variant, column))
             if a is not None and b is not None:
-                compared.append(_delta(store, a, b))
+                compared.append(_delta(store, a, b, conditions))
     return pd.DataFrame(compared, columns=list(DELTA_COLUMNS)).astype(
         dict.fromkeys(("baseline", "value", "delta", "lower", "upper", "ratio"), "float64")
     )
 
 
-def _delta(store: Store, baseline: pd.Series, row: pd.Series) -> dict[str, Any]:
+def _delta(
+    store: Store, baseline: pd.Series, row: pd.Series, conditions: Mapping[int, Conditions]
+) -> dict[str, Any]:
     interval = _paired_interval(store, baseline, row)
     paired = interval is not None
     lower, upper = interval or _independent_interval(baseline, row)
@@ -298,6 +315,9 @@ def _delta(store: Store, baseline: pd.Series, row: pd.Series) -> dict[str, Any]:
     flags = []
     if baseline["sweep"] != row["sweep"]:
         flags.append("measured in different sweeps")
+    scope = scope_of(row["kind"], row["unit"] or "", row["metric"])
+    found = differences(conditions[int(baseline["cell"])], conditions[int(row["cell"])], scope)
+    flags += [f"not comparable, {each}" for each in found]
     if baseline["mode"] != row["mode"]:
         flags.append(f"timed differently ({baseline['mode']} and {row['mode']})")
     if not paired and row["kind"] == "task" and baseline["n"] != row["n"]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from harness.errors import ConfigError
+from harness.folders import raise_if_full
 from harness.keys import content_key
 
 __all__ = ["ContentCache"]
@@ -56,9 +57,12 @@ class ContentCache:
                 temporary = file.name
                 torch.save(value, file)
             os.replace(temporary, path)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+            raise_if_full(error, self.directory)
+            if not isinstance(error, OSError):
+                raise
             raise ConfigError(
                 f"the cache {self.directory} cannot be written ({error}); "
                 "set HARNESS_CACHE to a writable folder"

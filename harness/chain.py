@@ -16,6 +16,7 @@ from harness.method import Method, Options
 __all__ = ["Chain", "Step", "parse_chain", "split_list"]
 
 _OPEN, _CLOSE = "[{(", "]})"
+_MEANS_SOMETHING = frozenset(',:+="' + _OPEN + _CLOSE)  # a text with one of these is written in quotes
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,25 @@ class Chain:
 
 
 def split_list(text: str, separator: str = ",") -> list[str]:
-    """Split at a separator that is not inside brackets; empty parts are dropped.
+    """Split at a separator that is not inside brackets or double quotes; empty parts are dropped.
 
     >>> split_list("gptq:bits=3,distilbert:layer_map=[0,2]")
     ['gptq:bits=3', 'distilbert:layer_map=[0,2]']
     """
-    parts, depth, current = [], 0, ""
-    for character in text:
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if character == separator and depth == 0:
-            parts.append(current)
-            current = ""
+    parts, depth, start, quoted, escaped = [], 0, 0, False, False
+    for place, character in enumerate(text):
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            quoted = True
+        elif character == separator and depth == 0:
+            parts.append(text[start:place])
+            start = place + 1
         else:
-            current += character
-    parts.append(current)
+            # A bracket that closes nothing must not keep the rest of the list together.
+            depth = max(0, depth + (character in _OPEN) - (character in _CLOSE))
+    parts.append(text[start:])
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -105,35 +111,60 @@ def parse_chain(text: str, methods: Mapping[str, Method]) -> Chain:
 
 
 def _parse_step(text: str, methods: Mapping[str, Method]) -> Step:
-    name, *written = split_list(text, ":")
+    name, *written = split_list(text, ":") or [""]
+    if not name:
+        raise ConfigError(f"method {text!r}: a name is missing before the colon")
     if name not in methods:
         raise UnknownName("method", name, methods)
     values: dict[str, Any] = {}
     for part in written:
         option, equals, value = part.partition("=")
-        if not (equals and option.strip()):
+        option = option.strip()
+        if not (equals and option):
             raise ConfigError(f"{name}: write options as name=value, not {part!r}")
         if option in values:
             raise ConfigError(f"{name}: option {option!r} is given twice")
-        values[option.strip()] = _read(value.strip(), name, option)
+        values[option] = _read(value.strip(), name, option)
     return Step(methods[name], methods[name].options.parse(values, method=name))
 
 
 def _read(value: str, method: str, option: str) -> Any:
-    """Numbers, true, false, null and bracketed lists are JSON; everything else is a text."""
+    """Numbers, true, false, null, quoted texts and bracketed lists are JSON; all else is a text."""
     if value.lower() in ("none", "null"):
         return None
     try:
         return json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except json.JSONDecodeError as error:
-        if value[:1] in ("[", "{"):
+        if value[:1] in ("[", "{", '"'):
             raise ConfigError(f"{method}: option {option} is no JSON: {error}") from None
         return value
+    except (ValueError, RecursionError):  # an integer of thousands of digits; thousands of brackets
+        raise ConfigError(f"{method}: option {option} is too long to be a value") from None
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, separators=(",", ":"))
-    return str(value)
+    """The shortest text that `_read` reads as this value, whatever stands around it in a chain."""
+    if isinstance(value, str):
+        plain = (
+            value == value.strip()
+            and value.isprintable()
+            and not set(value) & _MEANS_SOMETHING
+            and not _is_json(value)
+        )
+        return value if plain else json.dumps(value)
+    # A plus sign would part the chain: 1e+16 is written 1e16.
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("e+", "e") if isinstance(value, float) else text
+
+
+def _is_json(text: str) -> bool:
+    """Whether `_read` would take a text for a number, a truth value or nothing at all."""
+    if not text or text.lower() in ("none", "null", "true", "false"):
+        return True
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return True

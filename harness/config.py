@@ -6,42 +6,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from harness.chain import split_list
 from harness.errors import ConfigError, UnknownName
+from harness.strict_yaml import read_mapping
 
 __all__ = ["SweepConfig", "load_config", "parse_int_list"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST = 2**31 - 1  # of anything that is counted: what is larger is a slip of the finger
+MOST_JOBS = 1024
+LONGEST_S = 1e6  # more than eleven days; the operating system's waits overflow at twenty-five
 
 
 class SweepConfig(BaseModel):
     """The inputs of a sweep. Empty `models` and `tasks` mean the defaults for the machine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     methods: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     tasks: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] = (1,)
     prompt_lens: tuple[int, ...] | None = None
-    new_tokens: int = Field(default=64, ge=1)
-    limit: int | None = Field(default=None, ge=1)
-    eval_batch_size: int = Field(default=16, ge=1)
+    new_tokens: int = Field(default=64, ge=1, le=MOST)
+    limit: int | None = Field(default=None, ge=1, le=MOST)
+    eval_batch_size: int = Field(default=16, ge=1, le=MOST)
     seeds: tuple[int, ...] = (0,)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     include_path: tuple[Path, ...] = ()
     plugin: tuple[str, ...] = ()
-    jobs: int = Field(default=1, ge=1)
-    timeout_s: float = Field(default=3600.0, gt=0)
-    train_steps: int = Field(default=100, ge=0)
-    train_batch_size: int = Field(default=8, ge=1)
-    train_len: int = Field(default=128, ge=2)
-    calibration_samples: int = Field(default=128, ge=1)
-    calibration_len: int | None = Field(default=None, ge=2)
+    jobs: int = Field(default=1, ge=1, le=MOST_JOBS)
+    timeout_s: float = Field(default=3600.0, gt=0, le=LONGEST_S)
+    memory_limit_gib: float | None = Field(default=None, gt=0)
+    train_steps: int = Field(default=100, ge=0, le=MOST)
+    train_batch_size: int = Field(default=8, ge=1, le=MOST)
+    train_len: int = Field(default=128, ge=2, le=MOST)
+    calibration_samples: int = Field(default=128, ge=1, le=MOST)
+    calibration_len: int | None = Field(default=None, ge=2, le=MOST)
     text: Path | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -49,11 +53,28 @@ class SweepConfig(BaseModel):
     retry_failed: bool = False
     executor: Literal["local"] = "local"
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts true as 1: `limit: true` in a file would score one item.
+        wanted = cls.model_fields[info.field_name].annotation if info.field_name else bool
+        if wanted is not bool and any(isinstance(each, bool) for each in _listed(value)):
+            raise ValueError("cannot be true or false")
+        return value
+
     @field_validator("methods", "models", "tasks", "plugin", mode="before")
     @classmethod
     def _split_text(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(split_list(value))
+        return value
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        # An unset variable of the shell must not turn into the default models.
+        if isinstance(value, str) and not split_list(value):
+            raise ValueError("names no model; leave it out for the default")
         return value
 
     @field_validator("methods")
@@ -68,11 +89,18 @@ class SweepConfig(BaseModel):
             return parse_int_list(value)
         return (value,) if isinstance(value, int) else value
 
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 0 or max(value) >= 2**32:
+            raise ValueError(f"must be numbers from 0 to {2**32 - 1}")
+        return value
+
     @field_validator("batch_sizes", "prompt_lens")
     @classmethod
     def _positive(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or min(value) < 1):
-            raise ValueError("must be a list of numbers of at least 1")
+        if value is not None and (not value or min(value) < 1 or max(value) > MOST):
+            raise ValueError(f"must be a list of numbers of at least 1, and at most {MOST}")
         return value
 
 
@@ -84,12 +112,20 @@ def parse_int_list(text: str) -> tuple[int, ...]:
         raise ValueError(f"must be whole numbers separated by commas, not {text!r}") from None
 
 
+def _listed(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 _SINGULAR = {
     "seed": "seeds",
     "timeout": "timeout_s",
+    "memory_limit": "memory_limit_gib",
     "plugins": "plugin",
     "batch_size": "batch_sizes",
 }
+
+
+_OPTIONS = {"timeout_s": "timeout", "memory_limit_gib": "memory-limit", "seeds": "seed"}
 
 
 def load_config(file: Path | None, given: Mapping[str, Any]) -> SweepConfig:
@@ -105,11 +141,13 @@ def load_config(file: Path | None, given: Mapping[str, Any]) -> SweepConfig:
     """
     values: dict[str, Any] = {}
     if file is not None:
-        for name, value in _read_yaml(file).items():
+        for name, value in read_mapping(file).items():
             field = str(name).replace("-", "_")
             field = _SINGULAR.get(field, field)
             if field not in SweepConfig.model_fields:
                 raise UnknownName(f"option in {file}:", str(name), SweepConfig.model_fields)
+            if field in values:
+                raise ConfigError(f"the configuration file {file} gives {name!r} twice")
             values[field] = value
     values.update(given)
     try:
@@ -119,25 +157,6 @@ def load_config(file: Path | None, given: Mapping[str, Any]) -> SweepConfig:
         for problem in error.errors():
             where = str(problem["loc"][0]) if problem["loc"] else ""
             message = problem["msg"].removeprefix("Value error, ")
-            option = {"timeout_s": "timeout", "seeds": "seed"}.get(where, where).replace("_", "-")
+            option = _OPTIONS.get(where, where).replace("_", "-")
             problems.append(f"--{option}: {message}" if where else message)
         raise ConfigError("; ".join(dict.fromkeys(problems))) from None
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"the configuration file {file} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the configuration file {file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "malformed"
-        raise ConfigError(f"the configuration file {file} is not YAML{where}: {problem}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"the configuration file {file} must hold a mapping of option names")
-    return content

@@ -6,42 +6,42 @@ order, so that every comparison is paired.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from harness.evaluate.paired import choice_kl, flips, match_items, paired_bootstrap_difference
+from harness.errors import ConfigError
+from harness.evaluate.metrics import metric_of
+from harness.evaluate.paired import choice_kl, compare_paired, flips, match_items
 from harness.records import CellKind, Item, Record, Status
 
 if TYPE_CHECKING:
     from harness.grid import Grid
     from harness.store.store import Store
 
-__all__ = ["Derivation", "baseline_records"]
+__all__ = ["Derivation", "baseline_records", "difference_name"]
 
-_DIFFERENCES = {"acc": ("acc_difference", "fraction"), "nll": ("nll_rise", "nats/token")}
+_SHARES = frozenset({"acc", "acc_norm", "exact_match"})
+log = logging.getLogger("harness.derive")
 
 
 def baseline_records(baseline: Sequence[Item], variant: Sequence[Item]) -> tuple[Record, ...]:
     """What the same items say about two variants: paired differences, flips, divergence of choices.
 
     The difference is variant minus baseline, with its paired bootstrap interval, so `nll_rise` above
-    zero is a loss of quality and `acc_difference` below zero too.
+    zero is a loss of quality and `acc_difference` below zero too. Beside each stand `…_p`, the raw
+    p-value of the paired test, for tables to adjust over all that they show, and `…_detectable`, the
+    smallest true difference that these items would show four times in five.
 
     Raises:
         ConfigError: the two were not scored on the same items.
     """
-    records = []
+    records: list[Record] = []
     metrics = {item.metric for item in baseline} & {item.metric for item in variant}
-    for metric, (name, unit) in _DIFFERENCES.items():
-        if metric not in metrics:
-            continue
-        pairs = match_items(baseline, variant, metric)
-        weights = [float(b.detail.get("tokens", 1)) for _, b in pairs]
-        difference = paired_bootstrap_difference(
-            [a.outcome for a, _ in pairs], [b.outcome for _, b in pairs], 0, weights
-        )
-        records.append(Record(name, *_of(difference, unit), n=len(pairs)))
+    for metric in sorted(metrics):
+        if (name := difference_name(metric)) is not None:
+            records += _differences(name, match_items(baseline, variant, metric))
     if "acc" in metrics:
         records.append(replace(flips(baseline, variant, "acc"), metric="flips"))
         if all("loglikelihoods" in item.detail for item in baseline if item.metric == "acc"):
@@ -49,9 +49,34 @@ def baseline_records(baseline: Sequence[Item], variant: Sequence[Item]) -> tuple
     return tuple(records)
 
 
-def _of(difference: Sequence[float], unit: str) -> tuple[float, str, float, float]:
-    value, lower, upper = difference
-    return value, unit, lower, upper
+def difference_name(metric: str) -> str | None:
+    """What the paired difference of a metric is called; None where none is stored.
+
+    >>> difference_name("acc"), difference_name("nll"), difference_name("exact_match,strict-match")
+    ('acc_difference', 'nll_rise', 'exact_match_difference,strict-match')
+    """
+    if metric == "nll":
+        return "nll_rise"
+    name, comma, filter_name = metric.partition(",")
+    if name not in _SHARES:  # a part of a task (acc_agreement) would be tested twice
+        return None
+    return f"{name}_difference{comma}{filter_name}"
+
+
+def _differences(name: str, pairs: Sequence[tuple[Item, Item]]) -> list[Record]:
+    a, b = [first.outcome for first, _ in pairs], [second.outcome for _, second in pairs]
+    found = compare_paired(a, b, [float(second.detail.get("tokens", 1)) for _, second in pairs])
+    name, comma, filter_name = name.partition(",")
+    end, n = f"{comma}{filter_name}", found.n
+    unit = metric_of(name).unit
+    records = [Record(name + end, found.difference.value, unit, *found.difference[1:], n)]
+    if n > 1:
+        note = "80 % power at 5 %, two-sided"
+        records += [
+            Record(f"{name}_p{end}", found.p, "p", n=n, note=f"{found.test}, not adjusted"),
+            Record(f"{name}_detectable{end}", found.detectable, unit, n=n, note=note),
+        ]
+    return records
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +121,11 @@ class Derivation:
             self._waiting.setdefault(place, []).append(cell_id)
 
     def _write(self, cell_id: int, baseline_id: int) -> None:
-        records = baseline_records(self._store.items(baseline_id), self._store.items(cell_id))
+        try:
+            records = baseline_records(self._store.items(baseline_id), self._store.items(cell_id))
+        except ConfigError as error:
+            # The data of a task changed without its revision: the cells stand, the comparison does not.
+            log.warning("cell %d is not compared with the baseline: %s", cell_id, error)
+            return
         if records:
             self._store.write_derived(cell_id, records)

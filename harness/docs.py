@@ -1,14 +1,18 @@
 """Generate the reference pages from the code: ``python -m harness.docs docs``.
 
-The pages are committed, and a test compares them with what the code says now.
+The pages are committed, and a test compares them with what the code says now. The README's tables of
+the rows in `reference/` are brought up to date too.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from harness.reference_tables import update_readme
 
 __all__ = ["cli_page", "methods_page", "write_pages"]
 
@@ -48,12 +52,21 @@ def cli_page() -> str:
     pages = [_HEADER + "# Command line", "", "Option names may be written with underscores too.", ""]
     pages += ["Exit codes: 0 all well; 1 some cells failed; 2 bad input; 3 a gate of `compare` tripped;"]
     pages += ["130 or 143 interrupted."]
-    for name, each in command.commands.items():
-        with each.make_context(name, [], resilient_parsing=True) as context:
-            context.info_name = f"harness {name}"
+    for path, each in _commands("harness", command):
+        with each.make_context(path, [], resilient_parsing=True) as context:
+            context.info_name = path
             context.terminal_width = context.max_content_width = 100
-            pages += ["", f"## harness {name}", "", "```", each.get_help(context).rstrip(), "```"]
+            level = "#" * len(path.split())
+            pages += ["", f"{level} {path}", "", "```", each.get_help(context).rstrip(), "```"]
     return "\n".join(line.rstrip() for line in "\n".join(pages).splitlines()) + "\n"
+
+
+def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """The commands below one, each as it is typed, and those below them."""
+    for name, each in command.commands.items():
+        yield f"{path} {name}", each
+        if hasattr(each, "commands"):
+            yield from _commands(f"{path} {name}", each)
 
 
 def write_pages(folder: Path) -> None:
@@ -68,4 +81,6 @@ def _cell(text: str) -> str:
 
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
-    write_pages(Path(sys.argv[1] if len(sys.argv) > 1 else "docs"))
+    pages = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
+    write_pages(pages)
+    update_readme(pages.resolve().parent)

@@ -6,6 +6,7 @@ The tree::
     ├── ConfigError              an option, value, file or combination that cannot be used
     │   └── UnknownName          a method, model, task or option that does not exist (with near matches)
     ├── PluginError              a plugin that cannot be loaded or registers something broken
+    ├── DiskFull                 the cache cannot be written: ends a sweep, which can be resumed
     ├── NotApplicable            a method that does not fit this model, device or combination
     ├── MissingExtra             an optional package is not installed (names the pip line)
     ├── NumericalFailure         NaN, a Cholesky factorisation that fails, a training run that diverges
@@ -22,6 +23,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "ConfigError",
+    "DiskFull",
     "HarnessError",
     "MissingExtra",
     "NotApplicable",
@@ -65,6 +67,10 @@ class UnknownName(ConfigError):
 
 class PluginError(HarnessError):
     """A plugin that cannot be loaded, or registers something broken or already registered."""
+
+
+class DiskFull(HarnessError):
+    """A disk that the harness itself writes to is full; in a worker this ends the whole sweep."""
 
 
 class NotApplicable(HarnessError):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["default_cache_dir"]
+from harness.errors import DiskFull
+
+__all__ = ["default_cache_dir", "raise_if_full"]
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOTHING_LEFT_BYTES = 1 << 16
 
 
 def default_cache_dir() -> Path:
@@ -14,3 +22,23 @@ def default_cache_dir() -> Path:
 
     given = os.environ.get("HARNESS_CACHE")
     return Path(given) if given else Path(platformdirs.user_cache_dir("transformer-harness"))
+
+
+def raise_if_full(error: BaseException, folder: Path) -> None:
+    """Raise `DiskFull` where writing into `folder` failed for want of space.
+
+    Libraries hide the error number in a text of their own; then the disk itself is asked.
+    """
+    hidden: BaseException | None = error
+    full = False
+    while hidden is not None and not full:
+        full = isinstance(hidden, OSError) and hidden.errno in _FULL
+        full = full or "No space left on device" in str(hidden) or "Disk quota exceeded" in str(hidden)
+        hidden = hidden.__cause__ or hidden.__context__
+    with suppress(OSError):
+        full = full or shutil.disk_usage(folder).free < _NOTHING_LEFT_BYTES
+    if full:
+        raise DiskFull(
+            f"the disk of the cache {folder} is full; free some space, or set HARNESS_CACHE to another "
+            "folder, and run the same command again (every finished cell is kept)"
+        ) from None

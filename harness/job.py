@@ -11,7 +11,7 @@ from harness.evaluate.index import ResolvedTask
 from harness.models.loading import ModelDescription
 from harness.records import CellKind, CellResult, Scenario, VariantReport
 
-__all__ = ["Budget", "CellJob", "Message", "Phase", "Progress", "VariantJob"]
+__all__ = ["Budget", "CellJob", "Message", "OutOfDisk", "Phase", "Progress", "VariantJob"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,21 @@ class VariantJob:
     limit: int | None
     eval_batch_size: int
     cache_dir: Path
-    log_path: Path
     threads: int
     environment: Mapping[str, Any]
+    together: bool = True  # score the task cells in one pass; off after a worker died doing so
+    ceilings: Mapping[str, Any] | None = None  # of the device, as the sweep's manifest stores them
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A worker starts something that has its own time limit: ``transform`` or a cell's key."""
+    """A worker starts something that has its own time limit: ``transform`` or a cell's key.
+
+    What serves several `cells` at once may take as long as all of them, and loses none of them.
+    """
 
     name: str
+    cells: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +102,11 @@ class Progress:
     total: int
 
 
-Message = Phase | Progress | VariantReport | CellResult
+@dataclass(frozen=True, slots=True)
+class OutOfDisk:
+    """The worker cannot write to the cache: the sweep has to end."""
+
+    reason: str
+
+
+Message = Phase | Progress | VariantReport | CellResult | OutOfDisk

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ COMMON_ALIASES: Mapping[str, str] = {
 }
 
 
+_LARGEST_INTEGER = 2**63 - 1
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+
+
 class Options(BaseModel):
     """The knobs of a method: frozen, unknown names refused, ranges validated by pydantic.
 
@@ -74,7 +79,8 @@ class Options(BaseModel):
     `aliases`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # Infinity and NaN are no settings: no range refuses a NaN, and JSON, the identity, has neither.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     aliases: ClassVar[Mapping[str, str]] = {}
 
@@ -102,6 +108,10 @@ class Options(BaseModel):
                 raise ConfigError(f"{prefix}unknown option {given!r}; {advice}")
             if name in canonical:
                 raise ConfigError(f"{prefix}option {name!r} is given twice")
+            if not _is_text(value):
+                raise ConfigError(f"{prefix}option {name!r} holds characters that are no text")
+            if isinstance(value, int) and abs(value) > _LARGEST_INTEGER:
+                raise ConfigError(f"{prefix}option {name!r} is a number of more than 64 bits")
             canonical[name] = value
         try:
             return cls(**canonical)
@@ -117,6 +127,15 @@ class Options(BaseModel):
         dumped = self.canonical()
         default = type(self).model_construct().model_dump(mode="json", warnings=False)
         return {name: value for name, value in dumped.items() if default.get(name) != value}
+
+
+def _is_text(value: Any) -> bool:
+    """Whether every text in a value can be written; a lone surrogate (from bytes no UTF-8 has) cannot."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, Mapping):
+        return all(_is_text(key) and _is_text(inner) for key, inner in value.items())
+    return not isinstance(value, (list, tuple)) or all(map(_is_text, value))
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -172,7 +191,7 @@ class Method:
     architectural: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name or self.name != self.name.lower() or set(self.name) & set(" _+:,="):
+        if not _NAME.fullmatch(self.name):
             raise PluginError(f"method name {self.name!r} must be lower-case words joined by hyphens")
         if not (isinstance(self.options, type) and issubclass(self.options, Options)):
             raise PluginError(f"method {self.name!r}: options must be a subclass of harness.Options")

@@ -29,7 +29,7 @@ from harness.plugins import LoadedPlugins, load_plugins
 from harness.records import Scenario
 from harness.texts import text_hash
 
-__all__ = ["DEFAULT_TASKS", "SweepPlan", "plan_sweep", "variant_job"]
+__all__ = ["DEFAULT_TASKS", "SweepPlan", "plan_sweep", "threads_per_worker", "variant_job"]
 
 DEFAULT_TASKS = ("kjv", "grammar")
 LARGE_GPU_BYTES = 40e9
@@ -125,10 +125,19 @@ def variant_job(plan: SweepPlan, variant: VariantPlan, keys: frozenset[str]) -> 
         limit=config.limit,
         eval_batch_size=config.eval_batch_size,
         cache_dir=plan.cache_dir.resolve(),
-        log_path=Path(os.devnull),  # the executor gives each worker its own
-        threads=max(1, (os.cpu_count() or 1) // config.jobs),
+        threads=threads_per_worker(config.jobs),
         environment=plan.environment,
     )
+
+
+def threads_per_worker(jobs: int) -> int:
+    """How many threads torch gets in each of so many workers at a time.
+
+    An equal share of the processors that this process may use; no more than `OMP_NUM_THREADS` says.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(asked)) if asked.isdecimal() and int(asked) > 0 else share
 
 
 # --- defaults and checks ------------------------------------------------------------------------------
@@ -169,7 +178,7 @@ def _default_models(device: str) -> tuple[str, ...]:
 
 def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ConfigError(f"--include-path {path} is no directory")
     return paths
 
@@ -208,5 +217,5 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 def _absolute(plugin: str) -> str:
-    path = Path(plugin).expanduser()
-    return str(path.resolve()) if path.is_file() else plugin
+    path = Path(os.path.expanduser(plugin))
+    return str(path.resolve()) if os.path.isfile(path) else plugin

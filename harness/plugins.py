@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,7 +34,7 @@ from harness.models.registry import ModelEntry
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["LoadedPlugins", "PluginReport", "load_plugins"]
+__all__ = ["LoadedPlugins", "PluginReport", "import_bundled", "load_plugins"]
 
 ENTRY_POINT_GROUP = "harness.plugins"
 BUNDLED_PACKAGE = "harness_plugins"
@@ -113,6 +115,16 @@ def load_plugins(extra: Sequence[str] = (), *, strict: bool = False) -> LoadedPl
     )
 
 
+def import_bundled() -> None:
+    """Import the bundled plugins, so that processes that are forked later find them imported.
+
+    What cannot be imported here is reported where it is loaded.
+    """
+    for found in _bundled():
+        with suppress(Exception):
+            found.load()
+
+
 # --- finding ----------------------------------------------------------------------------------------
 
 
@@ -155,10 +167,11 @@ def _entry_points() -> Iterator[_Found]:
 
 def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
     for text in dict.fromkeys(extra):
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))
         if text.endswith(".py") or "/" in text:
-            if not path.is_file():
-                raise PluginError(f"--plugin {text}: there is no such file")
+            if not os.path.isfile(path):
+                found = "it is a directory; name a file" if os.path.isdir(path) else "there is no such file"
+                raise PluginError(f"--plugin {text}: {found}")
             yield _Found(path.stem, "--plugin", str(path), file=path.resolve())
         elif not _module_exists(text):
             raise PluginError(f"--plugin {text}: neither a file (FILE.py) nor an importable module")
@@ -168,7 +181,8 @@ def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
 
 def _module_exists(name: str) -> bool:
     try:
-        return importlib.util.find_spec(name) is not None
+        # Only the package: to look inside of it would import it, outside of the loader's guard.
+        return importlib.util.find_spec(name.partition(".")[0]) is not None
     except (ImportError, ValueError):
         return False
 
@@ -201,7 +215,9 @@ def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -
         except Exception:
             manager.unregister(plugin)
             raise
-    except (Exception, SystemExit) as error:  # the border to code that is not ours
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the border to code that is not ours
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         return PluginReport(found.name, found.origin, found.location, error=reason.split("\n")[0])
 
@@ -216,6 +232,8 @@ def _collect(
     ]
     if unknown:
         raise PluginError(f"{', '.join(unknown)} is marked @hookimpl but is no hook of the harness")
+    if found.origin == "--plugin" and not _implements_any(plugin):
+        raise PluginError("it registers nothing: no function in it is marked @hookimpl")
     methods = _called(plugin, "register_methods", Method)
     models = _called(plugin, "register_models", ModelEntry)
     sources = _called(plugin, "register_tasks", TaskSource)
@@ -244,6 +262,10 @@ def _collect(
         tasks=tuple(str(source.path) for source in sources),
         meters=tuple(meter.name for meter in meters),
     )
+
+
+def _implements_any(plugin: Any) -> bool:
+    return any(getattr(getattr(plugin, name, None), "harness_impl", None) for name in dir(plugin))
 
 
 def _called(plugin: Any, hook: str, kind: type) -> list[Any]:

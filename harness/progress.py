@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -75,7 +76,9 @@ class PlainReporter(QuietReporter):
         )
 
     def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        # Whoever was reading may be gone (a closed terminal, `2>&1 | head`): the sweep goes on.
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class LiveReporter(QuietReporter):

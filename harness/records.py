@@ -15,6 +15,7 @@ __all__ = [
     "CellKind",
     "CellResult",
     "Item",
+    "KernelUse",
     "ModuleEffect",
     "Record",
     "Scenario",
@@ -104,6 +105,23 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelUse:
+    """A kernel that ran in one prefill or one decode step (on the CPU: an operator).
+
+    `phase` is ``prefill`` or ``decode``, `family` what the kernel does
+    (`harness.measure.kernel_names`), `seconds` its time in all `calls` together, `share` that time over
+    the time of all kernels of the phase.
+    """
+
+    phase: str
+    name: str
+    family: str
+    calls: int
+    seconds: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleEffect:
     """What a transform did to one module, measured on the module itself.
 
@@ -144,6 +162,7 @@ class CellResult:
     reason: str | None = None
     records: tuple[Record, ...] = ()
     items: tuple[Item, ...] = ()
+    kernels: tuple[KernelUse, ...] = ()
     traceback: str | None = None
     log_tail: str | None = None
     started_at: str = ""  # ISO 8601, UTC

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from harness.cache import ContentCache
 from harness.errors import NotApplicable
-from harness.evaluate.engine import Evaluation, evaluate_task, make_reference, wants_reference
+from harness.evaluate.engine import Evaluation, TaskEvaluator, make_reference, wants_reference
 from harness.evaluate.reference import ReferenceLogits, load_reference
 from harness.transforming import load_original
 
@@ -17,28 +18,43 @@ if TYPE_CHECKING:
     from harness.plugins import LoadedPlugins
     from harness.transforming import MadeVariant
 
-__all__ = ["score"]
+__all__ = ["VariantScorer"]
 
 
-def score(made: MadeVariant, job: VariantJob, plugins: LoadedPlugins, task: ResolvedTask) -> Evaluation:
-    """Evaluate the in-memory model; for running text also its divergence from the baseline.
+class VariantScorer:
+    """Evaluates a variant's in-memory model on the tasks of its cells.
 
     Raises:
-        NotApplicable: the model has no tokenizer, or cannot do this kind of task.
+        NotApplicable: the model has no tokenizer, or is none whose text can be scored.
     """
-    if made.tokenizer is None:
-        raise NotApplicable(f"{made.info.label} has no tokenizer, so it cannot read a task's text")
-    reference = _reference(made, job, plugins, task) if wants_reference(task) else None
-    return evaluate_task(
-        task,
-        made.model,
-        made.tokenizer,
-        made.info,
-        limit=job.limit,
-        seed=job.seed,
-        batch_size=job.eval_batch_size,
-        reference=reference,
-    )
+
+    def __init__(self, made: MadeVariant, job: VariantJob, plugins: LoadedPlugins) -> None:
+        if made.tokenizer is None:
+            raise NotApplicable(f"{made.info.label} has no tokenizer, so it cannot read a task's text")
+        self._made, self._job, self._plugins = made, job, plugins
+        self._evaluator = TaskEvaluator(
+            made.model,
+            made.tokenizer,
+            made.info,
+            limit=job.limit,
+            seed=job.seed,
+            batch_size=job.eval_batch_size,
+            cache=ContentCache(job.cache_dir),
+        )
+
+    def prepare(self, task: ResolvedTask) -> None:
+        """Load a task, so that `score_prepared` answers its requests with those of the others."""
+        self._evaluator.prepare(task)
+
+    def score_prepared(self) -> Mapping[str, float]:
+        """Answer what was prepared in one pass; each task's share of its cost, by name."""
+        return self._evaluator.score_prepared()
+
+    def score(self, task: ResolvedTask) -> Evaluation:
+        """What the task's cell stores; for running text also its divergence from the baseline."""
+        wanted = wants_reference(task)
+        reference = _reference(self._made, self._job, self._plugins, task) if wanted else None
+        return self._evaluator.evaluate(task, reference)
 
 
 def _reference(

@@ -6,35 +6,33 @@ sweep that dies loses at most the cells in flight, and the same command again go
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import signal
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from types import FrameType
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from harness.comparability import workload
 from harness.derive import Derivation
+from harness.errors import StoreError
 from harness.executors.local import LocalExecutor
 from harness.grid import CellPlan, VariantPlan
+from harness.interrupts import Interrupts
 from harness.job import Message, Phase, Progress, VariantJob
+from harness.measure.ceilings import Ceilings, ceilings_of_sweep
 from harness.measure.machine import manifest
-from harness.planning import SweepPlan, variant_job
+from harness.models.loading import fetch
+from harness.planning import SweepPlan, threads_per_worker, variant_job
 from harness.records import CellResult, Status, VariantReport
+from harness.store.liveness import this_process
 from harness.store.store import FinishedCell, Store, VariantRow
+from harness.verdicts import Verdicts
 
-__all__ = ["Interrupted", "Reporter", "SweepOutcome", "cells_to_run", "run_sweep"]
+__all__ = ["Reporter", "SweepOutcome", "cells_to_run", "run_sweep"]
 
 log = logging.getLogger("harness.sweep")
-
-
-class Interrupted(Exception):
-    """The sweep was told to stop (SIGINT or SIGTERM); what was finished is stored."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
 
 
 class Reporter(Protocol):
@@ -82,29 +80,53 @@ def cells_to_run(
     return frozenset(cell.key for cell in plan.grid.cells if cell.key not in reused), reused
 
 
-def run_sweep(plan: SweepPlan, store: Store, reporter: Reporter, command: str) -> SweepOutcome:
+def run_sweep(
+    plan: SweepPlan, store: Store, reporter: Reporter, command: str, interrupts: Interrupts
+) -> SweepOutcome:
     """Run what is not measured yet and store it.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; the workers are gone and what was finished is stored.
+        ConfigError: a model of the hub cannot be downloaded; nothing was begun.
+        Interrupted: a signal came; the workers are gone and what was finished is stored.
+        DiskFull: a worker could not write to the cache; what was finished before is stored.
         StoreError: the store cannot be written; what was finished before is stored.
     """
     finished = store.finished_cells(cell.key for cell in plan.grid.cells)
     to_run, reused = cells_to_run(plan, finished)
+    _fetch_models(plan, to_run)
+    ceilings = _ceilings(plan, to_run)
     sweep_id = store.open_sweep(
         command=command,
         config=plan.config.model_dump(mode="json"),
-        manifest=manifest(plan.device),
+        manifest={
+            **manifest(plan.device),
+            "workload": workload(plan),
+            "process": this_process(),
+            "sweep_uid": uuid.uuid4().hex,  # known by it in whatever store its rows are copied to
+            "ceilings": ceilings,
+        },
         cells_planned=len(plan.grid.cells),
     )
-    status = "interrupted"
     try:
-        with _stopping_on_signals():
-            outcome = _run(plan, store, reporter, sweep_id, to_run, reused)
-        status = "finished"
-        return outcome
-    finally:
-        store.close_sweep(sweep_id, status, manifest(plan.device))
+        outcome = _run(plan, store, reporter, sweep_id, to_run, reused, interrupts, ceilings)
+    except BaseException:
+        # Where the store is the trouble, its first words count; that this process is gone will tell.
+        with contextlib.suppress(StoreError):
+            store.close_sweep(sweep_id, "interrupted", manifest(plan.device))
+        raise
+    store.close_sweep(sweep_id, "finished", manifest(plan.device))
+    return outcome
+
+
+def _fetch_models(plan: SweepPlan, to_run: frozenset[str]) -> None:
+    """Download here, once and in sight, what workers would otherwise each wait for and fail by."""
+    wanted = {
+        variant.model.identity: variant.model
+        for variant in plan.grid.variants
+        if any(cell.key in to_run and cell.decision is None for cell in variant.cells)
+    }
+    for model in wanted.values():
+        fetch(model)
 
 
 def _run(
@@ -114,13 +136,17 @@ def _run(
     sweep_id: int,
     to_run: frozenset[str],
     reused: Mapping[str, FinishedCell],
+    interrupts: Interrupts,
+    ceilings: dict[str, Any] | None,
 ) -> SweepOutcome:
     outcome = SweepOutcome(sweep_id, reused=len(reused))
     outcome.statuses.update(cell.status for cell in reused.values())
     store.link_cells(sweep_id, [cell.id for cell in reused.values()])
     derivation = Derivation(store, plan.grid)
+    verdicts = Verdicts(store, plan.grid, Ceilings.from_json(ceilings))
     for key, done in reused.items():
         derivation.stored(key, done.id, done.status)
+        verdicts.stored(key, done.id, done.status)
     variants = {variant.key: variant for variant in plan.grid.variants}
     cells = {cell.key: cell for cell in plan.grid.cells}
     reporter.started(plan, len(reused))
@@ -138,6 +164,7 @@ def _run(
         )
         outcome.statuses[result.status] += 1
         derivation.stored(result.key, cell_id, result.status)
+        verdicts.stored(result.key, cell_id, result.status)
         reporter.finished(variant, cell, result)
 
     def on_message(job: VariantJob, message: Message) -> None:
@@ -163,8 +190,15 @@ def _run(
                 decided = CellResult(cell.key, variant.key, cell.decision.status, cell.decision.reason)
                 write(variant, decided)
         if keys:
-            jobs.append(variant_job(plan, variant, frozenset(keys)))
-    executor = LocalExecutor(plan.config.jobs, plan.config.timeout_s, _devices(plan))
+            jobs.append(replace(variant_job(plan, variant, frozenset(keys)), ceilings=ceilings))
+    limit_gib = plan.config.memory_limit_gib
+    executor = LocalExecutor(
+        plan.config.jobs,
+        plan.config.timeout_s,
+        _devices(plan),
+        memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
+        interrupts=interrupts,
+    )
     executor.run(jobs, on_message)
     return outcome
 
@@ -188,6 +222,14 @@ def _variant_row(plan: SweepPlan, variant: VariantPlan) -> VariantRow:
     )
 
 
+def _ceilings(plan: SweepPlan, to_run: frozenset[str]) -> dict[str, Any] | None:
+    """What the device can do, where this sweep times anything; None where it does not."""
+    times = any(
+        cell.scenario is not None and cell.decision is None and cell.key in to_run for cell in plan.grid.cells
+    )
+    return ceilings_of_sweep(plan.device, threads_per_worker(plan.config.jobs)) if times else None
+
+
 def _devices(plan: SweepPlan) -> tuple[str, ...]:
     """One GPU for each worker where there are several workers."""
     if plan.config.jobs == 1 or plan.device != "cuda":
@@ -196,25 +238,3 @@ def _devices(plan: SweepPlan) -> tuple[str, ...]:
 
     count = torch.cuda.device_count()
     return tuple(f"cuda:{slot % count}" for slot in range(plan.config.jobs))
-
-
-@contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Interrupted`, once; outside the main thread do nothing."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)  # the clean-up must not be interrupted again
-        raise Interrupted(number)
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                previous[number] = signal.signal(number, stop)
-            except ValueError:
-                log.debug("not in the main thread: signals keep their handlers")
-        yield
-    finally:
-        for handled, handler in previous.items():
-            signal.signal(handled, handler)

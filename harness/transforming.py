@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,8 @@ from harness.chain import Chain, Step
 from harness.context import Context
 from harness.errors import PluginError
 from harness.job import VariantJob
+from harness.measure.cost import PhaseCost
 from harness.measure.effect import Effect, measure_effect, snapshot
-from harness.measure.memory import PeakMemory
 from harness.models.info import info_from_config
 from harness.models.loading import LoadedModel, load
 from harness.records import Record
@@ -45,6 +44,7 @@ class MadeVariant:
     records: tuple[Record, ...]
     no_effect: str | None
     is_baseline: bool
+    original_bytes: int  # of the untouched model's weights
 
 
 def make_variant(
@@ -59,16 +59,13 @@ def make_variant(
         )
     )
     report_progress("load", 0, 1)
-    with PeakMemory(device) as load_memory:
-        clock = time.perf_counter()
+    with PhaseCost(device) as load_cost:
         loaded = load_original(job, plugins)
-        _synchronize(device)
-        load_s = time.perf_counter() - clock
+    load_records = load_cost.records("load", loaded.model)
     probe = _probe(loaded.info, device)
     before = snapshot(loaded.model, probe=probe)
     contexts: list[Context] = []
-    with PeakMemory(device) as transform_memory:
-        clock = time.perf_counter()
+    with PhaseCost(device, loaded.model) as transform_cost:
         model = _apply(chain, job, plugins, loaded, device, dtype, contexts, report_progress)
         changed = None
         if loaded.info.scratch:
@@ -78,18 +75,15 @@ def make_variant(
             contexts.append(context)
             context.report_progress = report_progress
             context.train(model)
-        _synchronize(device)
-        transform_s = time.perf_counter() - clock
     effect = measure_effect(before, model, probe=probe)
+    original_bytes = before.weight_bytes
     del before
     no_effect = None
     if not chain.is_baseline and not (effect.changed if changed is None else changed):
         no_effect = f"{chain.label} changed nothing in {job.model.info.label}"
     costs = (
-        Record("load_s", load_s, "s"),
-        Record("transform_s", transform_s, "s"),
-        Record("load_peak_bytes", load_memory.peak_bytes, "B", note=load_memory.note),
-        Record("transform_peak_bytes", transform_memory.peak_bytes, "B", note=transform_memory.note),
+        *load_records,
+        *transform_cost.records("transform", model),
         Record("calibration_tokens", max((c.calibration_tokens for c in contexts), default=0), "tokens"),
         Record("trained_tokens", sum(c.trained_tokens for c in contexts), "tokens"),
         Record("trained_steps", sum(c.trained_steps for c in contexts), "steps"),
@@ -105,6 +99,7 @@ def make_variant(
         records=_unique((*costs, *effect.records, *own)),
         no_effect=no_effect,
         is_baseline=chain.is_baseline,
+        original_bytes=original_bytes,
     )
 
 
@@ -219,8 +214,3 @@ def _unique(records: tuple[Record, ...]) -> tuple[Record, ...]:
             name = f"{record.metric}_{number}"
         seen[name] = replace(record, metric=name)
     return tuple(seen.values())
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

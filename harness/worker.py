@@ -6,71 +6,94 @@ reason of a cell; only the death of the process itself is left to the parent to 
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
-import os
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import HarnessError, NotApplicable
-from harness.job import CellJob, Message, Phase, Progress, VariantJob
-from harness.records import CellKind, CellResult, Record, Scenario, Status, VariantReport
+from harness.errors import DiskFull, HarnessError, NotApplicable
+from harness.job import CellJob, Message, OutOfDisk, Phase, Progress, VariantJob
+from harness.records import CellKind, CellResult, KernelUse, Record, Scenario, Status, VariantReport
 
 if TYPE_CHECKING:
     from harness.plugins import LoadedPlugins
+    from harness.scoring import VariantScorer
     from harness.transforming import MadeVariant
 
-__all__ = ["run_worker"]
+__all__ = ["EXIT_CONTEXT_BROKEN", "run_worker"]
 
 Send = Callable[[Message], None]
-LOG_TAIL_BYTES = 4000
+EXIT_CONTEXT_BROKEN = 75  # after a CUDA error that stays: the cells that are left need a new process
 log = logging.getLogger("harness.worker")
 
 
-def run_worker(job: VariantJob, connection: Any) -> None:
-    """The entry point of the process: run the job and stream messages into `connection`."""
-    _die_with_parent()
-    _log_to(job.log_path)
-    try:
-        _run(job, connection.send)
-    finally:
-        connection.close()
-
-
-def _run(job: VariantJob, send: Send) -> None:
+def run_worker(job: VariantJob, send: Send) -> int:
+    """What a fresh process runs: the whole job, streaming messages; returns the exit code."""
     import torch
 
-    _limit_memory(job.device)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     torch.set_num_threads(max(1, job.threads))
     send(Phase("transform"))
     started, clock = _now(), time.perf_counter()
     try:
         variant = _Variant.make(job, send)
-    except Exception as error:  # the border to methods' code
-        failure = _failure(error, job)
+        send(variant.report)
+    except BaseException as error:  # the border to methods' code, which may also call sys.exit()
+        failure = _failure(error, job, "while making the variant")
+        _say_if_out_of_disk(error, send)
         seconds = time.perf_counter() - clock
         for cell in job.cells:
             send(replace(failure, key=cell.key, started_at=started, seconds=seconds))
-        return
-    send(variant.report)
+        return 0
+    # What a method left changed must not decide how it is timed and scored.
+    torch.set_num_threads(max(1, job.threads))
+    torch.set_default_dtype(torch.float32)
+    together: dict[str, float] | None = None
     for cell in job.cells:
+        if cell.task is not None and together is None:
+            together = variant.score_together(send)
+            if not _context_works():
+                return EXIT_CONTEXT_BROKEN
         started, clock = _now(), time.perf_counter()
         send(Phase(cell.key))
+        context_broken = False
         try:
             result = variant.measure(cell)
-        except Exception as error:  # the border to methods' code
-            result = replace(_failure(error, job), key=cell.key)
-        result = replace(result, started_at=started, seconds=time.perf_counter() - clock)
+        except BaseException as error:  # the border to methods' code
+            _say_if_out_of_disk(error, send)
+            result = replace(_failure(error, job, _place(cell, job)), key=cell.key)
+            context_broken = _is_cuda_error(error)
+        seconds = time.perf_counter() - clock + (together or {}).get(cell.key, 0.0)
+        result = replace(result, started_at=started, seconds=seconds)
         variant.observe(result)
+        _send_result(result, job, send)
+        _free_memory()
+        if context_broken or not _context_works():
+            return EXIT_CONTEXT_BROKEN
+    return 0
+
+
+def _send_result(result: CellResult, job: VariantJob, send: Send) -> None:
+    """Send a result; one that cannot be sent, because of what a plugin put into it, is a failure."""
+    try:
         send(result)
-        gc.collect()
+    except OSError:
+        raise  # the keeper is gone, and nothing can be said any more
+    except Exception as error:
+        failure = _failure(error, job, "what was measured cannot be stored")
+        send(replace(failure, key=result.key, started_at=result.started_at, seconds=result.seconds))
+
+
+def _say_if_out_of_disk(error: BaseException, send: Send) -> None:
+    if isinstance(error, DiskFull):
+        send(OutOfDisk(" ".join(str(error).split())))
 
 
 # --- the variant --------------------------------------------------------------------------------------
@@ -83,6 +106,7 @@ class _Variant:
     job: VariantJob
     plugins: LoadedPlugins
     made: MadeVariant
+    refused: dict[str, BaseException] = field(default_factory=dict)  # by cell: tasks that cannot be scored
 
     @classmethod
     def make(cls, job: VariantJob, send: Send) -> _Variant:
@@ -114,15 +138,56 @@ class _Variant:
             reason = self.made.no_effect
             return replace(result, status=Status.NO_EFFECT, reason=reason, records=records)
         if cell.scenario is not None:
-            return replace(result, records=self._timed(cell.scenario))
+            records, kernels = self._timed(cell.scenario)
+            return replace(result, records=records, kernels=kernels)
         if cell.task is not None:
-            from harness.scoring import score
-
-            evaluation = score(self.made, self.job, self.plugins, cell.task)
+            if cell.key in self.refused:
+                raise self.refused.pop(cell.key)
+            evaluation = self._scorer.score(cell.task)
             return replace(result, records=evaluation.records, items=evaluation.items)
         return replace(result, records=records)
 
-    def _timed(self, scenario: Scenario) -> tuple[Record, ...]:
+    def score_together(self, send: Send) -> dict[str, float]:
+        """Answer the requests of all task cells in one pass; what that took for each, in seconds, by key.
+
+        A task that cannot be asked is refused when its cell's turn comes. Where the pass itself fails,
+        every cell is scored by itself.
+        """
+        cells = [cell for cell in self.job.cells if cell.task is not None]
+        if not self.job.together or len(cells) < 2 or self.made.no_effect is not None:
+            return {}
+        send(Phase(cells[0].key, cells=len(cells)))
+        seconds = {}
+        try:
+            for cell in cells:
+                assert cell.task is not None
+                clock = time.perf_counter()
+                try:
+                    self._scorer.prepare(cell.task)
+                except Exception as error:
+                    self.refused[cell.key] = error
+                seconds[cell.key] = time.perf_counter() - clock
+            clock = time.perf_counter()
+            shares = self._scorer.score_prepared()
+            pass_s = time.perf_counter() - clock
+        except BaseException:  # the border to methods' code
+            log.warning("the tasks cannot be scored together, so each is by itself", exc_info=True)
+            self.refused.clear()
+            self.__dict__.pop("_scorer", None)
+            _free_memory()
+            return {}
+        for cell in cells:
+            assert cell.task is not None
+            seconds[cell.key] += pass_s * shares.get(cell.task.name, 0.0)
+        return seconds
+
+    @cached_property
+    def _scorer(self) -> VariantScorer:
+        from harness.scoring import VariantScorer
+
+        return VariantScorer(self.made, self.job, self.plugins)
+
+    def _timed(self, scenario: Scenario) -> tuple[tuple[Record, ...], tuple[KernelUse, ...]]:
         from harness.measure.meter import Measured
         from harness.measure.scenario import measure_scenario
 
@@ -133,12 +198,19 @@ class _Variant:
             device=self.made.device,
             dtype=self.made.dtype,
             seed=self.job.seed,
-            shared={},
+            shared={"ceilings": self.job.ceilings},
+            baseline=None if self.made.is_baseline else self._original,
+            baseline_bytes=self.made.original_bytes,
         )
         records = measure_scenario(measured, self.plugins.meters)
         if self.made.effect.simulated:
-            return tuple(_marked_simulated(record) for record in records)
-        return records
+            records = tuple(_marked_simulated(record) for record in records)
+        return records, measured.shared.get("kernels", ())
+
+    def _original(self) -> Any:
+        from harness.transforming import load_original
+
+        return load_original(self.job, self.plugins).model
 
     def observe(self, result: CellResult) -> None:
         _observed(self.plugins.manager.hook.cell_finished, result=result)
@@ -159,92 +231,98 @@ def _observed(hook: Callable[..., Any], **arguments: Any) -> None:
 # --- what goes wrong ----------------------------------------------------------------------------------
 
 
-def _failure(error: Exception, job: VariantJob) -> CellResult:
+def _failure(error: BaseException, job: VariantJob, where: str) -> CellResult:
     """The status and the reason for an exception; the traceback is kept for what is not our own."""
     status = _status_of(error)
     expected = isinstance(error, HarnessError)
     text = " ".join(str(error).split())
     reason = text if expected else f"{type(error).__name__}: {text}".rstrip(": ")
+    if status is Status.OOM:
+        reason = f"out of memory {where}: {reason}"
+    elif isinstance(error, (ValueError, TypeError)) and where.startswith("what"):
+        reason = f"{where}: {text}"
     return CellResult(
         key="",
         variant_key=job.variant_key,
         status=status,
         reason=reason[:1000],
-        traceback=None if status is Status.NOT_APPLICABLE else traceback.format_exc(),
-        log_tail=tail_of(job.log_path),
+        traceback=None if status is Status.NOT_APPLICABLE else "".join(traceback.format_exception(error)),
     )
 
 
-def _status_of(error: BaseException) -> Status:
-    import torch
+def _place(cell: CellJob, job: VariantJob) -> str:
+    """Where a cell ran out of memory: what decides how much it needs."""
+    if cell.scenario is not None:
+        return f"in {cell.scenario.label} with batch {cell.scenario.batch_size}"
+    if cell.task is not None:
+        return f"in {cell.task.name} with batch {job.eval_batch_size}"
+    return "in the transform cell"
 
+
+_NO_MEMORY = (
+    "can't allocate memory",  # torch's CPU allocator
+    "Cannot allocate memory",  # the C library, through Rust and C++ as well
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def _status_of(error: BaseException) -> Status:
     if isinstance(error, NotApplicable):
         return Status.NOT_APPLICABLE
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return Status.OOM
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
-        return Status.OOM  # how torch's CPU allocator says it
-    return Status.FAILED
+    return Status.OOM if any(map(_says_no_memory, _causes(error))) else Status.FAILED
 
 
-def tail_of(path: Path) -> str | None:
-    """The end of a worker's log; None where it is empty or gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _says_no_memory(error: BaseException) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, Exception) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception, and those that libraries wrapped in it."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+# --- the device after a failure -----------------------------------------------------------------------
+
+
+def _is_cuda_error(error: BaseException) -> bool:
+    """Whether the CUDA context may be lost: after most errors every later call fails as well."""
+    return _status_of(error) is not Status.OOM and any("CUDA error" in str(each) for each in _causes(error))
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _context_works() -> bool:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
     try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").strip() or None
-    except OSError:
-        return None
-
-
-# --- the process --------------------------------------------------------------------------------------
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _die_with_parent() -> None:
-    """End this process when the parent is gone, even in the middle of a long computation."""
-    import multiprocessing
-
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="parent-watch").start()
-
-
-def _log_to(path: Path) -> None:
-    """Send everything that is printed, also by libraries in C, to the variant's log."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
-
-
-def _limit_memory(device: str) -> None:
-    """Let a runaway allocation fail in this process instead of taking the machine down.
-
-    Only on the CPU: a CUDA context reserves more address space than the machine has memory.
-    """
-    if device != "cpu":
-        return
-    import resource
-
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = int(total * 0.95)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

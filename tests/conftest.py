@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+# Two threads that wait for each other on a busy machine take a hundred times as long as one. Said before
+# torch is imported, which reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+
+# No test reaches a network: those of the hub talk to one on this machine.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _seeded(make, config):

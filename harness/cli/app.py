@@ -6,16 +6,20 @@ Exit codes: 0 all well; 1 some cells failed; 2 usage or bad input; 3 a gate of `
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from harness.cli import catalog, compare, dashboard, doctor, new, results, sweep
+from harness.cli import catalog, compare, dashboard, doctor, exchange, new, results, scaling, sweep, why
+from harness.cli.output import clean
 from harness.errors import HarnessError
 
 __all__ = ["app", "run"]
+
+LONGEST_MESSAGE = 1500  # an argument of megabytes must not come back as an error of megabytes
 
 # Newer releases of Typer carry their own copy of click, so its errors are found through Typer.
 CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -38,8 +42,14 @@ app.command("methods")(catalog.methods)
 app.command("models")(catalog.models)
 app.command("tasks")(catalog.tasks)
 app.command("plugins")(catalog.plugins)
-app.command("results")(results.results)
+_results = typer.Typer(rich_markup_mode=None)
+_results.callback(invoke_without_command=True)(results.results)
+_results.command("export")(exchange.export)
+_results.command("import")(exchange.import_)
+app.add_typer(_results, name="results")
 app.command("compare")(compare.compare)
+app.command("scaling")(scaling.scaling)
+app.command("why")(why.why)
 app.command("dashboard")(dashboard.dashboard)
 app.command("new")(new.new)
 app.command("doctor")(doctor.doctor)
@@ -63,9 +73,18 @@ def _main(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line with these arguments and return the exit code."""
+    """Run the command line with these arguments and return the exit code.
+
+    Never raises: what is wrong with the input or the machine is one line on standard error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # Names and stored texts may hold what the terminal's encoding has not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    streams = sys.stdout, sys.stderr
     try:
         code = app(list(arguments), prog_name="harness", standalone_mode=False)
+        sys.stdout.flush()  # here, where a reader that is gone is no error
     except HarnessError as error:
         _say(str(error))
         return 2
@@ -80,11 +99,30 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone (`harness results | head`): that is no error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread()
+    except SystemExit as stop:
+        if (sys.stdout, sys.stderr) == streams:
+            return stop.code if isinstance(stop.code, int) else 1
+        sys.stdout, sys.stderr = streams  # Typer wraps them where their reader is gone, and exits with 1
+        return _unread()
+    except OSError as error:
+        # What the operating system refuses (a name that is too long, a folder that may not be read) says
+        # itself what is wrong.
+        where = "" if error.filename is None else f": {error.filename}"
+        _say(f"{error.strerror or error}{where}")
+        return 2
     return code if isinstance(code, int) else 0
 
 
+def _unread() -> int:
+    """The reader of our output is gone (`harness results | head`): that is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def _say(message: str) -> None:
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    line = clean(" ".join(message.split()))
+    if len(line) > LONGEST_MESSAGE:
+        # What is wrong stands at the end, what it is about at the beginning.
+        line = f"{line[: LONGEST_MESSAGE // 2]} … {line[-LONGEST_MESSAGE // 2 :]}"
+    typer.echo(f"error: {line}", err=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -76,7 +76,7 @@ class _History:
         from harness.store.durations import durations
         from harness.store.store import Store
 
-        if "://" not in target and not Path(target).exists():
+        if "://" not in target and not os.path.exists(target):
             return cls({}, {})
         with Store.open_readonly(target) as store:
             finished = store.finished_cells(cell.key for cell in plan.grid.cells)

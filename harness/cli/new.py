@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -24,7 +25,7 @@ def new(
         raise ConfigError(f"method name {name!r}: use lower-case words joined by hyphens")
     if name in load_plugins().methods:
         raise ConfigError(f"method {name!r} exists already; choose another name")
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise ConfigError(f"--directory {directory} is no directory")
     target = directory / f"{name.replace('-', '_')}.py"
     title = "".join(word.capitalize() for word in name.split("-"))

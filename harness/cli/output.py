@@ -23,11 +23,11 @@ class Format(StrEnum):
     MARKDOWN = "markdown"
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """The text without control characters: names and reasons come from plugins and from stores."""
+    """The text without control characters and lone surrogates: names and reasons come from anywhere."""
     return _CONTROL.sub("�", text.replace("\n", " ").replace("\t", " "))
 
 

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, format_value, print_rows
+from harness.cli.output import Format, clean, print_rows
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.comparability import Conditions
     from harness.store.store import Store
     from harness.sweep import SweepOutcome
 
-__all__ = ["print_summary", "results", "rows_of"]
+__all__ = ["print_summary", "results", "rows_of", "sweep_number"]
 
 JSON_FIELDS = (
     "sweep", "model", "method", "options", "seed", "dtype", "device", "status", "reason", "task",
     "scenario", "metric", "value", "unit", "lower", "upper", "n", "synthetic", "mode", "note",
-    "kind", "family", "device_name", "simulated",
+    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin",
 )  # fmt: skip
 
-SUMMARY = (
-    ("weight_bytes", "weights"),
-    ("prefill_latency", "prefill"),
-    ("decode_latency", "decode/token"),
-    ("kv_cache_bytes_per_token", "KV/token"),
-    ("token_perplexity", "perplexity"),
-    ("bits_per_byte", "bits/byte"),
-    ("acc", "accuracy"),
-    ("mean_kl", "KL"),
-    ("flips", "flips"),
-)
+PERCENTILES = ("p10", "p50", "p90", "p99")
 
 
 def results(
+    context: typer.Context,
     output: Annotated[Format, typer.Option("--format", help="table, json, csv or markdown.")] = Format.TABLE,
     db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
     sweep: Annotated[
@@ -52,8 +44,18 @@ def results(
         bool,
         typer.Option("--records", help="One row a record in the table too, not one a variant."),
     ] = False,
+    percentiles: Annotated[
+        bool,
+        typer.Option("--percentiles", help="Percentiles of the raw readings of each record."),
+    ] = False,
 ) -> None:
-    """Show what is stored: one row a variant in a table, one object a record in JSON."""
+    """Show what is stored: one row a variant in a table, one object a record in JSON.
+
+    Rows that were imported stand beside those measured here, with their origin.
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     from harness.chain import split_list
     from harness.cli.sweep import database
     from harness.store import queries
@@ -65,27 +67,78 @@ def results(
     with Store.open_readonly(database(db)) as store:
         frame = queries.results(
             store,
-            sweep=_sweep_number(sweep),
+            sweep=sweep_number(sweep),
             models=names(models),
             methods=names(methods),
             tasks=names(tasks),
             metrics=names(metrics),
             statuses=names(status),
         )
-    rows = rows_of(frame)
-    if output is Format.TABLE and not records:
-        print_variants(rows)
+        rows = rows_of(frame)
+        conditions = conditions_by_cell(store, rows)
+        if percentiles:
+            _add_percentiles(store, rows)
+    if output is Format.TABLE and not (records or percentiles):
+        print_variants(rows, conditions)
         return
+    for row in rows:
+        _add_conditions(row, conditions)
+    more = PERCENTILES if percentiles else ()
     columns = [
-        "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n",
-        "mode", "status", "reason",
+        "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n", *more,
+        "limit", "mode", "status", "reason", *(["origin"] if any(row["origin"] for row in rows) else ()),
     ]  # fmt: skip
     if output is Format.JSON:
-        rows = [{name: row.get(name) for name in JSON_FIELDS} for row in rows]
-    print_rows(rows, list(JSON_FIELDS) if output is Format.CSV else columns, output)
+        rows = [{name: row.get(name) for name in (*JSON_FIELDS, *more)} for row in rows]
+    print_rows(rows, [*JSON_FIELDS, *more] if output is Format.CSV else columns, output)
 
 
-def _sweep_number(text: str | None) -> Any:
+def conditions_by_cell(store: Store, rows: list[dict[str, Any]]) -> dict[int, Conditions]:
+    """Under what the cells of these rows were measured."""
+    from harness.comparability import read_conditions
+
+    return read_conditions(store, {row["cell"] for row in rows})
+
+
+def _add_conditions(row: dict[str, Any], conditions: Mapping[int, Conditions]) -> None:
+    """`limit`, and `conditions`: equal for rows of one kind that may be compared."""
+    from harness.comparability import scope_of
+
+    about = conditions[row["cell"]]
+    row["limit"] = about.limit
+    row["conditions"] = about.fingerprint(scope_of(row["kind"], row["unit"] or "", row["metric"] or ""))
+
+
+def _add_percentiles(store: Store, rows: list[dict[str, Any]]) -> None:
+    from harness.measure.statistics import percentiles
+    from harness.store.readings import all_readings
+
+    readings = all_readings(store, {row["cell"] for row in rows})
+    for row in rows:
+        samples = readings.get((row["cell"], row["metric"]))
+        row |= percentiles(samples) if samples else dict.fromkeys(PERCENTILES)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Options between ``results`` and the name of a command below it would do nothing."""
+    from harness.errors import ConfigError
+
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = {"output": "format"}.get(name, name)
+            raise ConfigError(
+                f"--{option} stands before {context.invoked_subcommand}: options go behind it, "
+                f"as in harness results {context.invoked_subcommand} FILE --db results.db"
+            )
+
+
+def sweep_number(text: str | None) -> Any:
+    """What ``--sweep`` means: a number, ``last``, or None.
+
+    Raises:
+        ConfigError: neither a number nor ``last``.
+    """
     from harness.errors import ConfigError
 
     if text is None or text == "last":
@@ -108,17 +161,21 @@ def print_summary(store: Store, outcome: SweepOutcome) -> None:
     """The table at the end of a sweep."""
     from harness.store import queries
 
-    print_variants(rows_of(queries.results(store, sweep=outcome.sweep_id)))
+    rows = rows_of(queries.results(store, sweep=outcome.sweep_id))
+    print_variants(rows, conditions_by_cell(store, rows))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.statuses.items()))
     reused = f" ({outcome.reused} measured before)" if outcome.reused else ""
     typer.echo(f"{counts}{reused}")
 
 
-def print_variants(rows: list[dict[str, Any]]) -> None:
+def print_variants(rows: list[dict[str, Any]], conditions: Mapping[int, Conditions]) -> None:
     """One row a variant and prompt shape: the main figures with their intervals, then what failed."""
-    table = variant_rows(rows)
-    shown = [label for _, label in SUMMARY if any(row.get(label) for row in table)]
-    print_rows(table, ["model", "method", "scenario", *shown, "status"], Format.TABLE)
+    from harness.cli.summary import variant_table
+
+    table = variant_table(rows, conditions)
+    print_rows(table.rows, table.columns, Format.TABLE)
+    for note in table.footnotes:
+        typer.echo(clean(note))
     problems = {
         (
             row["model"],
@@ -134,53 +191,3 @@ def print_variants(rows: list[dict[str, Any]]) -> None:
         columns = ["model", "method", "cell", "status", "reason"]
         listed = [dict(zip(columns, problem, strict=True)) for problem in sorted(problems, key=str)]
         print_rows(listed, columns, Format.TABLE, title="Not measured")
-
-
-def variant_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pivot records: task and transform figures appear in each of a variant's shapes."""
-    variants: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = (row["model"], row["method"], row["seed"], row["dtype"], row["device_name"])
-        variants.setdefault(key, []).append(row)
-    table = []
-    for (model, method, *_), records in variants.items():
-        shapes = sorted({r["scenario"] for r in records if r["kind"] == "scenario"}) or [""]
-        statuses = {r["status"] for r in records}
-        for shape in shapes:
-            line: dict[str, Any] = {"model": model, "method": method, "scenario": shape}
-            for metric, label in SUMMARY:
-                line[label] = next(
-                    (
-                        _with_interval(record)
-                        for record in records
-                        if record["metric"] == metric
-                        and (record["kind"] != "scenario" or record["scenario"] == shape)
-                    ),
-                    None,
-                )
-            line["status"] = "ok" if statuses == {"ok"} else ", ".join(sorted(statuses))
-            if any(r["synthetic"] for r in records):
-                line["status"] += " (synthetic)"
-            if any(r["simulated"] for r in records):
-                line["status"] += " (simulated)"
-            table.append(line)
-    return table
-
-
-_SCALES = {
-    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
-    "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
-}
-
-
-def _with_interval(record: dict[str, Any]) -> str:
-    value, unit = record["value"], record["unit"] or ""
-    if value is None:
-        return "nan"
-    scale, shown = next(((s, u) for s, u in _SCALES.get(unit, ()) if abs(value) >= s), (1.0, ""))
-    if unit in _SCALES and not shown:
-        scale, shown = 1.0, unit
-    text = format_value(value / scale)
-    if record["lower"] is not None and record["upper"] is not None:
-        text += f" [{format_value(record['lower'] / scale)}, {format_value(record['upper'] / scale)}]"
-    return f"{text} {shown}".strip()

@@ -6,9 +6,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from harness.interrupts import Interrupts
 
 __all__ = ["sweep"]
 
@@ -32,7 +35,7 @@ def sweep(
     prompt_lens: Annotated[str | None, typer.Option(help="Prompt lengths to time, in tokens.")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode in a timed run.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
-    eval_batch_size: Annotated[int | None, typer.Option(help="Sequences at a time when scoring.")] = None,
+    eval_batch_size: Annotated[int | None, typer.Option(help="Full sequences scored at a time.")] = None,
     seed: Annotated[str | None, typer.Option(help="Seed, or several: 0,1,2.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -51,6 +54,10 @@ def sweep(
     jobs: Annotated[int | None, typer.Option(help="Variants at a time.")] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for making a variant, and for a cell.")
+    ] = None,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="GiB of main memory for each worker. Default: its share of 90 % of what is free."),
     ] = None,
     train_steps: Annotated[int | None, typer.Option(help="Budget of methods that train.")] = None,
     train_batch_size: Annotated[int | None, typer.Option(help="Sequences in a training batch.")] = None,
@@ -99,6 +106,7 @@ def sweep(
         "plugin": tuple(plugin) if plugin else None,
         "jobs": jobs,
         "timeout_s": timeout,
+        "memory_limit_gib": memory_limit,
         "train_steps": train_steps,
         "train_batch_size": train_batch_size,
         "train_len": train_len,
@@ -134,6 +142,25 @@ def _sweep(
     quiet: bool,
     strict: bool,
 ) -> int:
+    from harness.interrupts import Interrupted, Interrupts
+
+    with Interrupts() as interrupts:
+        try:
+            return _run(file, given, db, dry_run, quiet, strict, interrupts)
+        except Interrupted as stopped:
+            typer.echo(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
+            return stopped.exit_code
+
+
+def _run(
+    file: Path | None,
+    given: dict[str, Any],
+    db: str | None,
+    dry_run: bool,
+    quiet: bool,
+    strict: bool,
+    interrupts: Interrupts,
+) -> int:
     from harness.config import load_config
 
     config = load_config(file, given)
@@ -155,19 +182,19 @@ def _sweep(
         print_matrix(plan, target)
         return 0
     from harness.cli.results import print_summary
+    from harness.privacy import without_passwords
     from harness.progress import make_reporter
     from harness.store.store import Store
-    from harness.sweep import Interrupted, run_sweep
+    from harness.sweep import run_sweep
 
-    command = shlex.join(["harness", *sys.argv[1:]])
+    command = without_passwords(shlex.join(["harness", *sys.argv[1:]]))
     with Store.open(target) as store, make_reporter(quiet=quiet) as reporter:
-        try:
-            outcome = run_sweep(plan, store, reporter, command)
-        except Interrupted as stopped:
-            reporter.close()
-            typer.echo(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
-            return stopped.exit_code
+        outcome = run_sweep(plan, store, reporter, command, interrupts)
         reporter.close()
         if not quiet:
-            print_summary(store, outcome)
+            try:
+                print_summary(store, outcome)
+                sys.stdout.flush()
+            except BrokenPipeError:  # nobody reads the table; the exit code still says how it went
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return outcome.exit_code

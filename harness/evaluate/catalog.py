@@ -59,7 +59,7 @@ def folder_catalog(folder: Path, *, lenient: bool = False) -> dict[str, Entry]:
         ConfigError: not lenient, and the folder or a file in it cannot be read, or two files define
             the same name.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"the task folder {folder} does not exist")
     reader = YamlReader()
     entries: dict[str, Entry] = {}

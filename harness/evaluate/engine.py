@@ -1,28 +1,30 @@
 """Scoring the in-memory model: any task through lm-eval, running text by token perplexity as well.
 
 Called in the worker on the very object that was timed. lm-eval's response cache is never used: its key
-does not name the model. Same seed, same batch size, same machine: same numbers.
+does not name the model. Same seed, same batch size, same tasks, same machine: same numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval import evaluator
 from torch import nn
 
+from harness.cache import ContentCache
 from harness.errors import NotApplicable, NumericalFailure
 from harness.evaluate.index import ResolvedTask
 from harness.evaluate.intervals import bootstrap_weighted_mean, generator, percentile_interval
 from harness.evaluate.lm import InMemoryLM, evaluating, quiet, seeded
-from harness.evaluate.lm_tasks import ROLLING, load_task
+from harness.evaluate.lm_tasks import ROLLING, LoadedTask, load_task
 from harness.evaluate.metrics import metric_of
+from harness.evaluate.prepared import PreparedTask, prepare_task, samples_of, score_together
 from harness.evaluate.reference import (
     ReferenceLogits,
     compute_reference,
@@ -40,7 +42,7 @@ from harness.evaluate.windows import (
 from harness.models.info import ModelInfo
 from harness.records import Item, Record
 
-__all__ = ["Evaluation", "evaluate_task", "make_reference", "wants_reference"]
+__all__ = ["Evaluation", "TaskEvaluator", "evaluate_task", "make_reference", "wants_reference"]
 
 
 @dataclass(frozen=True)
@@ -62,48 +64,111 @@ def evaluate_task(
     batch_size: int,
     reference: ReferenceLogits | None = None,
 ) -> Evaluation:
-    """Score a model on a task.
+    """Score a model on one task; see `TaskEvaluator`."""
+    evaluator = TaskEvaluator(model, tokenizer, info, limit=limit, seed=seed, batch_size=batch_size)
+    return evaluator.evaluate(task, reference)
+
+
+class TaskEvaluator:
+    """Scores one model on any number of tasks, their log-likelihoods together.
 
     Args:
         model: on its device, whatever has been done to it; only called (and asked to `generate`).
         limit: the first so many documents of every task, or all.
-        batch_size: at most; it is made smaller where the logits would not fit.
-        reference: the baseline's distributions, for `mean_kl` and `top1_agreement` of running text.
+        batch_size: how much is computed at a time, at most (`InMemoryLM`).
+        cache: where tokenised requests are kept, or None.
 
     Raises:
-        NotApplicable: an encoder, random weights, no tokenizer, a task that the model cannot do.
-        ConfigError: the task's data cannot be loaded; a reference for other tokens.
-        NumericalFailure: the model gives NaN or an infinite metric.
+        NotApplicable: an encoder, random weights, no tokenizer.
     """
-    _check_applicable(info)
-    note = None if limit is None else f"limit={limit}"
-    with quiet(), seeded(seed, device_of(model)), evaluating(model):
-        loaded = load_task(task, seed=seed)
-        lm = InMemoryLM(model, tokenizer, info, batch_size=batch_size)
-        try:
-            results = evaluator.evaluate(
-                lm,
-                {"tasks": loaded.tasks, "groups": loaded.groups},
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        except OverflowError as error:  # exp of the mean of a model that is broken
-            raise NumericalFailure(f"a perplexity of {task.name} is infinite") from error
-        records = records_of(loaded, results["samples"], seed, note)
-        items = items_of(loaded, results["samples"])
-        if loaded.is_rolling:
-            windows = cut_windows(loaded.documents(limit), tokenizer, window_length(info.max_positions))
-            scores = score_windows(
-                model,
-                windows,
-                vocab_size=info.vocab_size,
-                batch_size=batch_size,
-                reference=reference,
-            )
-            records += _window_records(windows, scores, seed, note)
-            items += _window_items(windows, scores)
-    return Evaluation(tuple(records), tuple(items))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        info: ModelInfo,
+        *,
+        limit: int | None,
+        seed: int,
+        batch_size: int,
+        cache: ContentCache | None = None,
+    ) -> None:
+        _check_applicable(info)
+        self._model, self._tokenizer, self._info = model, tokenizer, info
+        self._limit, self._seed, self._batch_size = limit, seed, batch_size
+        with quiet():
+            self._lm = InMemoryLM(model, tokenizer, info, batch_size=batch_size, cache=cache)
+        self._prepared: dict[str, PreparedTask] = {}
+
+    def prepare(self, task: ResolvedTask) -> None:
+        """Load a task and tokenise its requests.
+
+        Raises:
+            NotApplicable: a task that the harness cannot do.
+            ConfigError: the task's data cannot be loaded, or do not fit the model.
+        """
+        with self._surroundings():
+            self._prepared[task.name] = prepare_task(task, self._lm, limit=self._limit, seed=self._seed)
+
+    def score_prepared(self) -> Mapping[str, float]:
+        """Score the requests of all prepared tasks in one pass; each task's share of its cost, adding to 1.
+
+        Raises:
+            torch.cuda.OutOfMemoryError, MemoryError: a single sequence does not fit.
+        """
+        waiting = [prepared for prepared in self._prepared.values() if not prepared.is_scored]
+        with self._surroundings():
+            score_together(waiting, self._lm)
+        tokens = {prepared.name: prepared.tokens for prepared in waiting}
+        whole = max(1, sum(tokens.values()))
+        return {name: count / whole for name, count in tokens.items()}
+
+    def evaluate(self, task: ResolvedTask, reference: ReferenceLogits | None = None) -> Evaluation:
+        """What a task's cell stores; prepares and scores the task where that was not done before.
+
+        Args:
+            reference: the baseline's distributions, for `mean_kl` and `top1_agreement` of running text.
+
+        Raises:
+            NotApplicable, ConfigError: as `prepare`; a reference for other tokens.
+            NumericalFailure: the model gives NaN or an infinite metric.
+        """
+        if task.name not in self._prepared:
+            self.prepare(task)
+        prepared = self._prepared.pop(task.name)
+        with self._surroundings():
+            if not prepared.is_scored:
+                score_together([prepared], self._lm)
+            samples = samples_of(prepared, self._lm, self._limit)
+            loaded = prepared.loaded
+            note = ", ".join(part for part in (self._limit and f"limit={self._limit}", prepared.note) if part)
+            records = records_of(loaded, samples, self._seed, note or None)
+            items = items_of(loaded, samples)
+            if loaded.is_rolling:
+                window_records, window_items = self._windows(loaded, reference)
+                records += window_records
+                items += window_items
+        return Evaluation(tuple(records), tuple(items))
+
+    def _windows(
+        self, loaded: LoadedTask, reference: ReferenceLogits | None
+    ) -> tuple[list[Record], list[Item]]:
+        documents = loaded.documents(self._limit)
+        windows = cut_windows(documents, self._tokenizer, window_length(self._info.max_positions))
+        scores = score_windows(
+            self._model,
+            windows,
+            vocab_size=self._info.vocab_size,
+            batch_size=self._batch_size,
+            reference=reference,
+        )
+        note = None if self._limit is None else f"limit={self._limit}"
+        return _window_records(windows, scores, self._seed, note), _window_items(windows, scores)
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        with quiet(), seeded(self._seed, device_of(self._model)), evaluating(self._model):
+            yield
 
 
 def wants_reference(task: ResolvedTask) -> bool:

@@ -8,6 +8,7 @@ task; a tag and a plain group stand for their members.
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from harness.evaluate.catalog import (
     lm_eval_catalog,
     lm_eval_folder,
 )
+from harness.evaluate.hub_data import DataCommit, DataCommits
 from harness.evaluate.revision import task_revision
 from harness.evaluate.yaml_files import YamlReader
 from harness.keys import content_key
@@ -47,6 +49,7 @@ class ResolvedTask:
     include_dirs: tuple[Path, ...]
     output_type: str | None
     revision: str
+    data: tuple[DataCommit, ...] = ()  # the data sets of the hub, at the commits that `revision` counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,8 @@ class _Finder:
     @cached_property
     def local(self) -> Catalog:
         merged: dict[str, Entry] = {}
-        folders = dict.fromkeys(path.expanduser().resolve() for path in self.include_paths)
+        given = (os.path.realpath(os.path.expanduser(each)) for each in self.include_paths)
+        folders = dict.fromkeys(Path(each) for each in given)
         for folder in (BUNDLED_DIR, *(path for path in folders if path != BUNDLED_DIR)):
             for name, entry in folder_catalog(folder).items():
                 if name in merged and entry.kind == merged[name].kind == "tag":
@@ -120,13 +124,17 @@ class _Finder:
     def reader(self) -> YamlReader:
         return YamlReader()
 
+    @cached_property
+    def data_commits(self) -> DataCommits:
+        return DataCommits()
+
     def find(self, name: str) -> Entry | None:
         return self.local.get(name) or self.lm_eval.get(name)
 
     def expand(self, name: str) -> Iterable[Entry]:
         """The tasks and whole groups that a name stands for."""
         if name.endswith((".yaml", ".yml")):
-            return [_entry_of_file(Path(name).expanduser().resolve())]
+            return [_entry_of_file(Path(os.path.realpath(os.path.expanduser(name))))]
         if set(name) & set("*?["):
             known = {**self.lm_eval, **self.local}
             matches = [known[match] for match in sorted(fnmatch.filter(known, name))]
@@ -158,14 +166,16 @@ class _Finder:
         assert entry.yaml_path is not None
         if entry.kind == "group":
             return self._resolve_group(entry)
+        data = self._data(entry)
         return ResolvedTask(
             name=entry.name,
             origin=_origin(entry),
             kind="task",
+            data=data,
             yaml_path=entry.yaml_path,
             include_dirs=(),
             output_type=entry.output_type,
-            revision=self._revision(entry),
+            revision=_with_data(self._revision(entry), data),
         )
 
     def _resolve_group(self, group: Entry) -> ResolvedTask:
@@ -174,14 +184,16 @@ class _Finder:
         folders = {entry.yaml_path.parent for entry in (group, *members) if entry.yaml_path}
         types = {entry.output_type for entry in members if entry.kind == "task"}
         parts = {entry.name: self._revision(entry) for entry in (group, *members)}
+        data = tuple(dict.fromkeys(each for entry in (group, *members) for each in self._data(entry)))
         return ResolvedTask(
             name=group.name,
             origin=_origin(group),
             kind="group",
+            data=data,
             yaml_path=group.yaml_path,
             include_dirs=tuple(sorted(path for path in folders if not folders & set(path.parents))),
             output_type=types.pop() if len(types) == 1 else None,
-            revision=content_key(parts),
+            revision=_with_data(content_key(parts), data),
         )
 
     def _members(self, entry: Entry, seen: dict[str, Entry]) -> list[Entry]:
@@ -193,11 +205,24 @@ class _Finder:
                 self._members(found, seen)
         return list(seen.values())
 
+    def _data(self, entry: Entry) -> tuple[DataCommit, ...]:
+        if entry.yaml_path is None or entry.kind == "tag":
+            return ()
+        return self.data_commits.of(self.reader.read(entry.yaml_path).content)
+
     def _revision(self, entry: Entry) -> str:
         if entry.yaml_path is None:
             return content_key({"members": list(entry.members)})
         run_python = _origin(entry) != "lm-eval"
         return task_revision(entry.name, self.reader.read(entry.yaml_path), run_python=run_python)
+
+
+def _with_data(revision: str, data: Sequence[DataCommit]) -> str:
+    """The content of a task with the commits of its data, where it has data on the hub."""
+    if not data:
+        return revision
+    commits = sorted([each.name, each.revision or "", each.commit or ""] for each in data)
+    return content_key({"task": revision, "data": commits})
 
 
 def _entry_of_file(path: Path) -> Entry:

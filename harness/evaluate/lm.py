@@ -3,14 +3,13 @@
 `HFLM` is made for models that it loads itself. Given one in memory it would tie weights again (undoing a
 method that untied or replaced the head, so that another model is scored than was timed), give the
 tokenizer a padding token that the model may have no embedding for, and add up log-probabilities in
-bfloat16. `InMemoryLM` keeps everything else of it.
+bfloat16, and it scores every request by itself. `InMemoryLM` keeps its interface and its generation.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,12 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
-from harness.errors import NotApplicable, NumericalFailure
-from harness.evaluate.windows import affordable_batch, check_vocabulary, device_of, logits_of
+from harness.cache import ContentCache
+from harness.errors import NotApplicable
+from harness.evaluate.encoding import Encoder
+from harness.evaluate.plan import Query
+from harness.evaluate.scorer import Scores, limits_for, score_queries
+from harness.evaluate.windows import check_vocabulary, device_of, logits_of
 from harness.models.info import ModelInfo
 
 __all__ = ["InMemoryLM", "evaluating", "quiet", "seeded"]
@@ -56,17 +59,29 @@ class _AsIs:
 class InMemoryLM(HFLM):  # type: ignore[misc]
     """lm-eval's Hugging Face model around one that exists already, on its device, as it is.
 
+    Log-likelihoods come from the harness's own engine (`harness.evaluate.scorer`); a NaN among them is
+    given as it is, for lm-eval's tasks do not notice one (`harness.evaluate.engine` does).
+
     Args:
         model: the transformed model, in eval mode.
         tokenizer: its tokenizer; a copy is used.
-        info: gives the longest input (`max_positions`) and the vocabulary.
-        batch_size: at most; fewer where the logits of a batch would not fit (`affordable_batch`).
+        info: gives the longest input (`max_positions`), the vocabulary and the width.
+        batch_size: texts generated at a time; full-length sequences' worth of tokens scored at a time.
+        cache: where tokenised requests are kept, or None.
 
     Raises:
         NotApplicable: the tokenizer has no token to condition a text's first token on.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, info: ModelInfo, *, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        info: ModelInfo,
+        *,
+        batch_size: int,
+        cache: ContentCache | None = None,
+    ) -> None:
         super().__init__(
             pretrained=_AsIs(model),
             tokenizer=_prepared(tokenizer),
@@ -75,38 +90,50 @@ class InMemoryLM(HFLM):  # type: ignore[misc]
             batch_size=batch_size,
             softmax_dtype=torch.float32,
         )
-        self.batch_size_per_gpu: int = batch_size
-        self.model_vocab_size = info.vocab_size
+        self.module, self.info = model, info
+        self.limits = limits_for(info, device_of(model), batch_size)
+        self.encoder = Encoder(self.tokenizer, self.max_length, self.prefix_token_id, cache)
+
+    def encode(self, kind: str, requests: Sequence[Any]) -> list[list[Query]]:
+        """The queries whose log-likelihoods add up to each request's answer.
+
+        Args:
+            kind: lm-eval's type of the requests, ``loglikelihood`` or ``loglikelihood_rolling``.
+
+        Raises:
+            ConfigError: nothing to score in a request, or tokens that the model does not know.
+        """
+        if kind == "loglikelihood_rolling":
+            queries = self.encoder.texts([request.args[0] for request in requests])
+        else:
+            queries = [[query] for query in self.encoder.pairs([request.args for request in requests])]
+        highest = max((max(query.tokens) for group in queries for query in group), default=0)
+        check_vocabulary(highest, self.info.vocab_size)
+        return queries
+
+    def score(self, queries: Sequence[Query]) -> Scores:
+        """Score queries of any number of tasks together."""
+        return score_queries(self.module, queries, self.limits)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As `HFLM`, in float32 whatever the model's type."""
+        scores = self.score([query for (query,) in self.encode("loglikelihood", requests)])
+        return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """As `HFLM`, longest documents first, so that a batch holds little padding."""
-        order = sorted(range(len(requests)), key=lambda index: -len(requests[index].args[0]))
-        scores = super().loglikelihood_rolling([requests[i] for i in order], disable_tqdm=True)
-        in_order = [0.0] * len(requests)
-        for index, score in zip(order, scores, strict=True):
-            in_order[index] = score
-        return in_order
+        """As `HFLM`, all windows of all documents together."""
+        groups = self.encode("loglikelihood_rolling", requests)
+        found = iter(self.score([query for group in groups for query in group]).log_likelihoods.tolist())
+        return [sum(next(found) for _ in group) for group in groups]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """As `HFLM`, in batches that fit; a NaN ends it.
-
-        lm-eval takes the largest log-likelihood by `argmax`, which answers 0 for NaN: a broken model
-        would score 100 % wherever the right choice comes first.
-        """
-        highest = max(max(max(context), max(rest)) for _, context, rest in requests)
-        check_vocabulary(highest, self.model_vocab_size)
-        longest = min(self.max_length, max(len(c) + len(rest) for _, c, rest in requests))
-        asked = self.batch_size_per_gpu
-        self.batch_size_per_gpu = affordable_batch(asked, longest, self.model_vocab_size)
-        try:
-            answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
-        finally:
-            self.batch_size_per_gpu = asked
-        if broken := sum(math.isnan(score) for score, _ in answers):
-            raise NumericalFailure(f"{broken} of {len(answers)} log-likelihoods are NaN")
-        return answers
+        """As `HFLM`, for whoever has tokens already: (text, context, continuation)."""
+        longest = self.max_length + 1
+        queries = [Query((*context, *rest)[-longest:], len(rest)) for _, context, rest in requests]
+        scores = self.score(queries)
+        return list(zip(scores.log_likelihoods.tolist(), scores.greedy.tolist(), strict=True))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; refuses a task that asks for more tokens than the model has positions."""

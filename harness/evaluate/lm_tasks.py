@@ -10,6 +10,7 @@ import datasets.exceptions
 from lm_eval.tasks import TaskManager
 
 from harness.errors import ConfigError, NotApplicable
+from harness.evaluate.hub_data import pinned
 from harness.evaluate.index import ResolvedTask
 
 __all__ = ["ROLLING", "LoadedTask", "load_task"]
@@ -57,12 +58,13 @@ def load_task(task: ResolvedTask, *, seed: int) -> LoadedTask:
         NotApplicable: the task runs generated code, or needs images or sound.
     """
     try:
-        if task.kind == "group":
-            folders = [str(folder) for folder in task.include_dirs]
-            manager = TaskManager(include_path=folders, include_defaults=False)
-            loaded = manager.load([task.name])
-        else:
-            loaded = TaskManager(include_defaults=False).load([str(task.yaml_path)])
+        with pinned(task.data):
+            if task.kind == "group":
+                folders = [str(folder) for folder in task.include_dirs]
+                manager = TaskManager(include_path=folders, include_defaults=False)
+                loaded = manager.load([task.name])
+            else:
+                loaded = TaskManager(include_defaults=False).load([str(task.yaml_path)])
     except (datasets.exceptions.DatasetsError, OSError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"the data of task {task.name!r} cannot be loaded: {reason}") from error

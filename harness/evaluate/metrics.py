@@ -54,6 +54,10 @@ def metric_of(record: str) -> Metric:
 Metric(unit='fraction', better='higher'))
     """
     name = record.partition("/")[0].partition(",")[0]
+    if name.endswith("_p"):
+        return Metric("p", "higher")  # of a paired test against the baseline
+    if name.endswith("_detectable"):
+        return Metric(metric_of(name.removesuffix("_detectable")).unit, "lower")
     if name.endswith("_flips"):
         return Metric("fraction", "lower")
     if name == "acc" or name.startswith(("acc_", "exact_match", "pass@")):

@@ -16,6 +16,7 @@ import numpy as np
 
 from harness.errors import ConfigError
 from harness.evaluate.intervals import (
+    Floats,
     bootstrap_weighted_mean,
     generator,
     percentile_interval,
@@ -25,16 +26,25 @@ from harness.records import Item, Record
 
 __all__ = [
     "Difference",
+    "PairedOutcome",
     "benjamini_hochberg",
     "choice_kl",
+    "compare_paired",
+    "detectable_mean_difference",
     "discordant",
     "flips",
     "match_items",
     "mcnemar",
     "minimum_detectable_effect",
     "paired_bootstrap_difference",
+    "sign_flip_test",
     "wilson",
 ]
+
+SIGN_FLIPS = 20_000
+_EXACT_PAIRS = 12  # up to here all sign patterns are counted: 4,096
+_NORMAL_PAIRS = 1_000  # from here on the distribution of the sum is normal
+_ELEMENTS_AT_ONCE = 2_000_000
 
 
 class Difference(NamedTuple):
@@ -43,6 +53,22 @@ class Difference(NamedTuple):
     value: float
     lower: float
     upper: float
+
+
+class PairedOutcome(NamedTuple):
+    """All that the same items say about two variants.
+
+    `p` is the raw two-sided p-value of `test`; `detectable` the smallest true difference that this many
+    items would show four times in five; `flips` the share of items that changed sides, None where an
+    outcome is not right or wrong.
+    """
+
+    n: int
+    difference: Difference
+    p: float
+    test: str
+    detectable: float
+    flips: float | None
 
 
 def match_items(items_a: Sequence[Item], items_b: Sequence[Item], metric: str) -> list[tuple[Item, Item]]:
@@ -103,11 +129,88 @@ def paired_bootstrap_difference(
     Args:
         weights: what an item counts (tokens of a window, bytes of a document); by default 1.
     """
-    if len(a) != len(b) or not a:
+    if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"paired values must be of one length, not {len(a)} and {len(b)}")
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     draws = bootstrap_weighted_mean(difference, generator(seed, "difference"), weights)
     return Difference(float(np.average(difference, weights=weights)), *percentile_interval(draws))
+
+
+def compare_paired(
+    a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
+) -> PairedOutcome:
+    """Compare outcomes of the same items: right or wrong by McNemar's test, others by sign flips.
+
+    Args:
+        weights: what an item counts (tokens of a window, one over the size of its subtask). Weighted
+            shares are tested by sign flips: McNemar's test counts items.
+
+    Raises:
+        ValueError: the two are not of one length, or empty.
+    """
+    difference = paired_bootstrap_difference(a, b, seed, weights)
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    n = len(first)
+    is_binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
+    lost, won = int((first > second).sum()), int((first < second).sum())
+    flips_share = (lost + won) / n if is_binary else None
+    if is_binary and (weights is None or len(set(weights)) == 1):
+        detectable = minimum_detectable_effect(n, (lost + won) / n)
+        return PairedOutcome(n, difference, mcnemar(lost, won), "McNemar", detectable, flips_share)
+    changes = second - first
+    p = sign_flip_test(changes, weights, seed)
+    detectable = detectable_mean_difference(changes, weights)
+    return PairedOutcome(n, difference, p, "sign flips", detectable, flips_share)
+
+
+def sign_flip_test(
+    differences: Sequence[float] | Floats, weights: Sequence[float] | None = None, seed: int = 0
+) -> float:
+    """Two-sided p-value of the weighted mean of paired differences, by flipping their signs (Fisher 1935).
+
+    Where neither side is better, swapping the two outcomes of an item changes nothing, so every pattern
+    of signs is equally likely. All patterns are counted for up to 12 differing pairs; 20,000 are drawn
+    for up to 1,000 (p is then never below 1/20,001); beyond that the sum is normal.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    terms = values if weights is None else values * np.asarray(weights, dtype=np.float64)
+    terms = terms[terms != 0]
+    if terms.size == 0:
+        return 1.0
+    observed = abs(float(terms.sum())) * (1 - 1e-12)  # a pattern as extreme counts, whatever the rounding
+    if terms.size > _NORMAL_PAIRS:
+        return math.erfc(abs(float(terms.sum())) / math.sqrt(2 * float((terms**2).sum())))
+    if terms.size <= _EXACT_PAIRS:
+        patterns = np.arange(2**terms.size)[:, None] >> np.arange(terms.size) & 1
+        return float(np.mean(np.abs((2 * patterns - 1) @ terms) >= observed))
+    rng, extreme = generator(seed, "sign flips"), 0
+    step = max(1, _ELEMENTS_AT_ONCE // terms.size)
+    for first in range(0, SIGN_FLIPS, step):
+        signs = rng.integers(0, 2, size=(min(step, SIGN_FLIPS - first), terms.size), dtype=np.int8)
+        extreme += int((np.abs((2.0 * signs - 1) @ terms) >= observed).sum())
+    return (extreme + 1) / (SIGN_FLIPS + 1)
+
+
+def detectable_mean_difference(
+    differences: Sequence[float] | Floats,
+    weights: Sequence[float] | None = None,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> float:
+    """The smallest true mean difference that pairs which spread like these would show with this power.
+
+    ``(z_alpha + z_beta)`` standard errors of the weighted mean. Infinite for a single pair, which says
+    nothing of the spread.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.size < 2:
+        return math.inf
+    weight = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    residuals = values - np.average(values, weights=weight)
+    correction = values.size / (values.size - 1)
+    error = math.sqrt(correction * float((weight**2 * residuals**2).sum())) / float(weight.sum())
+    normal = NormalDist()
+    return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * error
 
 
 def minimum_detectable_effect(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:

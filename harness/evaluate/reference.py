@@ -21,6 +21,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
 from harness.evaluate.windows import TokenWindows, each_window
+from harness.folders import raise_if_full
 
 __all__ = ["ReferenceLogits", "compute_reference", "load_reference", "save_reference"]
 
@@ -166,6 +167,7 @@ def save_reference(path: Path, reference: ReferenceLogits) -> None:
     except (OSError, SafetensorError) as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        raise_if_full(error, path.parent)
         raise ConfigError(
             f"the cache {path.parent} cannot be written ({error}); set HARNESS_CACHE to a writable folder"
         ) from None

@@ -59,7 +59,7 @@ def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
     folder = content.get("dataset_path")
     if isinstance(folder, str) and Path(folder).is_dir():
         found |= {path for path in Path(folder).rglob("*") if path.is_file()}
-    options = content.get("dataset_kwargs") or {}
+    options = _options(name, content)
     base = Path(options.get("data_dir") or "")
     for pattern in _strings(options.get("data_files")):
         if "://" in pattern:
@@ -70,6 +70,13 @@ def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
             raise ConfigError(f"task {name!r} reads {base / pattern}, which does not exist")
         found.update(match for match in matches if match.is_file())
     return sorted(found)
+
+
+def _options(name: str, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = content.get("dataset_kwargs") or {}
+    if not isinstance(options, Mapping) or not isinstance(options.get("data_dir") or "", str):
+        raise ConfigError(f"task {name!r}: dataset_kwargs must be a mapping, and data_dir in it a text")
+    return options
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -91,7 +98,7 @@ def _own_data_revision(name: str, content: Mapping[str, Any]) -> str | None:
     metadata = content.get("metadata")
     arguments = {
         **(metadata if isinstance(metadata, dict) else {}),
-        **(content.get("dataset_kwargs") or {}),
+        **_options(name, content),
     }
     try:
         return str(getattr(import_file(function.file, "harness_task"), DATA_REVISION)(**arguments))

@@ -131,13 +131,13 @@ def device_of(model: nn.Module) -> torch.device:
     raise ConfigError("the model has neither parameters nor buffers")
 
 
-def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: nn.Module, tokens: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Logits [batch, seq_len, vocab] for tokens [batch, seq_len], by a plain call of the model.
 
     As little is said as possible: what the variant does by itself (its cache included) is what is
-    timed, so it is what is scored.
+    timed, so it is what is scored. `arguments` are passed on; whoever gives any has tried them.
     """
-    output = model(tokens)
+    output = model(tokens, **arguments)
     logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
     return logits
 

@@ -1,33 +1,39 @@
 """Run variants on this machine: one fresh process each, forked from a preloaded server.
 
-The server (multiprocessing's own) imports torch, transformers and lm-eval once; a worker then starts
-in milliseconds with a clean CUDA state. The parent watches every worker's pipe and clock: a worker that
-dies or overruns costs the cell in flight, and its other cells are given to a new worker.
+The server imports torch, transformers and lm-eval once; a worker then starts in milliseconds with a clean
+CUDA state. The parent watches every worker's channel and clock: a worker that dies or overruns costs the
+cell in flight, and its other cells are given to a new worker.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import selectors
 import signal
-import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from harness.executors.server import fork_context
-from harness.job import CellJob, Message, Phase, VariantJob
-from harness.records import CellResult, Status
-from harness.worker import run_worker, tail_of
+from harness.errors import DiskFull, HarnessError
+from harness.executors.conforming import conforming
+from harness.executors.limits import default_limit_bytes, oom_kills
+from harness.executors.link import WORKER, Ended, Link
+from harness.executors.server import ForkServer, shared_server
+from harness.interrupts import Interrupts
+from harness.job import CellJob, Message, OutOfDisk, Phase, Progress, VariantJob
+from harness.records import CellResult, Status, VariantReport
+from harness.worker import EXIT_CONTEXT_BROKEN
 
 __all__ = ["LocalExecutor"]
 
 TRANSFORM = "transform"
+START_LIMIT_S = 300.0  # for a worker to start, imports of the fork server included
+FAREWELL_S = 10.0  # for a worker to end when it has given everything it owes
+_STARTS = 3  # so many workers may die before they start
+_FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
 @dataclass
@@ -36,13 +42,16 @@ class _Running:
 
     job: VariantJob
     slot: int
-    process: Any
-    connection: Connection
+    link: Link
     deadline: float
-    phase: str = TRANSFORM
+    owed: dict[str, CellJob]
+    oom_kills: int
+    phase: str | None = None  # None until the worker says that it begins
+    phase_cells: int = 1  # how many cells it serves
     phase_started: float = field(default_factory=time.monotonic)
-    started_at: str = ""
-    owed: dict[str, CellJob] = field(default_factory=dict)
+    started_at: str = field(default_factory=lambda: _now())
+    has_given: bool = False
+    overdue: bool = False
 
 
 class LocalExecutor:
@@ -52,155 +61,216 @@ class LocalExecutor:
         slots: workers at a time.
         timeout_s: the limit for making the variant, and for each cell, in seconds.
         devices: one device for each slot (``cuda:0``, ``cuda:1``), or empty to keep the job's own.
+        memory_limit_bytes: what a worker and all its children may use besides its imports; by default
+            its share of nine tenths of what is available.
+        interrupts: whose signals end a run at a safe point.
+        server: what forks the workers.
+        target: what runs in a worker.
     """
 
-    def __init__(self, slots: int, timeout_s: float, devices: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        slots: int,
+        timeout_s: float,
+        devices: tuple[str, ...] = (),
+        *,
+        memory_limit_bytes: int | None = None,
+        interrupts: Interrupts | None = None,
+        server: ForkServer | None = None,
+        target: str = WORKER,
+    ) -> None:
         self.slots, self.timeout_s, self.devices = slots, timeout_s, devices
+        self.memory_limit_bytes = memory_limit_bytes or default_limit_bytes(slots)
+        self._interrupts, self._target = interrupts, target
+        self._server = server or shared_server()
+        self._failed_starts = 0
+        self._killed: Counter[tuple[str, str]] = Counter()
 
     def run(self, jobs: Iterable[VariantJob], on_message: Callable[[VariantJob, Message], None]) -> None:
         """Run all jobs; every cell of every job reaches `on_message` as exactly one `CellResult`.
 
-        An exception (KeyboardInterrupt included) kills the workers and is passed on.
+        An exception (that of a signal included) kills the workers and is passed on.
+
+        Raises:
+            HarnessError: no worker can be started.
+            DiskFull: a worker could not write to the cache.
         """
         queue = deque(jobs)
         running: list[_Running] = []
-        with tempfile.TemporaryDirectory(prefix="harness-logs-") as logs:
+        with self._interrupts.deferred() if self._interrupts else nullcontext():
             try:
                 while queue or running:
                     free = set(range(self.slots)) - {worker.slot for worker in running}
                     while queue and free:
-                        running.append(self._start(queue.popleft(), free.pop(), Path(logs)))
-                    for worker, message in self._messages(running):
-                        self._handle(worker, message, queue, running, on_message)
+                        running.append(self._start(queue.popleft(), free.pop()))
+                    for worker in self._ready(running):
+                        for message in worker.link.pump():
+                            self._handle(worker, message, on_message)
+                        if worker.link.ended is None and time.monotonic() >= worker.deadline:
+                            worker.overdue = True
+                            worker.link.stop()
+                        if worker.link.ended is not None:
+                            running.remove(worker)
+                            for result in self._settle(worker, worker.link.ended, queue):
+                                on_message(worker.job, result)
             finally:
                 for worker in running:
-                    _kill(worker)
+                    worker.link.hang_up()
+                for worker in running:
+                    worker.link.stop()
 
-    # --- one worker -----------------------------------------------------------------------------
-
-    def _start(self, job: VariantJob, slot: int, logs: Path) -> _Running:
-        context = fork_context()
-        handle, name = tempfile.mkstemp(dir=logs, suffix=".log")
-        os.close(handle)
-        device = self.devices[slot] if self.devices else job.device
-        job = replace(job, device=device, log_path=Path(name))
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=run_worker, args=(job, theirs), name=job.label)
-        try:
-            process.start()
-        except (ConnectionError, EOFError):
-            # The fork server was killed between two jobs; starting again brings up a new one.
-            process = context.Process(target=run_worker, args=(job, theirs), name=job.label)
-            process.start()
-        theirs.close()
+    def _start(self, job: VariantJob, slot: int) -> _Running:
+        job = replace(job, device=self.devices[slot]) if self.devices else job
+        link = Link(
+            self._server,
+            job,
+            target=self._target,
+            memory_limit_bytes=self.memory_limit_bytes,
+            limit_address_space=job.device == "cpu",
+        )
         return _Running(
             job=job,
             slot=slot,
-            process=process,
-            connection=ours,
-            deadline=time.monotonic() + self.timeout_s,
-            started_at=_now(),
+            link=link,
+            deadline=time.monotonic() + START_LIMIT_S,
             owed={cell.key: cell for cell in job.cells},
+            oom_kills=oom_kills(),
         )
 
-    def _messages(self, running: list[_Running]) -> Iterator[tuple[_Running, Message | None]]:
-        """Wait for the next news; None as a message means that the worker is gone or overdue."""
-        nearest = min(worker.deadline for worker in running)
-        ready = wait(
-            [worker.connection for worker in running],
-            timeout=max(0.0, nearest - time.monotonic()),
-        )
+    def _ready(self, running: list[_Running]) -> list[_Running]:
+        """Wait for news; the workers that have some, or whose time is up."""
+        with selectors.DefaultSelector() as selector:
+            for worker in running:
+                writes = selectors.EVENT_WRITE if worker.link.wants_to_write else 0
+                selector.register(worker.link, selectors.EVENT_READ | writes, worker)
+            if self._interrupts is not None:
+                selector.register(self._interrupts, selectors.EVENT_READ)
+            nearest = min(worker.deadline for worker in running)
+            ready = [key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))]
+        if self._interrupts is not None:
+            self._interrupts.check()
         now = time.monotonic()
-        for worker in list(running):
-            if worker.connection in ready:
-                try:
-                    yield worker, worker.connection.recv()
-                except (EOFError, OSError):
-                    yield worker, None
-            elif now >= worker.deadline:
-                yield worker, None
+        return [worker for worker in running if worker in ready or now >= worker.deadline]
 
     def _handle(
-        self,
-        worker: _Running,
-        message: Message | None,
-        queue: deque[VariantJob],
-        running: list[_Running],
-        on_message: Callable[[VariantJob, Message], None],
+        self, worker: _Running, message: Any, on_message: Callable[[VariantJob, Message], None]
     ) -> None:
-        if message is None:
-            running.remove(worker)
-            for result in self._end(worker, queue):
-                on_message(worker.job, result)
-            return
+        """Take a message, if it is one that this worker may send now."""
+        try:
+            message = conforming(message)
+        except (TypeError, ValueError):
+            return  # a worker's own check was tampered with; what it owes is settled at its end
+        if isinstance(message, OutOfDisk):
+            raise DiskFull(message.reason)
         if isinstance(message, Phase):
+            if message.name != TRANSFORM and message.name not in worker.owed:
+                return
+            self._failed_starts = 0
             worker.phase, worker.phase_started = message.name, time.monotonic()
+            worker.phase_cells = min(max(1, message.cells), len(worker.owed))
             worker.started_at = _now()
-            worker.deadline = time.monotonic() + self.timeout_s
+            worker.deadline = time.monotonic() + self.timeout_s * worker.phase_cells
         elif isinstance(message, CellResult):
-            worker.owed.pop(message.key, None)
+            if worker.owed.pop(message.key, None) is None or message.variant_key != worker.job.variant_key:
+                return
+            worker.has_given = True
+            if message.status.is_failure:
+                message = replace(message, log_tail=worker.link.log_tail)
+            if not worker.owed:
+                worker.deadline = time.monotonic() + FAREWELL_S
+        elif isinstance(message, VariantReport):
+            if message.variant_key != worker.job.variant_key:
+                return
+        elif not isinstance(message, Progress):
+            return
         on_message(worker.job, message)
 
-    def _end(self, worker: _Running, queue: deque[VariantJob]) -> list[CellResult]:
-        """Settle a worker that is done, dead or overdue: results for what it cannot give any more."""
-        overdue = time.monotonic() >= worker.deadline and worker.process.is_alive()
-        if overdue:
-            worker.process.kill()
-        _join(worker)
-        log_tail = tail_of(worker.job.log_path)
+    def _settle(self, worker: _Running, ended: Ended, queue: deque[VariantJob]) -> list[CellResult]:
+        """A worker is gone: results for what it cannot give any more; the rest goes to a new worker."""
         if not worker.owed:
             return []
-        if overdue:
-            status, reason = Status.TIMEOUT, f"took longer than {self.timeout_s:g} s"
-        else:
-            status, reason = Status.CRASHED, _how_it_died(worker.process.exitcode)
+        if worker.phase is None:
+            self._count_failed_start(ended, worker)
+            queue.appendleft(self._rest(worker, ()))
+            return []
+        if ended.exit_code == EXIT_CONTEXT_BROKEN and worker.has_given:
+            queue.appendleft(self._rest(worker, ()))
+            return []
+        if worker.phase_cells > 1:
+            # Which of them it was shows when each is measured by itself.
+            queue.appendleft(replace(self._rest(worker, ()), together=False))
+            return []
+        in_flight = worker.phase if worker.phase in worker.owed else next(iter(worker.owed))
+        status, reason = self._verdict(worker, ended)
+        if status is None:
+            # Somebody outside killed it. That says nothing about the method: once more, then it counts.
+            place = (worker.job.variant_key, worker.phase if worker.phase == TRANSFORM else in_flight)
+            self._killed[place] += 1
+            if self._killed[place] == 1:
+                queue.appendleft(self._rest(worker, ()))
+                return []
+            status, reason = Status.CRASHED, f"{reason}, twice"
         if worker.phase == TRANSFORM:
             lost = list(worker.owed)
             reason = f"while making the variant: {reason}"
         else:
-            # The cell that was running, or none where the worker died between two cells.
-            lost = [worker.phase] if worker.phase in worker.owed else list(worker.owed)[:1]
-        results = [
+            lost = [in_flight]
+        if len(lost) < len(worker.owed):
+            queue.appendleft(self._rest(worker, lost))
+        return [
             CellResult(
                 key=key,
                 variant_key=worker.job.variant_key,
                 status=status,
                 reason=reason,
-                log_tail=log_tail,
+                log_tail=worker.link.log_tail,
                 started_at=worker.started_at,
                 seconds=time.monotonic() - worker.phase_started,
             )
             for key in lost
         ]
-        left = tuple(cell for key, cell in worker.owed.items() if key not in lost)
-        if left:
-            queue.appendleft(replace(worker.job, cells=left))
-        return results
+
+    def _verdict(self, worker: _Running, ended: Ended) -> tuple[Status | None, str]:
+        """The status of what was in flight, or None where something outside killed the worker."""
+        if worker.overdue:
+            return Status.TIMEOUT, f"took longer than {self.timeout_s:g} s"
+        if ended.problem == "memory":
+            limit = f"{self.memory_limit_bytes / 2**30:.2f} GiB"
+            return Status.OOM, f"used {ended.detail} of memory; the limit of a worker is {limit}"
+        if ended.problem is not None:
+            return Status.CRASHED, f"the worker sent {ended.detail}"
+        if ended.exit_code == -signal.SIGKILL and oom_kills() > worker.oom_kills:
+            return Status.OOM, "the system ran out of memory and killed the worker"
+        if ended.exit_code == -signal.SIGABRT and _ran_out_of_memory(worker.link.log_tail):
+            return Status.OOM, "the worker ended itself because no memory could be allocated"
+        status = None if ended.exit_code is None or ended.exit_code in _FROM_OUTSIDE else Status.CRASHED
+        return status, _how_it_died(ended.exit_code)
+
+    def _count_failed_start(self, ended: Ended, worker: _Running) -> None:
+        self._failed_starts += 1
+        if worker.overdue or self._failed_starts == _STARTS:
+            said = worker.link.log_tail or self._server.last_words() or _how_it_died(ended.exit_code)
+            raise HarnessError(f"no worker can be started: {said.splitlines()[-1]}")
+
+    def _rest(self, worker: _Running, lost: Iterable[str]) -> VariantJob:
+        gone = set(lost)
+        return replace(worker.job, cells=tuple(cell for key, cell in worker.owed.items() if key not in gone))
 
 
-def _kill(worker: _Running) -> None:
-    worker.process.kill()
-    _join(worker)
-
-
-def _join(worker: _Running) -> None:
-    """Wait for a worker that closed its pipe or was killed; it may need a moment to end."""
-    worker.process.join(timeout=10)
-    if worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join(timeout=10)
-    worker.connection.close()
+def _ran_out_of_memory(printed: str | None) -> bool:
+    """How C++ and Rust say so before they abort."""
+    return any(words in (printed or "") for words in ("std::bad_alloc", "memory allocation of"))
 
 
 def _how_it_died(exit_code: int | None) -> str:
     if exit_code is None:
         return "the worker process is gone"
     if exit_code < 0:
-        with contextlib.suppress(ValueError):
+        name = str(-exit_code)
+        with suppress(ValueError):
             name = signal.Signals(-exit_code).name
-            hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-            return f"the worker process was killed by {name}{hint}"
-    return f"the worker process ended with exit code {exit_code}"
+        return f"the worker process was killed by {name}"
+    return f"the worker process ended with exit code {exit_code} without a result"
 
 
 def _now() -> str:

@@ -10,13 +10,24 @@ import lm_eval.models.huggingface
 import lm_eval.tasks
 import torch
 import transformers
+import transformers.models.auto.tokenization_auto
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt
 
+import harness.executors.starting
+import harness.measure.explaining
+import harness.measure.footprint
+import harness.measure.latency
+import harness.measure.scenario
+import harness.nn.outliers
+import harness.plugins
+import harness.scoring
 import harness.transforming
 import harness.worker
 
 __all__: list[str] = []
 
 _PRELOADED = (lm_eval, torch, transformers, harness)
+
+harness.plugins.import_bundled()

@@ -31,7 +31,21 @@ def linear(
         weight_scale: float32 [out] or [1].
         per_token: one scale per row of x; else one for all of x.
         scale: a calibrated scale [1], used instead of one found in x.
+
+    For torch.compile the whole is one operator, ``torch.ops.harness.int8_linear``.
     """
+    run = _operator if torch.compiler.is_compiling() else _linear
+    return run(x, weight, weight_scale, bias, per_token, scale)
+
+
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    per_token: bool,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
     if not has_triton(x.device):
         codes, scale = quantize_activation(x, scale, per_token=per_token)
         return reference.int8_linear(codes, scale, weight, weight_scale, bias, x.dtype)
@@ -45,3 +59,27 @@ def linear(
             scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
         codes = triton_int8.quantize_to(x, scale)
     return triton_int8.matmul(codes, scale, weight, weight_scale, bias, x.dtype)
+
+
+@torch.library.custom_op("harness::int8_linear", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    per_token: bool,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return _linear(x, weight, weight_scale, bias, per_token, scale)
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    per_token: bool,
+    scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

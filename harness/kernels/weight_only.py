@@ -67,10 +67,56 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x @ dequantize(weight).T + bias`` for x [rows, in] by the kernel that `choose` names.
 
-    Where gradients flow to x, the matrix is dequantized: the fused kernels have no backward pass.
+    Where gradients flow to x, the matrix is dequantized: the fused kernels have no backward pass. For
+    torch.compile the whole is one operator, ``torch.ops.harness.weight_only_linear``.
     """
+    if torch.compiler.is_compiling() and not _needs_gradient(x):
+        y: torch.Tensor = _operator(
+            x, weight.codes, weight.scales, weight.zeros, bias,
+            weight.bits, weight.group_size, weight.tile, weight.in_features,
+        )  # fmt: skip
+        return y
+    return _linear(x, weight, bias)
+
+
+@torch.library.custom_op("harness::weight_only_linear", mutates_args=())
+def _operator(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    tile: int,
+    in_features: int,
+) -> torch.Tensor:
+    weight = PackedWeight(codes, scales, zeros, bits, group_size, tile, in_features, codes.shape[1])
+    return _linear(x, weight, bias)
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    tile: int,
+    in_features: int,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[1])
+
+
+def _needs_gradient(x: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     kernel = choose(weight, x.shape[0], x.dtype)
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not _needs_gradient(x):
         if kernel.endswith(" gemv"):
             from harness.kernels import triton_weight_only
 

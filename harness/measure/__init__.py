@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __all__ = ["MEASURING_VERSION"]
 
-MEASURING_VERSION = 1
+MEASURING_VERSION = 2
 """Goes up whenever a number measured before can no longer be compared with one measured now."""

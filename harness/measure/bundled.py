@@ -12,8 +12,8 @@ _DECODER = ("decoder",)
 
 @hookimpl
 def register_meters() -> list[Meter]:
-    """Memory first: it is measured before any CUDA graph exists."""
-    from harness.measure import footprint, latency
+    """Memory first: it is measured before any CUDA graph exists. What explains comes after the times."""
+    from harness.measure import explaining, footprint, latency
 
     return [
         Meter("weight_bytes", footprint.stored_weights),
@@ -25,4 +25,12 @@ def register_meters() -> list[Meter]:
         Meter("decode_latency", latency.decode_latency, kinds=_DECODER),
         Meter("decode_throughput", latency.decode_throughput, kinds=_DECODER, better="higher"),
         Meter("end_to_end_latency", latency.end_to_end_latency, kinds=_DECODER),
+        Meter("speedups", latency.speedups, better="higher"),
+        Meter("control_latency", latency.control_latency),
+        Meter("prefill_kernels", explaining.prefill_kernels),
+        Meter("decode_kernels", explaining.decode_kernels, kinds=_DECODER),
+        Meter("prefill_mfu", explaining.prefill_roofline, better="higher"),
+        Meter("decode_mbu", explaining.decode_roofline, kinds=_DECODER, better="higher"),
+        Meter("prefill_energy", explaining.prefill_energy),
+        Meter("decode_energy", explaining.decode_energy, kinds=_DECODER),
     ]

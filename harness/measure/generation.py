@@ -55,6 +55,11 @@ class Generation:
         self._growing: Any = None
         self.reset()
 
+    @property
+    def cache(self) -> Any:
+        """Where keys and values are: a `FixedCache`, or transformers' growing one."""
+        return self._growing if self._fixed is None else self._fixed
+
     @torch.inference_mode()
     def reset(self) -> None:
         """Back to an empty cache; what prefill and step need from the host happens here, untimed."""
@@ -110,7 +115,7 @@ class Generation:
         output = self.model(
             input_ids=tokens,
             attention_mask=self._mask[:, :seen],
-            past_key_values=self._growing if self._fixed is None else self._fixed,
+            past_key_values=self.cache,
             use_cache=True,
             **placed,
             **options,

@@ -1,46 +1,160 @@
-"""Capturing a call into a CUDA graph, or saying why it cannot be.
+"""Compiling a call and capturing it into a CUDA graph, or saying why it cannot be.
 
 A graph replays the kernels of a call without the host: what remains is the time of the kernels, which
-is what a method changes. Where a call asks the host something (`.item()`, a copy from the host, a
-Python branch on a tensor) it cannot be captured, and is timed eagerly with the reason in the record.
+is what a method changes. Compiled, a model runs fewer and better kernels: what separates two methods is
+then what separates them in a serving engine, not what eager execution adds to both. Where a call asks
+the host something (`.item()`, a copy from the host, a Python branch on a tensor) it cannot be captured,
+and is timed eagerly with the reason in the record.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from harness.measure.generation import Generation
+from harness.errors import NotApplicable
+from harness.measure.agreement import Agreement
+from harness.measure.generation import Generation, forward_only
 
-__all__ = ["Call", "masks_known_on_host", "prepare_call", "prepare_generation"]
+__all__ = [
+    "Call",
+    "masks_known_on_host",
+    "prepare_call",
+    "prepare_forward",
+    "prepare_generation",
+]
 
 WARM_UP_CALLS = 3  # autotuning, compilation, workspaces of libraries
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that is ready to be timed: `mode` is ``graph``, ``eager`` or ``cpu``, `note` why."""
+    """A call that is ready to be timed.
+
+    Attributes:
+        mode: ``compiled`` (torch.compile, captured into a CUDA graph), ``graph`` (captured), ``eager``
+            or ``cpu``.
+        note: why it is not ``compiled``.
+        keeps: what a replay reads and writes: a CUDA graph knows addresses only, so it must not be freed.
+    """
 
     run: Callable[[], torch.Tensor]
     mode: str
     note: str | None = None
+    keeps: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether `run` replays a CUDA graph."""
+        return self.mode in ("compiled", "graph")
 
 
 def prepare_generation(generation: Generation) -> tuple[Call, Call]:
-    """Prefill and decode step of a generation, warmed up and captured where possible.
+    """Prefill and decode step of a generation: compiled and captured where possible, else captured
+    where possible.
 
     Leaves the generation in need of a `reset`. A CUDA out-of-memory error is not caught.
     """
+
+    def outputs(calls: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+        return _outputs(generation, *calls)
+
+    prefill, step = _prepare(
+        generation.model,
+        generation.prompt.device,
+        lambda: _prepare_pair(generation),
+        (generation.prefill, generation.step),
+        outputs,
+        generation.capture_problem,
+    )
+    return prefill, step
+
+
+def prepare_forward(model: nn.Module, tokens: torch.Tensor) -> Call:
+    """One forward pass over `tokens` (int64 [batch, tokens]), as `prepare_generation`."""
+
+    def forward() -> torch.Tensor:
+        return forward_only(model, tokens)
+
+    [call] = _prepare(
+        model,
+        tokens.device,
+        lambda: (prepare_call(forward, tokens.device),),
+        (forward,),
+        lambda calls: [calls[0]().clone()],
+        None,
+    )
+    return call
+
+
+def _prepare(
+    model: nn.Module,
+    device: torch.device,
+    prepare: Callable[[], tuple[Call, ...]],
+    eager: Sequence[Callable[[], torch.Tensor]],
+    outputs: Callable[[Sequence[Callable[[], torch.Tensor]]], list[torch.Tensor]],
+    problem: str | None,
+) -> tuple[Call, ...]:
+    """The calls in the best mode there is for them.
+
+    Args:
+        prepare: warms the calls up and captures them.
+        eager: the same calls as they are.
+        outputs: what calls give, to be compared.
+        problem: a known reason why they cannot be captured.
+    """
+    from harness.measure.compiling import compile_problem
+
+    if device.type != "cuda":
+        return prepare()
+    problem = problem or compile_problem(model)
+    if problem is None:
+        with torch.cuda.device(device):
+            check = Agreement(model, lambda: outputs(eager))
+            calls, problem = _compiled_calls(
+                model, prepare, lambda calls: check.problem(outputs([call.run for call in calls]))
+            )
+        if calls is not None:
+            return calls
+    return tuple(_noted(call, problem) for call in prepare())
+
+
+def _compiled_calls(
+    model: nn.Module,
+    prepare: Callable[[], tuple[Call, ...]],
+    disagreement: Callable[[tuple[Call, ...]], str | None],
+) -> tuple[tuple[Call, ...] | None, str | None]:
+    """The calls compiled and captured, or None with the reason."""
+    from harness.measure.compiling import compiled
+
+    try:
+        with masks_known_on_host(), compiled(model) as code:
+            calls = prepare()
+    except torch.OutOfMemoryError:
+        raise
+    except NotApplicable as error:
+        return None, str(error)
+    except RuntimeError as error:  # the compiler's errors are RuntimeErrors
+        return None, f"compilation failed: {_first_line(getattr(error, 'inner_exception', error))}"
+    failed = next((call for call in calls if not call.is_captured), None)
+    problem = disagreement(calls) if failed is None else failed.note
+    if problem is not None:
+        return None, problem
+    return tuple(replace(call, mode="compiled", keeps=(call.keeps, code)) for call in calls), None
+
+
+def _prepare_pair(generation: Generation) -> tuple[Call, Call]:
     device, problem = generation.prompt.device, generation.capture_problem
     prefill = prepare_call(generation.prefill, device, generation.reset, problem)
     step = prepare_call(generation.step, device, generation.rewind, problem)
-    if prefill.mode == "graph":
+    if prefill.is_captured:
         replay = prefill.run
 
         def replayed_prefill() -> torch.Tensor:
@@ -50,6 +164,22 @@ def prepare_generation(generation: Generation) -> tuple[Call, Call]:
 
         prefill = replace(prefill, run=replayed_prefill)
     return prefill, step
+
+
+@torch.inference_mode()
+def _outputs(
+    generation: Generation, prefill: Callable[[], torch.Tensor], step: Callable[[], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Logits of a prefill and of one step that reads a fixed token, so that runs can be compared."""
+    generation.reset()
+    first = prefill().clone()
+    generation.token.fill_(0)
+    return [first, step().clone()]
+
+
+def _noted(call: Call, problem: str | None) -> Call:
+    """Why it is not compiled, unless there is already a reason for less."""
+    return call if call.note is not None or problem is None else replace(call, note=problem)
 
 
 def prepare_call(
@@ -127,7 +257,7 @@ def _captured(
         graph.replay()
         return output
 
-    return Call(replay, "graph")
+    return Call(replay, "graph", keeps=function)
 
 
 def _settle_after_failed_capture() -> None:

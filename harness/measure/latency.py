@@ -1,4 +1,4 @@
-"""The meters of time: prefill, decode, end to end, and what they make in tokens per second.
+"""The meters of time: prefill, decode, end to end, what they make in tokens per second, and speed-ups.
 
 Throughput counts tokens, not samples: a prefill of a batch handles batch x prompt_len tokens, a step
 makes one token for every sequence of the batch.
@@ -7,34 +7,34 @@ makes one token for every sequence of the batch.
 from __future__ import annotations
 
 from harness.errors import NotApplicable
-from harness.measure.generation import random_prompt
 from harness.measure.meter import Measured
+from harness.measure.scenario_timing import ScenarioTimes, scenario_times
 from harness.measure.statistics import record_from_samples
-from harness.measure.timing import GenerationTimes, Timed, time_forward, time_generation
+from harness.measure.timing import Timed
 from harness.records import Record
 
 __all__ = [
+    "control_latency",
     "decode_latency",
     "decode_throughput",
     "end_to_end_latency",
     "prefill_latency",
     "prefill_throughput",
+    "speedups",
     "tokens_per_second",
 ]
-
-_SHARED = "generation_times"
 
 
 def prefill_latency(measured: Measured) -> list[Record]:
     """Seconds from the prompt to the logits of its last position, the cache filled (TTFT)."""
-    return [_record("prefill_latency", _prefill(measured))]
+    return [_record("prefill_latency", _times(measured).own.prefill)]
 
 
 def prefill_throughput(measured: Measured) -> list[Record]:
     """Prompt tokens of the whole batch per second."""
     scenario = measured.scenario
     tokens = scenario.batch_size * scenario.prompt_len
-    return [_throughput("prefill_throughput", _prefill(measured), tokens)]
+    return [_throughput("prefill_throughput", _times(measured).own.prefill, tokens)]
 
 
 def decode_latency(measured: Measured) -> list[Record]:
@@ -50,7 +50,40 @@ def decode_throughput(measured: Measured) -> list[Record]:
 def end_to_end_latency(measured: Measured) -> list[Record]:
     """Seconds from the prompt to the last new token, measured as one run."""
     _decode(measured)
-    return [_record("end_to_end_latency", _times(measured).end_to_end)]
+    return [_record("end_to_end_latency", _times(measured).own.end_to_end)]
+
+
+def speedups(measured: Measured) -> list[Record]:
+    """Baseline time over variant time, round by round in one process; above 1 is faster.
+
+    Nothing for the baseline itself, and where the two do not fit into memory together: then the record
+    of the control says so.
+    """
+    pair = _times(measured).pair
+    if pair is None:
+        raise NotApplicable("nothing was timed in turn with this")
+    return [
+        Record(
+            f"{phase}_speedup",
+            ratio.value,
+            "x",
+            ratio.lower,
+            ratio.upper,
+            len(ratio.samples),
+            ratio.samples,
+            f"{pair.modes[phase]}, paired",
+            pair.notes[phase],
+        )
+        for phase, ratio in pair.speedups.items()
+    ]
+
+
+def control_latency(measured: Measured) -> list[Record]:
+    """Seconds of a fixed workload that was timed in the same rounds."""
+    times = _times(measured)
+    note = times.control.note if times.alone is None else f"{times.control.note}; {times.alone}"
+    mode = times.control.mode
+    return [record_from_samples("control_latency", "s", times.control.samples_s, mode=mode, note=note)]
 
 
 def tokens_per_second(latency_s: float, tokens: int) -> float:
@@ -71,38 +104,14 @@ def _throughput(metric: str, timed: Timed, tokens: int) -> Record:
     return record_from_samples(metric, "tokens/s", samples, mode=timed.mode, note=timed.note)
 
 
-def _prefill(measured: Measured) -> Timed:
-    return _times(measured).prefill
-
-
 def _decode(measured: Measured) -> Timed:
     if measured.scenario.new_tokens == 0:
         raise NotApplicable(f"{measured.scenario.label} decodes nothing")
-    timed = _times(measured).decode
+    timed = _times(measured).own.decode
     assert timed is not None
     return timed
 
 
-def _times(measured: Measured) -> GenerationTimes:
+def _times(measured: Measured) -> ScenarioTimes:
     """Timed once a cell, whichever meter asks first."""
-    if _SHARED not in measured.shared:
-        measured.shared[_SHARED] = _time(measured)
-    times = measured.shared[_SHARED]
-    assert isinstance(times, GenerationTimes)
-    return times
-
-
-def _time(measured: Measured) -> GenerationTimes:
-    scenario = measured.scenario
-    prompt = random_prompt(
-        measured.info.vocab_size,
-        scenario.batch_size,
-        scenario.prompt_len,
-        measured.seed,
-        measured.device,
-    )
-    model = measured.model.eval()
-    if measured.info.kind == "encoder":
-        forward = time_forward(model, prompt)
-        return GenerationTimes(prefill=forward, decode=None, end_to_end=forward)
-    return time_generation(model, prompt, scenario.new_tokens)
+    return scenario_times(measured)

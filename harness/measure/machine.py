@@ -18,8 +18,9 @@ import torch
 
 from harness.errors import ConfigError
 from harness.measure import MEASURING_VERSION
+from harness.privacy import without_passwords
 
-__all__ = ["device_name", "gpu_state", "manifest", "resolve_device"]
+__all__ = ["compute_environment", "device_name", "gpu_state", "manifest", "resolve_device"]
 
 _PACKAGES = (
     "transformer-harness",
@@ -32,6 +33,16 @@ _PACKAGES = (
     "numpy",
     "triton",
 )
+_VARIABLES = re.compile(
+    r"^(PYTORCH_|TORCHINDUCTOR_|TORCHDYNAMO_|TRITON_|OMP_|MKL_|KMP_|CUBLAS_|CUBLASLT_|CUDNN_"
+    r"|CUDA_(LAUNCH_BLOCKING|MODULE_LOADING|DEVICE_MAX_CONNECTIONS|FORCE_PTX_JIT|DISABLE_PERF_BOOST)$"
+    r"|NVIDIA_TF32_OVERRIDE$|TORCH_(ALLOW_TF32_CUBLAS_OVERRIDE|CUDNN_V8_API_DISABLED|BLAS_PREFER_CUBLASLT)$)"
+)
+"""Environment variables that change how torch and its libraries compute."""
+
+_PLACES = re.compile(r"(DIR|HOME|PATH|LOGS?|LOG_LEVEL|DUMP\w*)$")
+"""What these end in names a place or a log, and changes no number."""
+
 _DEVICE = re.compile(r"^(cpu|cuda(:\d+)?)$")
 _GIT_TIMEOUT_S = 10
 
@@ -73,7 +84,7 @@ def manifest(device: torch.device | str) -> dict[str, Any]:
     return {
         "time_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "measuring_version": MEASURING_VERSION,
-        "command": list(sys.argv),
+        "command": [without_passwords(argument) for argument in sys.argv],
         "device": str(device),
         "device_name": device_name(device),
         "python": platform.python_version(),
@@ -88,8 +99,18 @@ def manifest(device: torch.device | str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "environment": compute_environment(),
         "gpu": gpu_state(device),
         "git": _git(Path.cwd()),
+    }
+
+
+def compute_environment() -> dict[str, str]:
+    """The environment variables that change how fast or how exactly torch computes."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if _VARIABLES.match(name) and not _PLACES.search(name)
     }
 
 
@@ -114,6 +135,15 @@ def gpu_state(device: torch.device | str) -> dict[str, Any] | None:
             "memory_clock_mhz": _asked(
                 nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)
             ),
+            "memory_clock_max_mhz": _asked(
+                nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)
+            ),
+            "sm_clock_set_mhz": _asked(
+                nvml, lambda: nvml.nvmlDeviceGetApplicationsClock(handle, nvml.NVML_CLOCK_SM)
+            ),
+            "memory_clock_set_mhz": _asked(
+                nvml, lambda: nvml.nvmlDeviceGetApplicationsClock(handle, nvml.NVML_CLOCK_MEM)
+            ),
             "power_w": _asked(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
             "power_cap_w": _asked(nvml, lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000),
             "temperature_c": _asked(
@@ -121,6 +151,7 @@ def gpu_state(device: torch.device | str) -> dict[str, Any] | None:
                 lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             ),
             "throttle_reasons": _asked(nvml, lambda: _throttle_reasons(nvml, handle)),
+            "violation_s": _violations_s(nvml, handle),
             "ecc": _asked(nvml, lambda: bool(nvml.nvmlDeviceGetEccMode(handle)[0])),
         }
 
@@ -171,6 +202,23 @@ def _throttle_reasons(nvml: Any, handle: Any) -> list[str]:
         if name.startswith(prefix) and isinstance(value, int)
     }
     return sorted(name for name, bit in names.items() if bit and bits & bit and name != "All")
+
+
+def _violations_s(nvml: Any, handle: Any) -> dict[str, float | None]:
+    """Seconds for which each limit has held the clocks down since the driver was loaded.
+
+    The difference between the end and the start of a sweep is what a look at either moment misses.
+    """
+    policies = {
+        name: getattr(nvml, f"NVML_PERF_POLICY_{name.upper()}")
+        for name in ("power", "thermal", "board_limit", "reliability")
+    }
+
+    def seconds(policy: int) -> float | None:
+        found = _asked(nvml, lambda: nvml.nvmlDeviceGetViolationStatus(handle, policy))
+        return None if found is None else float(found.violationTime) / 1e9
+
+    return {name: seconds(policy) for name, policy in policies.items()}
 
 
 # --- the rest of the machine ---------------------------------------------------------------------------

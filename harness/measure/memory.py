@@ -46,6 +46,11 @@ class PeakMemory:
     Attributes:
         peak_bytes: set when the block ends.
         reserved_bytes: CUDA only, else None.
+        start_bytes: CUDA only: what was allocated when the block began.
+        outside_bytes: CUDA only: what is used of the device beside the allocator when the block ends
+            (context, code of kernels, libraries; other processes on the device too).
+        host_peak_bytes: the process's resident memory at its highest within the block, where the
+            system tells; for `host_mode` ``rss_lifetime``, since the process began.
         mode: ``cuda_allocator``, ``rss_high_water``, ``rss_sampled`` or ``rss_lifetime``.
         note: the same in words.
     """
@@ -57,6 +62,10 @@ class PeakMemory:
         self.reserved_bytes: int | None = None
         self.mode = "cuda_allocator" if self.device.type == "cuda" else ""
         self.note = "peak allocated on the device, weights included" if self.mode else ""
+        self.start_bytes = 0
+        self.outside_bytes: int | None = None
+        self.host_peak_bytes = 0
+        self.host_mode = ""
         self._start_bytes = 0
         self._sampler: _ResidentSampler | None = None
 
@@ -66,6 +75,8 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.start_bytes = torch.cuda.memory_allocated(self.device)
+            self.host_mode = "rss_high_water" if _reset_high_water() else "rss_lifetime"
         else:
             _return_free_heap()
             self._start_resident()
@@ -83,8 +94,12 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
             self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.outside_bytes = max(0, total - free - torch.cuda.memory_reserved(self.device))
+            self.host_peak_bytes = _high_water_bytes()
         else:
-            self.peak_bytes = max(0, self._peak_resident_bytes() - self._start_bytes)
+            self.host_peak_bytes = self._peak_resident_bytes()
+            self.peak_bytes = max(0, self.host_peak_bytes - self._start_bytes)
 
     def _start_resident(self) -> None:
         growth = "growth of the process's resident memory"
@@ -100,6 +115,7 @@ class PeakMemory:
             self.mode = "rss_lifetime"
             self.note = f"{growth} over its peak so far: a lower bound on this system"
             self._start_bytes = _lifetime_peak_bytes()
+        self.host_mode = self.mode
 
     def _peak_resident_bytes(self) -> int:
         if self.mode == "rss_high_water":
@@ -217,7 +233,8 @@ def _reset_high_water() -> bool:
 
 
 def _high_water_bytes() -> int:
-    for line in _STATUS.read_text().splitlines():
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return _lifetime_peak_bytes()

@@ -21,7 +21,8 @@ __all__ = ["Measured", "Meter"]
 class Measured:
     """What a meter gets: the very object that is also scored, and the shape to run it in.
 
-    `shared` is one dict per cell in which meters leave what others can use (a prepared decode step).
+    `shared` is one dict per cell in which meters leave what others can use: under ``records`` is what the
+    meters before this one measured, by metric, under ``ceilings`` what the device can do at most.
     """
 
     model: nn.Module
@@ -31,6 +32,8 @@ class Measured:
     dtype: torch.dtype
     seed: int
     shared: dict[str, Any]
+    baseline: Callable[[], nn.Module] | None = None
+    baseline_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

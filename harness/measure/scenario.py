@@ -61,6 +61,7 @@ def measure_scenario(measured: Measured, meters: Sequence[Meter]) -> tuple[Recor
         raise ConfigError(problem)
     records: dict[str, Record] = {}
     measured_by: dict[str, str] = {}
+    measured.shared["records"] = records  # what was measured so far, for meters that derive from it
     for meter in meters:
         if measured.info.kind not in meter.kinds:
             continue

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, StaticLayer, get_layer_types_and_kwa
 
 from harness.nn.ring_cache import ring_size
 
-__all__ = ["FixedCache", "FullLayer", "Ticker", "WindowLayer", "cache_problem"]
+__all__ = ["FixedCache", "FullLayer", "LayerCache", "Ticker", "WindowLayer", "cache_problem"]
 
 _LAYERS = ("full_attention", "sliding_attention")
 
@@ -124,6 +124,35 @@ class RingLayer(WindowLayer):
         return self.get_seq_length()
 
 
+class LayerCache:
+    """One layer of a cache, for the block that it belongs to.
+
+    Looks like the whole cache to that block but does not use the block's number, so that blocks that are
+    compiled once can share what was compiled.
+    """
+
+    def __init__(self, layer: FullLayer) -> None:
+        self.layer = layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, _layer_idx: int = 0, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `FullLayer.update`."""
+        return self.layer.update(key_states, value_states)
+
+    def get_seq_length(self, _layer_idx: int = 0) -> Any:
+        """As of the layer."""
+        return self.layer.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, _layer_idx: int = 0) -> tuple[int, int]:
+        """As of the layer."""
+        return self.layer.get_mask_sizes(query_length)
+
+    def get_query_offset(self, _layer_idx: int = 0) -> Any:
+        """As of the layer."""
+        return self.layer.query_offset()
+
+
 class FixedCache(Cache):
     """The cache of all layers of a model, for one prefill and the steps after it.
 
@@ -136,7 +165,9 @@ class FixedCache(Cache):
         self.ticker = Ticker(torch.zeros(1, dtype=torch.int64, device=device))
         types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         window = options.get("sliding_window") or max_len
-        super().__init__(layers=[self._layer(kind, window, max_len) for kind in types])
+        layers = [self._layer(kind, window, max_len) for kind in types]
+        super().__init__(layers=[*layers])
+        self._layer_caches = [LayerCache(layer) for layer in layers]
 
     def _layer(self, kind: str, window: int, max_len: int) -> FullLayer:
         if kind == "sliding_attention" and window < max_len:
@@ -150,6 +181,10 @@ class FixedCache(Cache):
         layer = self.layers[layer_idx]
         assert isinstance(layer, FullLayer)
         return layer.query_offset()
+
+    def layer_cache(self, layer_idx: int) -> LayerCache:
+        """The cache as the block of one layer sees it; always the same object."""
+        return self._layer_caches[layer_idx]
 
     def empty(self) -> None:
         """Forget everything; the next forward pass is a prefill. Memory and addresses stay."""

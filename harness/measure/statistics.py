@@ -17,11 +17,20 @@ from numpy.typing import NDArray
 from harness.errors import ConfigError, NumericalFailure
 from harness.records import Record
 
-__all__ = ["Summary", "record_from_samples", "speedup", "summarize"]
+__all__ = [
+    "PERCENTILES",
+    "Summary",
+    "median_draws",
+    "percentiles",
+    "record_from_samples",
+    "speedup",
+    "summarize",
+]
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20231115
+PERCENTILES = (10, 50, 90, 99)
 _CHUNK_ELEMENTS = 2_000_000  # bounds the memory of the index matrix: 16 MB
 
 _TIME_UNITS = frozenset({"s", "ms", "us", "s/token"})
@@ -57,8 +66,32 @@ def summarize(samples: Sequence[float]) -> Summary:
     if not np.isfinite(readings).all():
         raise NumericalFailure("a reading is NaN or infinite")
     lower, upper = _median_interval(readings) if readings.size > 1 else (None, None)
-    p10, p50, p90, p99 = (float(value) for value in np.percentile(readings, (10, 50, 90, 99)))
+    p10, p50, p90, p99 = percentiles(readings).values()
     return Summary(float(np.median(readings)), lower, upper, p10, p50, p90, p99, readings.size)
+
+
+def percentiles(samples: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
+    """Percentiles 10, 50, 90 and 99, linear between readings.
+
+    >>> percentiles([0.1, 0.2, 0.3])["p50"]
+    0.2
+    """
+    found = np.percentile(np.asarray(samples, dtype=np.float64), PERCENTILES)
+    return {f"p{percent}": float(value) for percent, value in zip(PERCENTILES, found, strict=True)}
+
+
+def median_draws(
+    samples: Sequence[float] | NDArray[np.float64], generator: np.random.Generator, draws: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """Bootstrap draws of the median (Efron 1979), float64 [draws]."""
+    readings = np.asarray(samples, dtype=np.float64)
+    rows_at_once = max(1, _CHUNK_ELEMENTS // readings.size)
+    return np.concatenate(
+        [
+            np.median(readings[generator.integers(0, readings.size, (rows, readings.size))], axis=1)
+            for rows in _chunks(draws, rows_at_once)
+        ]
+    )
 
 
 def record_from_samples(
@@ -115,14 +148,7 @@ def speedup(baseline_s: float, latency_s: float) -> float:
 
 
 def _median_interval(readings: NDArray[np.float64]) -> tuple[float, float]:
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    rows_at_once = max(1, _CHUNK_ELEMENTS // readings.size)
-    medians = np.concatenate(
-        [
-            np.median(readings[generator.integers(0, readings.size, (rows, readings.size))], axis=1)
-            for rows in _chunks(RESAMPLES, rows_at_once)
-        ]
-    )
+    medians = median_draws(readings, np.random.default_rng(BOOTSTRAP_SEED))
     tail = 100 * (1 - CONFIDENCE) / 2
     lower, upper = np.percentile(medians, (tail, 100 - tail))
     return float(lower), float(upper)

@@ -3,33 +3,42 @@
 One run is a prefill and all its steps, as a user would wait for it. Its marks give the time to the
 first token, the time of every single step and the time of the whole, each measured between its own
 two marks; nothing is computed by subtracting one run from another.
+
+Several models are timed in rounds: each runs once a round, the order reversed from round to round, so
+that a device that gets warmer or a machine that gets busier slows all of them alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
 
-from harness.measure.clock import Clock, clock_for, paused_gc
-from harness.measure.generation import Generation, forward_only
-from harness.measure.graphs import Call, prepare_call, prepare_generation
+from harness.measure.clock import clock_for, paused_gc
+from harness.measure.generation import Generation
+from harness.measure.graphs import Call, prepare_forward, prepare_generation
 
 __all__ = [
     "CPU_BUDGET",
     "CUDA_BUDGET",
     "GenerationTimes",
+    "Lane",
+    "Rounds",
     "Timed",
     "TimingBudget",
+    "budget_for",
+    "more_prefills",
+    "run_rounds",
     "time_forward",
     "time_generation",
+    "times_of",
 ]
 
-T = TypeVar("T")
+Run = list[float]  # seconds: the prefill, each step, and last the whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,84 +77,141 @@ class GenerationTimes:
     end_to_end: Timed
 
 
+@dataclass
+class Lane:
+    """A model that is ready to run one shape again and again.
+
+    Attributes:
+        prefill: the prompt, or the whole forward pass of an encoder.
+        step: one new token; None for an encoder.
+        generation: what both work on; None for an encoder.
+        steps: how many follow each prefill.
+    """
+
+    prefill: Call
+    step: Call | None
+    generation: Generation | None
+    steps: int
+    device: torch.device
+
+    @classmethod
+    def of_generation(cls, model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> Self:
+        """Greedy generation after `prompt` (int64 [batch, prompt_len])."""
+        generation = Generation(model, prompt, new_tokens)
+        prefill, step = prepare_generation(generation)
+        return cls(prefill, step, generation, new_tokens, prompt.device)
+
+    @classmethod
+    def of_forward(cls, model: nn.Module, tokens: torch.Tensor) -> Self:
+        """One forward pass over `tokens` (int64 [batch, prompt_len])."""
+        return cls(prepare_forward(model, tokens), None, None, 0, tokens.device)
+
+    def run(self, steps: int | None = None) -> Run:
+        """One run of so many steps, all of them by default: seconds of each call and of the whole."""
+        clock = clock_for(self.device)
+        if self.generation is not None:
+            self.generation.reset()
+        clock.start()
+        marks = [clock.mark()]
+        self.prefill.run()
+        marks.append(clock.mark())
+        if self.step is not None:
+            for _ in range(self.steps if steps is None else steps):
+                self.step.run()
+                marks.append(clock.mark())
+        return clock.seconds(marks)
+
+
+@dataclass
+class Rounds:
+    """The runs of each lane, one a round, and the readings of the control next to them."""
+
+    runs: list[list[Run]]
+    control_s: list[float] = field(default_factory=list)
+
+
+def run_rounds(
+    lanes: Sequence[Lane], budget: TimingBudget, control: Callable[[], float] | None = None
+) -> Rounds:
+    """Run all lanes in rounds, after one untimed run of each.
+
+    Args:
+        budget: of each lane; the time for all together is that much for each.
+        control: times a fixed workload, once a round.
+    """
+    rounds = Rounds([[] for _ in lanes])
+    whole = TimingBudget(budget.least, budget.most, budget.seconds * len(lanes))
+    with paused_gc(), torch.inference_mode():
+        for lane in lanes:
+            lane.run()
+        if control is not None:
+            control()
+        started_at = time.perf_counter()
+        done = 0
+        while whole.wants_more(done, started_at):
+            order = range(len(lanes)) if done % 2 == 0 else range(len(lanes) - 1, -1, -1)
+            for index in order:
+                rounds.runs[index].append(lanes[index].run())
+            if control is not None:
+                rounds.control_s.append(control())
+            done += 1
+    return rounds
+
+
+def times_of(lane: Lane, runs: Sequence[Run], more_prefills: Sequence[Run] = ()) -> GenerationTimes:
+    """The readings of a lane's runs; `more_prefills` are runs without steps."""
+    prefill_s = tuple(run[0] for run in [*runs, *more_prefills])
+    decode = None
+    if lane.step is not None and lane.steps:
+        samples = tuple(second for run in runs for second in run[1:-1])
+        decode = Timed(samples, lane.step.mode, lane.step.note)
+    return GenerationTimes(
+        prefill=Timed(prefill_s, lane.prefill.mode, lane.prefill.note),
+        decode=decode,
+        end_to_end=_whole_times(lane, runs),
+    )
+
+
+def more_prefills(lane: Lane, runs: Sequence[Run], budget: TimingBudget) -> list[Run]:
+    """Prefills alone up to the budget, where long generations left room for few runs."""
+    if not lane.steps or len(runs) >= budget.most:
+        return []
+    extra = TimingBudget(0, budget.most - len(runs), budget.seconds)
+    found: list[Run] = []
+    with paused_gc(), torch.inference_mode():
+        started_at = time.perf_counter()
+        while extra.wants_more(len(found), started_at):
+            found.append(lane.run(0))
+    return found
+
+
 def time_generation(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, budget: TimingBudget | None = None
 ) -> GenerationTimes:
-    """Time a decoder on `prompt` (int64 [batch, prompt_len]) and `new_tokens` steps.
-
-    The budget bounds whole runs; where those are few, prefills alone are added up to the budget.
-    """
-    budget = budget or _budget(prompt.device)
-    clock = clock_for(prompt.device)
-    generation = Generation(model, prompt, new_tokens)
-    prefill, step = prepare_generation(generation)
-
-    def one_run(steps: int) -> list[float]:
-        generation.reset()
-        clock.start()
-        marks = [clock.mark()]
-        prefill.run()
-        marks.append(clock.mark())
-        for _ in range(steps):
-            step.run()
-            marks.append(clock.mark())
-        return clock.seconds(marks)
-
-    runs = _repeat(lambda: one_run(new_tokens), budget)
-    prefill_s = [run[0] for run in runs]
-    if new_tokens and len(runs) < budget.most:
-        extra = TimingBudget(0, budget.most - len(runs), budget.seconds)
-        prefill_s += [run[0] for run in _repeat(lambda: one_run(0), extra, warm=False)]
-    times = GenerationTimes(
-        prefill=Timed(tuple(prefill_s), prefill.mode, prefill.note),
-        decode=_decode_times(runs, step) if new_tokens else None,
-        end_to_end=_whole_times(runs, prefill, step),
-    )
-    if prompt.device.type == "cuda":
-        # The graphs keep their memory pools; what is measured after this must not see them.
-        del generation, prefill, step, clock
-        torch.cuda.empty_cache()
-    return times
+    """Time a decoder on `prompt` (int64 [batch, prompt_len]) and `new_tokens` steps, by itself."""
+    budget = budget or budget_for(prompt.device)
+    lane = Lane.of_generation(model, prompt, new_tokens)
+    runs = run_rounds([lane], budget).runs[0]
+    return times_of(lane, runs, more_prefills(lane, runs, budget))
 
 
 def time_forward(model: nn.Module, tokens: torch.Tensor, budget: TimingBudget | None = None) -> Timed:
     """Time one forward pass over `tokens` (int64 [batch, prompt_len]): all an encoder does."""
-    clock = clock_for(tokens.device)
-    call = prepare_call(lambda: forward_only(model, tokens), tokens.device)
-    runs = _repeat(lambda: _one_call(call, clock), budget or _budget(tokens.device))
-    return Timed(tuple(runs), call.mode, call.note)
+    lane = Lane.of_forward(model, tokens)
+    runs = run_rounds([lane], budget or budget_for(tokens.device)).runs[0]
+    return times_of(lane, runs).prefill
 
 
-def _one_call(call: Call, clock: Clock) -> float:
-    clock.start()
-    marks = [clock.mark()]
-    call.run()
-    marks.append(clock.mark())
-    return clock.seconds(marks)[0]
-
-
-def _repeat(run: Callable[[], T], budget: TimingBudget, *, warm: bool = True) -> list[T]:
-    results: list[T] = []
-    with paused_gc(), torch.inference_mode():
-        if warm:
-            run()
-        started_at = time.perf_counter()
-        while budget.wants_more(len(results), started_at):
-            results.append(run())
-    return results
-
-
-def _decode_times(runs: list[list[float]], step: Call) -> Timed:
-    return Timed(tuple(second for run in runs for second in run[1:-1]), step.mode, step.note)
-
-
-def _whole_times(runs: list[list[float]], prefill: Call, step: Call) -> Timed:
-    samples = tuple(run[-1] for run in runs)
-    if prefill.mode == step.mode:
-        return Timed(samples, step.mode, step.note)
-    note = f"prefill {prefill.mode}, decode {step.mode}: {prefill.note or step.note}"
-    return Timed(samples, "eager", note)
-
-
-def _budget(device: torch.device) -> TimingBudget:
+def budget_for(device: torch.device) -> TimingBudget:
+    """How often and how long to repeat on a device."""
     return CUDA_BUDGET if device.type == "cuda" else CPU_BUDGET
+
+
+def _whole_times(lane: Lane, runs: Sequence[Run]) -> Timed:
+    samples = tuple(run[-1] for run in runs)
+    prefill, step = lane.prefill, lane.step
+    if step is None or prefill.mode == step.mode:
+        return Timed(samples, prefill.mode, prefill.note)
+    note = f"prefill {prefill.mode}, decode {step.mode}: {prefill.note or step.note}"
+    least = next(mode for mode in ("eager", "graph") if mode in (prefill.mode, step.mode))
+    return Timed(samples, least, note)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from harness.errors import ConfigError
+
 __all__ = ["ModelInfo", "info_from_config"]
 
 _FAMILIES = {
@@ -43,6 +45,44 @@ class ModelInfo:
         return self.hidden_size // self.num_heads
 
 
+# The largest Transformers have a tenth of these; what is larger is a slip or an attack on the memory.
+_MOST = {
+    "hidden_size": 2**18,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**16,
+    "intermediate_size": 2**20,
+    "ffn_dim": 2**20,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**30,
+}
+_OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size", "ffn_dim", "max_position_embeddings")
+
+
+def _check_sizes(config: Any, label: str) -> None:
+    """Refuse sizes that no model has.
+
+    Raises:
+        ConfigError: a size that is no whole number, below 1 or absurd.
+        AttributeError: a size that every Transformer has is absent.
+    """
+    for name, most in _MOST.items():
+        value = getattr(config, name, None) if name in _OPTIONAL else getattr(config, name)
+        if value is None and name in _OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ConfigError(
+                f"model {label!r}: its config.json says {name} {value!r}; "
+                f"it must be a number from 1 to {most:,}"
+            )
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if kv_heads is not None and heads % kv_heads:
+        raise ConfigError(
+            f"model {label!r}: {heads} heads cannot share {kv_heads} key and value heads evenly"
+        )
+
+
 def info_from_config(
     config: Any,
     label: str,
@@ -53,6 +93,7 @@ def info_from_config(
 ) -> ModelInfo:
     """Read a transformers configuration (a `PreTrainedConfig`)."""
     model_type = config.model_type
+    _check_sizes(config, label)
     family = next((name for name, types in _FAMILIES.items() if model_type in types), "other")
     heads = config.num_attention_heads
     ffn = (

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.errors import ConfigError, MissingExtra, NotApplicable, UnknownName
-from harness.keys import tree_hash
+from harness.models import hub
+from harness.models.checkpoint import check_checkpoint, checkpoint_hash, needs_remote_code, read_json
 from harness.models.info import ModelInfo, info_from_config
 from harness.models.registry import ModelEntry
 from harness.models.shapes import build_config
 from harness.models.spec import ModelSpec, parse_model
+from harness.models.verifying import (
+    broken_checkpoint_errors,
+    check_loaded,
+    check_tokenizer,
+    is_mismatch,
+    told,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["LoadedModel", "ModelDescription", "describe", "load", "resolve_model", "zoo_names"]
+__all__ = ["LoadedModel", "ModelDescription", "describe", "fetch", "load", "resolve_model", "zoo_names"]
 
 ZOO_DIR = Path(__file__).parent.parent / "zoo" / "checkpoints"
 
@@ -76,6 +85,8 @@ def resolve_model(
     if spec.name not in entries:
         known = [*entries, *(f"zoo:{name}" for name in zoo_names())]
         hint = "(a hub model is organisation/name, a directory ./name)"
+        if os.path.isdir(spec.name):
+            hint = f"(the folder of this name is written ./{spec.name})"
         raise UnknownName("model", spec.name, known, hint)
     base = parse_model(entries[spec.name].spec, **options)
     return replace(base, label=spec.label, modifiers=(*base.modifiers, *spec.modifiers))
@@ -94,13 +105,17 @@ def describe(spec: ModelSpec) -> ModelDescription:
         config = build_config(spec.source, spec.name)
         identity = f"{spec.source}:{json.dumps(config.to_dict(), sort_keys=True, default=str)}"
     elif spec.source == "hub":
-        config, commit = _hub_config(spec)
-        identity = f"hub:{spec.name}@{commit}"
+        commit = hub.resolve_commit(spec.name, spec.revision)
+        directory = hub.fetch_description(spec.name, commit, trust_remote_code=spec.trust_remote_code)
+        hub.remember(spec.name, spec.revision, "model", commit)
+        config, remote = _read_config(directory, spec)
+        identity = f"hub:{spec.name}@{commit}{remote}"
         spec = replace(spec, revision=commit)  # what is loaded later is what was described now
     else:
         directory = _directory(spec)
-        config = _local_config(directory, spec)
-        identity = f"files:{_checkpoint_hash(directory)}"
+        check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+        config, remote = _read_config(directory, spec)
+        identity = f"files:{checkpoint_hash(directory)}{remote}"
     try:
         info = info_from_config(
             config,
@@ -117,11 +132,23 @@ def describe(spec: ModelSpec) -> ModelDescription:
     return ModelDescription(spec, info, f"{identity}{_modifier_identity(spec)}")
 
 
+def fetch(description: ModelDescription) -> None:
+    """Download what `load` will read, where it lies on the hub; once, before the workers start.
+
+    Raises:
+        ConfigError: the download broke, or what came is no checkpoint that may be loaded.
+    """
+    if description.spec.source == "hub":
+        _checked_files(description.spec)
+
+
 def load(description: ModelDescription, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedModel:
     """Load the model onto the device, in eval mode, with its modifiers applied.
 
     Raises:
-        ConfigError: the checkpoint cannot be loaded.
+        ConfigError: the checkpoint cannot be loaded, or does not hold the model that its config.json
+            describes.
+        NumericalFailure: a weight is NaN or infinite.
     """
     from harness.nn.outliers import inject_outliers
     from harness.nn.surgery import conv1d_to_linear
@@ -135,7 +162,7 @@ def load(description: ModelDescription, device: torch.device, dtype: torch.dtype
     for name, options in spec.modifiers:
         if name == "outliers":
             model = inject_outliers(model, **_outlier_options(options))
-    return LoadedModel(model.eval(), _tokenizer(spec), description.info)
+    return LoadedModel(model.eval(), _tokenizer(spec, description.info), description.info)
 
 
 # --- where the files are -----------------------------------------------------------------------------
@@ -148,54 +175,44 @@ def _directory(spec: ModelSpec) -> Path:
         return ZOO_DIR / spec.name
     if spec.source == "package":
         found = importlib.util.find_spec(spec.name)
-        if found is None or found.origin is None:
+        if found is None:
             raise MissingExtra(spec.name.replace("_", "-"), "encoders")
-        return Path(found.origin).parent / "model"
+        # A built-in or a single file has no folder of its own: `package:sys` must not find ./model here.
+        if not found.submodule_search_locations:
+            raise ConfigError(
+                f"model {spec.label!r}: {spec.name} is a module, not a package with a folder model"
+            )
+        return Path(next(iter(found.submodule_search_locations))) / "model"
     return Path(spec.name)
 
 
-def _checkpoint_hash(directory: Path) -> str:
-    names = [
-        path.name
-        for path in directory.iterdir()
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt")
-    ]
-    return tree_hash(directory, names)
+def _checked_files(spec: ModelSpec) -> Path:
+    """The folder of the checkpoint, whole and checked; downloads what is missing."""
+    if spec.source != "hub":
+        return _directory(spec)
+    assert spec.revision is not None
+    directory = hub.fetch_weights(spec.name, spec.revision, allow_pickle=spec.allow_pickle)
+    check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+    return directory
 
 
-def _local_config(directory: Path, spec: ModelSpec) -> Any:
+def _read_config(directory: Path, spec: ModelSpec) -> tuple[Any, str]:
+    """The configuration, and what the identity says of code that comes with the model."""
     from transformers import AutoConfig
 
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"model directory {directory} is no checkpoint in Hugging Face format: it has no config.json"
-        )
-    if not any(directory.glob("*.safetensors")):
-        pickled = any(directory.glob("*.bin"))
-        if not (pickled and spec.allow_pickle):
-            advice = "; it has pickled weights: pass --allow-pickle to load them" if pickled else ""
-            raise ConfigError(f"model directory {directory} has no *.safetensors weights{advice}")
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model directory {directory}: {_first_line(error)}") from None
-
-
-def _hub_config(spec: ModelSpec) -> tuple[Any, str]:
-    """The configuration and the commit that the revision stands for now."""
-    from transformers import AutoConfig
-
+    remote = needs_remote_code(read_json(directory / "config.json"))
     try:
         config = AutoConfig.from_pretrained(
-            spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            str(directory), trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {spec.label!r} from the hub: {_first_line(error)}") from None
-    return config, getattr(config, "_commit_hash", None) or spec.revision or "main"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    except broken_checkpoint_errors() as error:
+        if remote and not spec.trust_remote_code:
+            raise ConfigError(
+                f"model {spec.label!r} brings code of its own (auto_map in config.json), which is not run "
+                "unless you trust it: pass --trust-remote-code"
+            ) from None
+        raise ConfigError(f"model {spec.label!r}: its config.json cannot be used: {told(error)}") from None
+    return config, "+code" if remote and spec.trust_remote_code else ""
 
 
 # --- weights ------------------------------------------------------------------------------------------
@@ -220,22 +237,29 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _pretrained(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoConfig
-
-    where = spec.name if spec.source == "hub" else str(_directory(spec))
-    common = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    directory = _checked_files(spec)
+    config, _ = _read_config(directory, spec)
     try:
-        config = AutoConfig.from_pretrained(where, **common)
-        model: nn.Module = _auto_class(config).from_pretrained(
-            where,
+        model, found = _auto_class(config).from_pretrained(
+            str(directory),
             dtype=dtype,
             device_map=str(device) if device.type == "cuda" else None,
             use_safetensors=None if spec.allow_pickle else True,
-            **common,
+            weights_only=True,  # a pickle may hold tensors, never code
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {spec.label!r} cannot be loaded: {_first_line(error)}") from None
-    return model
+    except broken_checkpoint_errors() as error:
+        raise ConfigError(f"model {spec.label!r} cannot be loaded: {told(error)}") from None
+    except RuntimeError as error:
+        if is_mismatch(error):
+            raise ConfigError(
+                f"model {spec.label!r}: its weights have other shapes than its config.json says"
+            ) from error
+        raise  # out of memory, a driver: the worker knows these
+    check_loaded(spec.label, model, found)
+    return cast("nn.Module", model)
 
 
 def _auto_class(config: Any) -> Any:
@@ -248,7 +272,7 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForMaskedLM if any("ForMaskedLM" in name for name in names) else AutoModel
 
 
-def _tokenizer(spec: ModelSpec) -> Any:
+def _tokenizer(spec: ModelSpec, info: ModelInfo) -> Any:
     from transformers import AutoTokenizer
 
     if spec.source == "shape":
@@ -258,26 +282,50 @@ def _tokenizer(spec: ModelSpec) -> Any:
         if not names:
             raise NotApplicable("scratch models use the zoo's tokenizer, and the zoo is empty")
         return AutoTokenizer.from_pretrained(ZOO_DIR / names[0])
-    where = spec.name if spec.source == "hub" else str(_directory(spec))
-    if spec.source == "local" and not any(Path(where).glob("*token*")):
+    directory = _checked_files(spec)
+    if spec.source == "local" and not any(directory.glob("*token*")):
         return None  # speed and memory can be measured without one
     try:
-        return AutoTokenizer.from_pretrained(
-            where, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except broken_checkpoint_errors() as error:
         raise ConfigError(
-            f"model {spec.label!r} has no tokenizer that can be loaded: {_first_line(error)}"
+            f"model {spec.label!r} has no tokenizer that can be loaded: {told(error)}"
         ) from None
+    check_tokenizer(spec.label, tokenizer, info.vocab_size)
+    return tokenizer
 
 
 # --- modifiers ----------------------------------------------------------------------------------------
 
+_LARGEST_SEED = 2**63 - 1
+
+
+def _number(kind: Callable[[str], Any], least: float, most: float) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:  # a NaN is in no range
+            raise ValueError(f"out of range: {text}")
+        return value
+
+    return read
+
+
+def _sites(text: str) -> tuple[str, ...]:
+    from harness.nn.outliers import SITES
+
+    sites = tuple(text.split("/"))
+    if set(sites) - set(SITES) or len(set(sites)) != len(sites):
+        raise ValueError(f"not some of {', '.join(SITES)}: {text}")
+    return sites
+
+
 _OUTLIER_READERS: Mapping[str, Callable[[str], Any]] = {
-    "k": float,
-    "channels": int,
-    "sites": lambda text: tuple(text.split("/")),
-    "seed": int,
+    "k": _number(float, 1e-9, 1e9),
+    "channels": _number(int, 1, 2**20),
+    "sites": _sites,
+    "seed": _number(int, 0, _LARGEST_SEED),
 }
 
 
@@ -289,7 +337,7 @@ def _outlier_options(written: tuple[tuple[str, str], ...]) -> dict[str, Any]:
         try:
             options[name] = _OUTLIER_READERS[name](value)
         except ValueError:
-            raise ConfigError(f"+outliers: {name}={value!r} cannot be read") from None
+            raise ConfigError(f"+outliers: {name}={value[:50]!r} cannot be read") from None
     return options
 
 

@@ -32,6 +32,7 @@ _PREFIX, _LOCAL = "harness_", "local_"
 _FLEX_FROM = 1024  # tokens; below it a masked dense kernel is as fast and needs no compiling
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # other terms of a score than q·k
 _EVERYTHING = 2**40  # a window that no sequence leaves
+_BAND = "local_band"  # on an attention module: blocks that are compiled once must not ask for their number
 
 
 @dataclass(eq=False)
@@ -123,14 +124,23 @@ def use_local_attention(model: nn.Module, bands: Sequence[Band | None]) -> bool:
         layer: Any = module
         if extra := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
             raise NotApplicable(f"the model's attention also has {', '.join(extra)}")
-        band = bands[layer.layer_idx] or Band("sliding", _EVERYTHING, causal=layer.is_causal)
+        band = getattr(layer, _BAND, None)
+        if band is None:
+            band = _band_of(layer, bands)
         return attend_in_band(query, key, value, attention_mask, band, dropout=dropout, scaling=scaling), None
 
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+            setattr(module, _BAND, _band_of(module, bands))
     digest = hashlib.sha256(repr(bands).encode()).hexdigest()[:12]
     swap_attention(model, _LOCAL + digest, attend)
     if not all(band is None or band.causal for band in bands):
         return False
     return use_ring_caches(config, [band.reach if band else None for band in bands])
+
+
+def _band_of(layer: Any, bands: Sequence[Band | None]) -> Band:
+    return bands[layer.layer_idx] or Band("sliding", _EVERYTHING, causal=layer.is_causal)
 
 
 def attend_in_band(

@@ -20,6 +20,8 @@ from harness.nn.masks import Band, band_block_mask
 
 __all__ = ["flex_attention_in_band", "gathered_attention"]
 
+_MOST_SHAPES = 256  # compiled forms of FlexAttention in one process
+
 
 def gathered_attention(
     query: torch.Tensor,
@@ -126,5 +128,12 @@ def _flex_attention() -> Callable[..., torch.Tensor]:
 
 @cache
 def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    compiled: Callable[..., torch.Tensor] = torch.compile(function)
-    return compiled
+    compiled: Callable[..., torch.Tensor] = torch.compile(function, dynamic=False)
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # Beyond its limit of shapes dynamo would go on without compiling, many times slower.
+        limits = {"recompile_limit": _MOST_SHAPES, "fail_on_recompile_limit_hit": True}
+        with torch._dynamo.config.patch(limits):
+            return compiled(*args, **kwargs)
+
+    return run

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from harness.records import Status
 from harness.store.store import Store
-from harness.store.tables import cells, variants
+from harness.store.tables import cells, imports, variants
 
 __all__ = ["Duration", "durations"]
 
@@ -24,12 +24,13 @@ class Duration:
 
 
 def durations(store: Store) -> Iterator[Duration]:
-    """Every cell that was measured, oldest first."""
+    """Every cell that was measured here, oldest first."""
     label = func.coalesce(cells.c.task, cells.c.scenario, "transform")
     query = (
         select(variants.c.model, label, cells.c.seconds)
         .join(variants, cells.c.variant_id == variants.c.id)
         .where(cells.c.status == str(Status.OK))
+        .where(cells.c.sweep_id.not_in(select(imports.c.sweep_id)))
         .order_by(cells.c.id)
     )
     with store.reading() as connection:

@@ -22,10 +22,24 @@ from sqlalchemy import BigInteger, Float, Integer, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["CleanText", "Real", "RowId", "Whole", "dump_json", "load_json", "nan_if_null"]
+__all__ = [
+    "CleanText",
+    "Real",
+    "RowId",
+    "Unstorable",
+    "Whole",
+    "dump_json",
+    "load_json",
+    "nan_if_null",
+    "untagged",
+]
 
 _TAG = "$float"
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Unstorable(TypeError):
+    """A value that JSON does not know."""
 
 
 class Real(TypeDecorator[float]):
@@ -91,7 +105,7 @@ def dump_json(value: Any) -> str:
 
 def load_json(text: str | bytes) -> Any:
     """The inverse of `dump_json` (tuples come back as lists)."""
-    return json.loads(text, object_hook=_untagged)
+    return json.loads(text, object_hook=untagged)
 
 
 def _tagged(value: Any) -> Any:
@@ -104,10 +118,10 @@ def _tagged(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else _tagged(_plain(value))
 
 
-def _untagged(value: dict[str, Any]) -> Any:
-    if len(value) == 1 and value.get(_TAG) in _NON_FINITE:
-        return _NON_FINITE[value[_TAG]]
-    return value
+def untagged(value: dict[str, Any]) -> Any:
+    """A JSON object, or the non-finite float that it stands for."""
+    tag = value.get(_TAG) if len(value) == 1 else None
+    return _NON_FINITE.get(tag, value) if isinstance(tag, str) else value
 
 
 def _plain(value: Any) -> Any:
@@ -119,4 +133,4 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if hasattr(value, "tolist"):  # numpy and torch
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
+    raise Unstorable(f"{type(value).__name__} cannot be stored as JSON")

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.engine import URL, Dialect, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import QueuePool
 
 from harness.errors import MissingExtra, StoreError
+from harness.privacy import without_passwords
 from harness.store.encoding import dump_json, load_json
 from harness.store.failures import translated
 from harness.store.tables import REVISION, VERSION_TABLE
 
-__all__ = ["BUSY_TIMEOUT_S", "locate", "open_reader", "open_writer"]
+__all__ = ["BUSY_TIMEOUT_S", "RECONNECT_TIMEOUT_S", "label", "locate", "open_reader", "open_writer"]
 
 BUSY_TIMEOUT_S = 30.0
+_WAIT_S = 0.5  # of these, at a time
+RECONNECT_TIMEOUT_S = 30.0
+_RECONNECT_PAUSE_S = 0.5
 _SQLITE_HEADER = b"SQLite format 3\0"
 _FILL = "run: harness sweep"
 
@@ -40,13 +45,14 @@ def locate(target: str | Path) -> Path | URL:
     if isinstance(target, str) and "://" in target:
         try:
             url = make_url(target.replace("postgres://", "postgresql://", 1))
-        except ArgumentError:
-            raise StoreError(f"results store {target!r} is not a valid database URL") from None
+        except (ArgumentError, ValueError):  # a port that is no number
+            shown = without_passwords(target)
+            raise StoreError(f"results store {shown!r} is not a valid database URL") from None
         if url.get_backend_name() == "sqlite":
             return locate(url.database or "")
         if url.get_backend_name() != "postgresql":
             raise StoreError(
-                f"results store {url}: unknown database {url.get_backend_name()!r}; "
+                f"results store {label(url)}: unknown database {url.get_backend_name()!r}; "
                 "give a file or a postgresql:// URL"
             )
         if url.drivername == "postgresql":  # name the driver: SQLAlchemy's default has changed
@@ -54,7 +60,7 @@ def locate(target: str | Path) -> Path | URL:
         return url
     if str(target) in ("", ".", ":memory:"):
         raise StoreError(f"results store {str(target)!r} is neither a file nor a database URL")
-    return Path(os.path.abspath(Path(target).expanduser()))
+    return Path(os.path.abspath(os.path.expanduser(target)))
 
 
 # --- opening ----------------------------------------------------------------------------------
@@ -110,7 +116,7 @@ def open_reader(place: Path | URL) -> Engine:
 
 def label(place: Path | URL) -> str:
     """How messages name a store; a password in a URL is hidden."""
-    return str(place)
+    return str(place) if isinstance(place, Path) else without_passwords(str(place))
 
 
 # --- what is there ----------------------------------------------------------------------------
@@ -166,6 +172,8 @@ def _revision(connection: Connection, where: str) -> str | None:
             )
         return None
     revision: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))
+    if not isinstance(revision, str | None):
+        raise StoreError(f"results store {where}: damaged (its version is none); restore a backup")
     if revision is not None and revision > REVISION:
         raise StoreError(
             f"results store {where} was written by a newer harness (revision {revision}, this one "
@@ -253,6 +261,7 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             else:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
+                connection.execute(f"PRAGMA busy_timeout = {int(min(_WAIT_S, BUSY_TIMEOUT_S) * 1000)}")
                 connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
         except sqlite3.Error:
             connection.close()
@@ -266,14 +275,54 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
         # A transaction that turns from reading to writing is refused at once when another process
         # has written in between; one that says so from the start waits for its turn.
         writes = connection.get_execution_options().get("harness_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        if not writes:
+            connection.exec_driver_sql("BEGIN")
+            return
+        # SQLite waits inside one call, in which no signal is handled: so in many short waits, that
+        # Ctrl-C need not wait for another writer.
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            except OperationalError as error:
+                busy = getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+                if not busy or time.monotonic() >= deadline:
+                    raise
+            else:
+                return
 
     return engine
 
 
 def _server_engine(url: URL, *, read_only: bool) -> Engine:
     options = {"postgresql_readonly": True} if read_only else {}
-    return _engine(url, pool_pre_ping=True, execution_options=options)
+    engine = _engine(url, pool_pre_ping=True, execution_options=options)
+    _wait_for_restarts(engine)
+    return engine
+
+
+def _wait_for_restarts(engine: Engine) -> None:
+    """Once a server has been reached, wait for it to come back before giving up.
+
+    Only connecting is tried again, never a statement: what was sent when the connection broke may
+    have been committed, so a sweep ends there and the next one looks.
+    """
+    reached = False
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> Any:
+        nonlocal reached
+        deadline = time.monotonic() + (RECONNECT_TIMEOUT_S if reached else 0.0)
+        while True:
+            try:
+                connection = dialect.connect(*arguments, **options)
+            except dialect.loaded_dbapi.OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_RECONNECT_PAUSE_S)
+            else:
+                reached = True
+                return connection
 
 
 def _engine(url: URL, **options: Any) -> Engine:

@@ -1,13 +1,18 @@
-"""The raw readings behind one metric of one cell."""
+"""The raw readings behind the metrics of cells."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import select
 
+from harness.store.encoding import nan_if_null
 from harness.store.store import Store
 from harness.store.tables import records, samples
 
-__all__ = ["readings"]
+__all__ = ["all_readings", "readings"]
+
+_CHUNK = 10_000  # parameters of one statement
 
 
 def readings(store: Store, cell: int, metric: str) -> list[float]:
@@ -20,3 +25,20 @@ def readings(store: Store, cell: int, metric: str) -> list[float]:
     )
     with store.reading() as connection:
         return [float(value) for value in connection.scalars(query)]
+
+
+def all_readings(store: Store, cells: Iterable[int]) -> dict[tuple[int, str], tuple[float, ...]]:
+    """The samples of all metrics of many cells, by cell and metric, in the order of measuring."""
+    wanted = sorted(set(cells))
+    found: dict[tuple[int, str], list[float]] = {}
+    query = (
+        select(records.c.cell_id, records.c.metric, samples.c.value)
+        .join(records, samples.c.record_id == records.c.id)
+        .order_by(samples.c.record_id, samples.c.position)
+    )
+    with store.reading() as connection:
+        for first in range(0, len(wanted), _CHUNK):
+            chunk = records.c.cell_id.in_(wanted[first : first + _CHUNK])
+            for cell, metric, value in connection.execute(query.where(chunk)):
+                found.setdefault((cell, metric), []).append(nan_if_null(value))
+    return {key: tuple(values) for key, values in found.items()}

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from harness.errors import StoreError
-from harness.records import CellKind, CellResult, Item, Record, Status, VariantReport
+from harness.records import CellKind, CellResult, Item, KernelUse, ModuleEffect, Record, Status, VariantReport
 from harness.store.encoding import dump_json, nan_if_null
 from harness.store.failures import translated
 from harness.store.opening import label, locate, open_reader, open_writer
@@ -30,6 +30,7 @@ from harness.store.tables import (
     cells,
     effects,
     items,
+    kernels,
     machines,
     records,
     samples,
@@ -44,6 +45,7 @@ MACHINE_KEYS = ("machine", "device", "device_name", "cpu")
 """The entries of a manifest that say which machine it was; they must not hold what changes by the
 minute (clocks, temperatures)."""
 
+_WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _CHUNK = 10_000  # parameters of one statement: SQLite takes 32,766, PostgreSQL 65,535
 T = TypeVar("T")
 
@@ -100,7 +102,20 @@ class Store:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if self.read_only and isinstance(error, _WRONG_VALUES):
+                self._blame_damage(error)
+        finally:
+            self.close()
+
+    def _blame_damage(self, error: BaseException) -> None:
+        """Raise a `StoreError` where what went wrong while reading is explained by damage to the store."""
+        from harness.store.soundness import first_fault
+
+        if fault := first_fault(self.engine):
+            raise StoreError(
+                f"results store {self.label}: damaged ({fault}); restore a backup, or sweep into a new one"
+            ) from error
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -109,7 +124,8 @@ class Store:
             yield connection
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that is committed when it ends well, and undone when it does not."""
         if self.read_only:
             raise StoreError(f"results store {self.label} is open read-only")
         writer = self.engine.execution_options(harness_write=True)
@@ -128,15 +144,8 @@ class Store:
     ) -> int:
         """Store that a sweep begins; returns its id. The machine is known by `MACHINE_KEYS`."""
         facts = {name: manifest[name] for name in MACHINE_KEYS if name in manifest}
-        canonical = dump_json(dict(sorted(facts.items())))
-        fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
-        with self._writing() as connection:
-            machine_id = _insert_once(
-                connection,
-                machines,
-                {"fingerprint": fingerprint},
-                {"facts": facts, "first_seen_at": _now()},
-            )
+        with self.writing() as connection:
+            machine_id = self.machine_id(connection, facts)
             sweep = {
                 "machine_id": machine_id,
                 "command": command,
@@ -148,6 +157,14 @@ class Store:
             }
             return _insert(connection, sweeps, sweep)
 
+    @staticmethod
+    def machine_id(connection: Connection, facts: Mapping[str, Any]) -> int:
+        """The id of the machine with these facts, stored where it is new."""
+        canonical = dump_json(dict(sorted(facts.items())))
+        fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        rest = {"facts": dict(facts), "first_seen_at": _now()}
+        return _insert_once(connection, machines, {"fingerprint": fingerprint}, rest)
+
     def close_sweep(self, sweep_id: int, status: str, manifest_end: Mapping[str, Any] | None = None) -> None:
         """Store how a sweep ended: ``finished`` or ``interrupted``."""
         if status not in ("finished", "interrupted"):
@@ -155,7 +172,7 @@ class Store:
         values: dict[str, Any] = {"status": status, "finished_at": _now()}
         if manifest_end is not None:
             values["manifest_end"] = dict(manifest_end)
-        with self._writing() as connection:
+        with self.writing() as connection:
             done = connection.execute(update(sweeps).where(sweeps.c.id == sweep_id).values(values))
             if not done.rowcount:
                 raise StoreError(f"results store {self.label}: no sweep {sweep_id}")
@@ -174,7 +191,7 @@ class Store:
     def link_cells(self, sweep_id: int, cell_ids: Iterable[int]) -> None:
         """Count cells of earlier sweeps to this one too; linking twice changes nothing."""
         wanted = set(cell_ids)
-        with self._writing() as connection:
+        with self.writing() as connection:
             known = select(sweep_cells.c.cell_id).where(sweep_cells.c.sweep_id == sweep_id)
             wanted -= set(connection.scalars(known))
             _insert_many(
@@ -195,7 +212,7 @@ class Store:
             "model_info": dict(variant.model_info),
         }
         key = {"key": row.pop("key")}
-        with self._writing() as connection:
+        with self.writing() as connection:
             variant_id = _insert_once(connection, variants, key, row)
             if variant.simulated is not None:
                 _set_simulated(connection, variant_id, variant.simulated)
@@ -203,8 +220,9 @@ class Store:
 
     def write_effects(self, variant_key: str, report: VariantReport) -> None:
         """Store what a transform did, in place of what an earlier sweep found."""
-        with self._writing() as connection:
-            variant_id = self._variant_id(connection, variant_key)
+        with self.writing() as connection:
+            # Locked, because another sweep on a server may be storing what it found of this variant.
+            variant_id = self._variant_id(connection, variant_key, lock=True)
             connection.execute(delete(effects).where(effects.c.variant_id == variant_id))
             rows = [
                 {field.name: getattr(effect, field.name) for field in fields(effect)}
@@ -225,7 +243,7 @@ class Store:
         task: str | None,
         scenario: str | None,
     ) -> int:
-        """Store a finished cell with its records, samples and items, all or nothing.
+        """Store a finished cell with its records, samples, items and kernels, all or nothing.
 
         Returns its id.
 
@@ -233,7 +251,7 @@ class Store:
             StoreError: also for an unknown variant or sweep, and for two outcomes of one item.
         """
         _refuse_doubles(result)
-        with self._writing() as connection:
+        with self.writing() as connection:
             cell = {
                 "key": result.key,
                 "variant_id": self._variant_id(connection, result.variant_key),
@@ -262,13 +280,16 @@ class Store:
                 for item in result.items
             ]
             _insert_many(connection, items, rows)
+            _insert_kernels(connection, cell_id, result.kernels)
         return cell_id
 
     def write_derived(self, cell_id: int, records_: Iterable[Record]) -> None:
         """Add records that follow from stored ones (flips against the baseline) to a cell, in place
         of its records of the same metrics."""
         derived = list(records_)
-        with self._writing() as connection:
+        with self.writing() as connection:
+            # Locked, or two sweeps that compare the same cell would each add their records.
+            connection.execute(_locked(select(cells.c.id).where(cells.c.id == cell_id)))
             old = (
                 select(records.c.id)
                 .where(records.c.cell_id == cell_id)
@@ -292,14 +313,56 @@ class Store:
                 for position, metric, outcome, detail in connection.execute(query)
             ]
 
-    def _variant_id(self, connection: Connection, key: str) -> int:
-        found: int | None = connection.scalar(select(variants.c.id).where(variants.c.key == key))
+    def effects(self, variant_key: str) -> tuple[tuple[ModuleEffect, ...], bool]:
+        """What the transform of a variant did to each module, and whether any of it is simulated."""
+        names = tuple(field.name for field in fields(ModuleEffect))
+        query = select(*(effects.c[name] for name in names)).order_by(effects.c.position)
+        with self.reading() as connection:
+            variant_id = self._variant_id(connection, variant_key)
+            rows = connection.execute(query.where(effects.c.variant_id == variant_id))
+            found = tuple(ModuleEffect(*row) for row in rows)
+            simulated = select(variants.c.simulated).where(variants.c.id == variant_id)
+            return found, bool(connection.scalar(simulated))
+
+    def records(self, cell_id: int) -> dict[str, Record]:
+        """The records of a cell by metric, without their raw readings."""
+        names = ("metric", "value", "unit", "lower", "upper", "n", "mode", "note")
+        columns = [records.c[name] for name in names]
+        query = select(*columns).where(records.c.cell_id == cell_id).order_by(records.c.id)
+        with self.reading() as connection:
+            return {
+                metric: Record(metric, nan_if_null(value), unit, lower, upper, n, mode=mode, note=note)
+                for metric, value, unit, lower, upper, n, mode, note in connection.execute(query)
+            }
+
+    def kernels(self, cell_id: int) -> tuple[KernelUse, ...]:
+        """The kernels of a cell, prefill before decode, the slowest first."""
+        names = tuple(field.name for field in fields(KernelUse))
+        query = (
+            select(*(kernels.c[name] for name in names))
+            .where(kernels.c.cell_id == cell_id)
+            .order_by(kernels.c.phase.desc(), kernels.c.position)
+        )
+        with self.reading() as connection:
+            return tuple(KernelUse(*row) for row in connection.execute(query))
+
+    def _variant_id(self, connection: Connection, key: str, *, lock: bool = False) -> int:
+        query = select(variants.c.id).where(variants.c.key == key)
+        found: int | None = connection.scalar(_locked(query) if lock else query)
         if found is None:
             raise StoreError(f"results store {self.label}: no variant {key!r}; write it first")
         return found
 
 
 # --- statements -------------------------------------------------------------------------------
+
+
+def _locked(query: Select[int]) -> Select[int]:
+    """The rows, locked to the end of the transaction; SQLite, where a writer is alone, needs no lock.
+
+    Rows that refer to them may still be added by others.
+    """
+    return query.with_for_update(key_share=True)
 
 
 def _insert(connection: Connection, table: Table, row: Mapping[str, Any]) -> int:
@@ -345,6 +408,16 @@ def _insert_records(connection: Connection, cell_id: int, rows: Sequence[Record]
         for position, value in enumerate(record.samples)
     ]
     _insert_many(connection, samples, readings)
+
+
+def _insert_kernels(connection: Connection, cell_id: int, rows: Sequence[KernelUse]) -> None:
+    positions: Counter[str] = Counter()
+    values = []
+    for kernel in rows:
+        row = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
+        values.append(row | {"cell_id": cell_id, "position": positions[kernel.phase]})
+        positions[kernel.phase] += 1
+    _insert_many(connection, kernels, values)
 
 
 def _set_simulated(connection: Connection, variant_id: int, simulated: bool) -> None:

@@ -2,15 +2,18 @@
 
 ::
 
-    machines ─┐
+    machines ─┐ ┌── imports
               sweeps ──< sweep_cells >── cells ──< records ──< samples
-                                           │  └──< items
-                         effects >── variants
+                                           │  ├──< items
+                         effects >── variants  └──< kernels
 
 `cells` rows never change once written: a retry, or `--fresh`, makes a new row with the same key,
 and the newest id of a key is the current one. `cells.sweep_id` is the sweep that measured it,
 `sweep_cells` links it to every sweep that uses it. The only rows added to a cell later are derived
 records (flips against a baseline).
+
+`imports` marks the sweeps that were measured elsewhere and read from a file. The keys of their cells
+and variants begin with `IMPORTED`, so they are never taken for what this store measured itself.
 
 The migrations build this schema; a test holds the two equal. Times are ISO 8601 in UTC.
 """
@@ -32,11 +35,14 @@ from sqlalchemy import (
 from harness.store.encoding import CleanText, Real, RowId, Whole
 
 __all__ = [
+    "IMPORTED",
     "REVISION",
     "VERSION_TABLE",
     "cells",
     "effects",
+    "imports",
     "items",
+    "kernels",
     "machines",
     "metadata",
     "records",
@@ -46,11 +52,14 @@ __all__ = [
     "variants",
 ]
 
-REVISION = "0001"
+REVISION = "0003"
 """The revision of this schema, the number of the last migration: four digits, so that they sort."""
 
 VERSION_TABLE = "harness_store_version"
 """Where a store keeps its revision; the name tells a store from other databases under Alembic."""
+
+IMPORTED = "imported:"
+"""How the keys of imported variants and cells begin: ``imported:<what tells them apart>:<key>``."""
 
 metadata = MetaData(
     naming_convention={
@@ -186,4 +195,26 @@ items = Table(
     Column("position", Whole, primary_key=True),
     Column("outcome", Real),  # NULL is NaN
     Column("detail", JSON, nullable=False),
+)
+
+kernels = Table(
+    "kernels",
+    metadata,
+    Column("cell_id", RowId, ForeignKey("cells.id"), primary_key=True),
+    Column("phase", Text, primary_key=True),  # prefill | decode
+    Column("position", Integer, primary_key=True),  # the slowest is 0
+    Column("name", CleanText, nullable=False),
+    Column("family", Text, nullable=False),
+    Column("calls", Whole, nullable=False),
+    Column("seconds", Real, nullable=False),
+    Column("share", Real, nullable=False),
+)
+
+imports = Table(
+    "imports",
+    metadata,
+    Column("sweep_id", RowId, ForeignKey("sweeps.id"), primary_key=True),
+    Column("content_id", Text, nullable=False, unique=True),  # the same sweep in every store
+    Column("origin", CleanText, nullable=False),  # the file's name, or what the user called it
+    Column("imported_at", Text, nullable=False),
 )

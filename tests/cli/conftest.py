@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 
 import pytest
 
 from harness.cli.app import run as run_harness
+from harness.measure.ceilings import ceilings_of_sweep
+
+_ceilings_once = functools.cache(ceilings_of_sweep)
 
 
 @dataclass
@@ -26,8 +30,9 @@ def harness(tmp_path, monkeypatch, capsys):
     """Run ``harness ...`` in an empty folder with a cache of its own.
 
     In this process, so that all sweeps of a test run share one fork server; its workers are processes of
-    their own all the same.
+    their own all the same. What the machine can do at most is measured once for all of them.
     """
+    monkeypatch.setattr("harness.sweep.ceilings_of_sweep", _ceilings_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HARNESS_DB", raising=False)

@@ -49,6 +49,19 @@ def _empty_folder(tmp_path, monkeypatch):
         (("sweep", "--methods", "gptq:bits=5"), ("gptq: bits",)),
         (("sweep", "--methods", "magnitude-prune:sparsity=1.5"), ("sparsity", "less than 1")),
         ((*SWEEP, "--models", "./missing"), ("'./missing' does not exist",)),
+        ((*SWEEP, "--models", "zoo:../../x"), ("unknown zoo model '../../x'",)),
+        ((*SWEEP, "--models", "package:.."), ("the name of an installed package",)),
+        ((*SWEEP, "--models", "../x"), ("model directory '../x' does not exist",)),
+        ((*SWEEP, "--models", "a/b/c"), ("model directory 'a/b/c' does not exist",)),
+        ((*SWEEP, "--models", "a--b/c"), ("neither a hub id",)),
+        ((*SWEEP, "--models", "C:\\x"), ("unknown model source 'C'", "a directory is ./name")),
+        ((*SWEEP, "--models", "org/name@a b"), ("a branch, a tag or a commit must follow the @",)),
+        ((*SWEEP, "--models", ""), ("--models: names no model",)),
+        ((*SWEEP, "--models", "zoo:llama-6m+outliers:k=nan"), ("k='nan' cannot be read",)),
+        ((*SWEEP, "--timeout", "inf"), ("--timeout",)),
+        ((*SWEEP, "--seed", "-1"), ("--seed",)),
+        ((*SWEEP, "--methods", "gptq:damp=inf"), ("damp", "finite")),
+        ((*SWEEP, "--methods", ":"), ("a name is missing",)),
         ((*SWEEP, "--models", "zoo:lama"), ("unknown zoo model 'lama'",)),
         ((*SWEEP, "--models", "shape:llama-7c"), ("did you mean 'llama-7b'",)),
         ((*SWEEP, "--tasks", "kjw"), ("kjw", "did you mean 'kjv'")),
@@ -72,6 +85,13 @@ def _empty_folder(tmp_path, monkeypatch):
 )
 def test_one_clear_line(capsys, tmp_path, arguments, messages):
     _refused(capsys, tmp_path, arguments, *messages)
+
+
+def test_a_folder_that_is_written_like_a_hub_id(capsys, tmp_path):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    _refused(capsys, tmp_path, (*SWEEP, "--models", "org/name"), "write ./org/name", "org/name@main")
+    (tmp_path / "plain").mkdir()
+    _refused(capsys, tmp_path, (*SWEEP, "--models", "plain"), "written ./plain")
 
 
 def test_cuda_without_a_device(capsys, tmp_path, monkeypatch):

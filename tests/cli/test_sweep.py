@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -191,46 +189,6 @@ def test_a_saved_directory_is_scored_like_the_bundled_model(harness, tmp_path):
     assert scores["./saved"] == scores["zoo:opt-4m"]
     assert scores["./saved"]["rtn:bits=3", "nll_rise"] > 0
     assert scores["./saved"]["baseline", "mean_kl"] < 1e-6
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed(harness, checkpoint, tmp_path, number):
-    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "hangs,scale", "--models", checkpoint, *FAST)
-    process, _ = _running_until("baseline · b1-p8-g2: ok", tmp_path, arguments)
-    time.sleep(0.5)
-    process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "the same command goes on" in rest
-    assert "Traceback" not in rest
-    with sqlite3.connect(tmp_path / "results.db") as connection:
-        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
-        assert connection.execute("select status from sweeps").fetchall() == [("interrupted",)]
-        assert connection.execute("select count(*) from cells").fetchone() == (2,)
-    connection.close()
-    resumed = harness(*arguments, "--timeout", "5")
-    assert resumed.code == 1
-    assert "2 of them already measured" in resumed.err
-    rows = json.loads(harness("results", "--format", "json").out)
-    assert {row["method"] for row in rows} == {"baseline", "hangs", "scale"}
-
-
-def test_a_killed_sweep_loses_at_most_the_cell_in_flight(harness, checkpoint, tmp_path):
-    arguments = ("sweep", "--plugin", PLUGIN, "--methods", "scale,hangs", "--models", checkpoint, *FAST)
-    process, seen = _running_until("scale · transform: ok", tmp_path, arguments)
-    process.kill()
-    process.communicate(timeout=60)
-    finished = seen.count(": ok")
-    with sqlite3.connect(tmp_path / "results.db") as connection:
-        assert connection.execute("pragma integrity_check").fetchone() == ("ok",)
-        (stored,) = connection.execute("select count(*) from cells").fetchone()
-    connection.close()
-    assert finished <= stored <= finished + 1
-    resumed = harness(*arguments, "--timeout", "5")
-    assert f"{stored} of them already measured" in resumed.err
-    rows = harness("results", "--format", "json").rows
-    keys = {(row["method"], row["scenario"], row["metric"]) for row in rows}
-    assert len(keys) == len(rows)  # nothing doubled
 
 
 def test_workers_die_with_their_parent(harness, checkpoint, tmp_path):

@@ -106,7 +106,7 @@ def test_rows_of_different_devices_are_never_compared(store):
         task=None,
         scenario="b1-p8-g2",
     )
-    with pytest.raises(ConfigError, match="share no model, seed, type and device"):
+    with pytest.raises(ConfigError, match="a and c differ in device: cpu x and another machine"):
         compare_methods(store, "a", "c")
 
 
@@ -157,7 +157,10 @@ def test_what_is_stored_beside_the_baseline():
     assert records["acc_difference"].value == pytest.approx(-0.05)
     assert records["acc_difference"].lower < -0.05 < records["acc_difference"].upper
     losses = baseline_records(_items([2.0, 3.0, 4.0], "nll"), _items([2.1, 3.3, 4.2], "nll"))
-    (rise,) = losses
+    rise, p, detectable = losses
+    assert (p.metric, p.unit) == ("nll_rise_p", "p")
+    assert p.value == pytest.approx(2 / 2**3)  # three losses: one of eight patterns, both ways
+    assert detectable.metric == "nll_rise_detectable"
     assert (rise.metric, rise.unit) == ("nll_rise", "nats/token")
     assert rise.value == pytest.approx(0.2)
     assert 0 < rise.lower <= 0.2 <= rise.upper

@@ -17,7 +17,9 @@ from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.evaluate.engine import evaluate_task, make_reference, wants_reference
 from harness.evaluate.index import resolve_tasks
 from harness.evaluate.intervals import wilson
+from harness.evaluate.lm import InMemoryLM
 from harness.evaluate.minimal_pairs import minimal_pairs
+from harness.evaluate.plan import Query
 from harness.evaluate.reference import load_reference
 from harness.models.info import info_from_config
 
@@ -286,14 +288,17 @@ def test_a_model_in_half_precision_is_summed_in_float32(tokenizer):
 
 def test_log_probabilities_are_taken_in_float32(tokenizer):
     model = make_llama().to(torch.bfloat16)
-    item = evaluate("grammar", model, tokenizer, limit=1, batch_size=1).items[0]
-    pair = minimal_pairs()[0]
-    for score, sentence in zip(item.detail["loglikelihoods"], (pair.good, pair.bad), strict=True):
+    lm = InMemoryLM(model, tokenizer, info_from_config(model.config, "small"), batch_size=1)
+    for sentence in (minimal_pairs()[0].good, minimal_pairs()[0].bad):
         ids = torch.tensor([[0, *tokenizer(sentence)["input_ids"]]])
         with torch.no_grad():
-            logits = model(ids[:, :-1]).logits.float()
-        expected = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum()
-        assert score == pytest.approx(float(expected), rel=1e-6)
+            logits = model(ids[:, :-1]).logits
+        exact, rough = (
+            float(each.log_softmax(-1).gather(2, ids[:, 1:, None]).sum()) for each in (logits.float(), logits)
+        )
+        scores = lm.score([Query(tuple(ids[0].tolist()), ids.shape[1] - 1)])
+        assert scores.log_likelihoods[0] == pytest.approx(exact, rel=1e-5)
+        assert rough != pytest.approx(exact, rel=1e-4)
 
 
 def test_a_tokenizer_without_an_end_gains_no_token(model, tokenizer, folder):
@@ -411,7 +416,7 @@ def test_a_text_longer_than_the_model_is_refused(model, tokenizer, folder):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("dataset_path: no/such_set\ntest_split: test", ConfigError, "data of task 'odd' cannot be loaded"),
+        ("dataset_path: no/such_set\ntest_split: test", ConfigError, "data set .no/such_set. is not"),
         ("dataset_path: json\noutput_type: dance", ConfigError, "task 'odd' cannot be built"),
         ("custom_dataset: !function absent.load", ConfigError, "data of task 'odd' cannot be loaded"),
     ],

@@ -15,11 +15,14 @@ from harness.errors import ConfigError
 from harness.evaluate.paired import (
     benjamini_hochberg,
     choice_kl,
+    compare_paired,
+    detectable_mean_difference,
     discordant,
     flips,
     mcnemar,
     minimum_detectable_effect,
     paired_bootstrap_difference,
+    sign_flip_test,
     wilson,
 )
 from harness.records import Item
@@ -102,6 +105,82 @@ def test_paired_difference_weights_and_seed():
     assert paired_bootstrap_difference(a, a, 0) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="of one length"):
         paired_bootstrap_difference([1.0], [1.0, 2.0], 0)
+
+
+@pytest.mark.parametrize("n", [2, 7, 12])
+def test_sign_flips_of_few_pairs_are_counted_as_scipy_counts_them(n):
+    differences = np.random.default_rng(n).normal(0.5, 1, size=n)
+    expected = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=np.inf, vectorized=False
+    )
+    assert sign_flip_test(differences) == pytest.approx(expected.pvalue)
+
+
+def test_sign_flips_of_more_pairs_are_drawn_and_of_many_normal():
+    rng = np.random.default_rng(0)
+    for n in (60, 900, 1100, 5000):
+        differences = rng.normal(2 / math.sqrt(n), 1, size=n)
+        # For normal differences the t-test of pairs is the reference.
+        expected = stats.ttest_1samp(differences, 0).pvalue
+        assert sign_flip_test(differences) == pytest.approx(expected, rel=0.15, abs=0.002)
+
+
+def test_sign_flips_count_what_an_item_weighs():
+    differences, weights = [3.0, -1.0, 0.5], [1.0, 5.0, 2.0]
+    weighted = [d * w for d, w in zip(differences, weights, strict=True)]
+    assert sign_flip_test(differences, weights) == sign_flip_test(weighted)
+    assert sign_flip_test([0.0, 0.0]) == 1.0
+    assert sign_flip_test([0.0, 1.0, 0.0]) == 1.0  # one pair shows nothing
+
+
+@pytest.mark.parametrize("n", [11, 25])
+def test_a_test_of_nothing_finds_it_one_time_in_twenty(n):
+    rng = np.random.default_rng(n)
+    values = [sign_flip_test(rng.normal(size=n)) for _ in range(200)]
+    assert 0.015 <= np.mean(np.array(values) < 0.05) <= 0.085
+
+
+def test_mcnemar_of_nothing_errs_at_most_one_time_in_twenty():
+    draws = np.random.default_rng(0).multinomial(500, [0.05, 0.05, 0.9], size=2000)
+    assert np.mean([mcnemar(int(b), int(c)) < 0.05 for b, c, _ in draws]) <= 0.055
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_paired_interval_covers_the_true_difference(weighted):
+    rng, covered, n = np.random.default_rng(2), 0, 120
+    weights = rng.integers(100, 500, size=n).astype(float).tolist() if weighted else None
+    for seed in range(300):
+        a = rng.normal(3, 1, size=n)
+        b = a + 0.05 + rng.normal(0, 0.2, size=n)
+        found = paired_bootstrap_difference(a.tolist(), b.tolist(), seed, weights)
+        covered += found.lower <= 0.05 <= found.upper
+    assert 0.9 < covered / 300 < 0.985
+
+
+def test_a_detectable_difference_is_found_four_times_in_five():
+    rng, n, found = np.random.default_rng(0), 60, 0
+    weights = rng.uniform(0.5, 2, size=n)
+    d = detectable_mean_difference(rng.normal(0, 0.3, size=n), weights.tolist())
+    for _ in range(150):
+        changes = d + rng.normal(0, 0.3, size=n)
+        found += sign_flip_test(changes, weights.tolist()) < 0.05
+    assert 0.7 < found / 150 < 0.9
+    assert detectable_mean_difference([0.4]) == math.inf
+
+
+def test_right_and_wrong_is_tested_by_mcnemar_and_the_rest_by_sign_flips():
+    a, b = [1.0] * 60 + [0.0] * 40, [1.0] * 50 + [0.0] * 45 + [1.0] * 5
+    found = compare_paired(a, b)
+    assert (found.n, found.test, found.flips) == (100, "McNemar", 0.15)
+    assert found.p == mcnemar(10, 5)
+    assert found.detectable == minimum_detectable_effect(100, 0.15)
+    assert found.difference.value == pytest.approx(-0.05)
+    # Where the members of a group count the same, items do not: McNemar's test would count them.
+    assert compare_paired(a, b, [1.0] * 50 + [2.0] * 50).test == "sign flips"
+    losses = compare_paired([2.0, 3.0, 4.0], [2.1, 3.3, 4.2])
+    assert (losses.test, losses.p, losses.flips) == ("sign flips", 0.25, None)
+    with pytest.raises(ValueError, match="of one length"):
+        compare_paired([1.0], [])
 
 
 @pytest.mark.parametrize(("n", "q"), [(200, 0.2), (1000, 0.1), (5000, 0.05)])

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from harness.errors import ConfigError, NumericalFailure
+from harness.errors import ConfigError, DiskFull, NumericalFailure
 from harness.evaluate import reference as reference_module
 from harness.evaluate import windows as windows_module
 from harness.evaluate.reference import compute_reference, load_reference, save_reference
@@ -255,7 +255,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(model, windows, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reference_module, "save_file", full)
-    with pytest.raises(ConfigError, match=r"cannot be written.*No space left"):
+    with pytest.raises(DiskFull, match=r"is full; free some space"):
         save_reference(path, reference)
     assert list(tmp_path.iterdir()) == []
 

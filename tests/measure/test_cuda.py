@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from harness_plugins.quantization.rtn import METHOD as RTN
 from torch import nn
 
 from harness.measure.bundled import register_meters
@@ -13,13 +14,14 @@ from harness.measure.clock import DeviceClock
 from harness.measure.effect import measure_effect, snapshot
 from harness.measure.fingerprint import checksums
 from harness.measure.generation import Generation, decode_logits_match, forward_only, random_prompt
-from harness.measure.graphs import prepare_call, prepare_generation
+from harness.measure.graphs import prepare_call, prepare_forward, prepare_generation
 from harness.measure.machine import device_name, gpu_state, manifest, resolve_device
 from harness.measure.memory import PeakMemory
 from harness.measure.meter import Measured
 from harness.measure.scenario import measure_scenario
 from harness.models.info import info_from_config
 from harness.records import Scenario
+from harness.testing import make_context
 from tests.measure.models import tiny_grouped, tiny_mistral, vivid
 
 pytestmark = [
@@ -63,15 +65,38 @@ def measured_of(model: nn.Module, scenario: Scenario) -> Measured:
     )
 
 
-def test_prefill_and_step_are_captured(decoder):
+def test_prefill_and_step_are_compiled_and_captured(decoder):
     prefill, step = prepare_generation(Generation(decoder, prompt_of(), 4))
-    assert (prefill.mode, prefill.note) == ("graph", None)
-    assert (step.mode, step.note) == ("graph", None)
+    assert (prefill.mode, prefill.note) == ("compiled", None)
+    assert (step.mode, step.note) == ("compiled", None)
+    assert all(module._compiled_call_impl is None for module in decoder.modules())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("length", [1, 8, 12])
-def test_replayed_steps_equal_plain_forward_passes(decoder, length):
-    decode_logits_match(decoder, prompt_of(length), 18, tolerance=5e-3)
+def test_replayed_steps_equal_plain_forward_passes(decoder, length, batch):
+    decode_logits_match(decoder, prompt_of(length, batch), 18, tolerance=5e-3)
+
+
+@pytest.mark.parametrize("written", [{"bits": 4, "group_size": 32}, {"bits": 8, "a_bits": 8}], ids=str)
+def test_a_quantized_model_is_compiled_around_its_kernels(tiny_llama, written):
+    model = tiny_llama.to(CUDA)
+    model = RTN.transform(model, RTN.options.model_validate(written), make_context(model)).eval()
+    generation = Generation(model, prompt_of(8, 1), 6)
+    prefill, step = prepare_generation(generation)
+    assert (prefill.mode, step.mode) == ("compiled", "compiled"), (prefill.note, step.note)
+    decode_logits_match(model, prompt_of(8, 1), 6, tolerance=5e-2)
+
+
+def test_a_compiler_that_fails_leaves_a_graph_and_the_reason(decoder, monkeypatch):
+    def broken(_module, _inputs):
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr("harness.measure.compiling._rewritten_inductor", broken)
+    prefill, step = prepare_generation(Generation(decoder, prompt_of(), 4))
+    assert (prefill.mode, step.mode) == ("graph", "graph")
+    assert step.note.startswith("compilation failed: ")
+    assert "no such instruction" in step.note
 
 
 def test_replays_can_start_over(decoder):
@@ -89,8 +114,8 @@ def test_replays_can_start_over(decoder):
 def test_an_encoder_is_captured(tiny_bert):
     tiny_bert.to(CUDA)
     tokens = prompt_of()
-    call = prepare_call(lambda: forward_only(tiny_bert, tokens), CUDA)
-    assert (call.mode, call.note) == ("graph", None)
+    call = prepare_forward(tiny_bert, tokens)
+    assert (call.mode, call.note) == ("compiled", None)
     torch.testing.assert_close(call.run(), forward_only(tiny_bert, tokens), atol=1e-4, rtol=0)
 
 
@@ -152,12 +177,12 @@ def test_events_time_the_device_and_not_the_host():
     assert 0.005 < first < 0.1
 
 
-def test_every_quantity_is_measured_in_graph_mode(tiny_llama):
+def test_every_quantity_is_measured_on_compiled_graphs(tiny_llama):
     model = tiny_llama.to(CUDA)
     measured = measured_of(model, Scenario(2, 16, 8))
     records = {record.metric: record for record in measure_scenario(measured, register_meters())}
     for metric in ("prefill_latency", "decode_latency", "end_to_end_latency"):
-        assert records[metric].mode == "graph"
+        assert records[metric].mode == "compiled"
         assert records[metric].value > 0
     steps = records["decode_latency"].value * 8
     whole = records["prefill_latency"].value + steps

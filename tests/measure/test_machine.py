@@ -65,6 +65,26 @@ def test_the_manifest_is_json_and_complete():
     assert found["cpu_count"] >= 1
 
 
+def test_variables_that_change_numbers_are_noted_and_places_are_not(monkeypatch):
+    for name in list(machine.compute_environment()):
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "OMP_NUM_THREADS": "1",
+        "TRITON_CACHE_DIR": "/somewhere",
+        "TORCH_HOME": "/elsewhere",
+        "HF_TOKEN": "secret",
+        "CUDA_VISIBLE_DEVICES": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert manifest("cpu")["environment"] == {
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "OMP_NUM_THREADS": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+
+
 def test_a_package_that_is_absent_has_no_version(monkeypatch):
     monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
     assert manifest("cpu")["versions"] == {"torch": torch.__version__, "no-such-package": None}
@@ -105,6 +125,8 @@ class StandIn:
 
     NVMLError = NVMLError
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+    NVML_PERF_POLICY_POWER, NVML_PERF_POLICY_THERMAL = 0, 1
+    NVML_PERF_POLICY_BOARD_LIMIT, NVML_PERF_POLICY_RELIABILITY = 3, 5
 
     def __init__(self) -> None:
         self.nvmlClocksThrottleReasonNone = 0
@@ -132,8 +154,16 @@ class StandIn:
     def nvmlDeviceGetClockInfo(self, _handle, which):
         return {1: 1500, 2: 2600}[which]
 
-    def nvmlDeviceGetMaxClockInfo(self, _handle, _which):
-        return 1980
+    def nvmlDeviceGetMaxClockInfo(self, _handle, which):
+        return {1: 1980, 2: 2619}[which]
+
+    def nvmlDeviceGetApplicationsClock(self, _handle, which):
+        return {1: 1755, 2: 2619}[which]
+
+    def nvmlDeviceGetViolationStatus(self, _handle, policy):
+        if policy == self.NVML_PERF_POLICY_RELIABILITY:
+            raise NVMLError("not supported")
+        return SimpleNamespace(referenceTime=9, violationTime=policy * 2_000_000_000)
 
     def nvmlDeviceGetPowerUsage(self, _handle):
         raise NVMLError("not supported")
@@ -167,10 +197,14 @@ def test_clocks_power_and_throttling_are_read(one_gpu):
         "sm_clock_mhz": 1500,
         "sm_clock_max_mhz": 1980,
         "memory_clock_mhz": 2600,
+        "memory_clock_max_mhz": 2619,
+        "sm_clock_set_mhz": 1755,
+        "memory_clock_set_mhz": 2619,
         "power_w": None,
         "power_cap_w": 700.0,
         "temperature_c": 41,
         "throttle_reasons": ["SwPowerCap"],
+        "violation_s": {"power": 0.0, "thermal": 2.0, "board_limit": 6.0, "reliability": None},
         "ecc": True,
     }
     assert one_gpu.open == 0

@@ -11,7 +11,13 @@ import pytest
 
 from harness.errors import ConfigError, NumericalFailure
 from harness.measure.latency import tokens_per_second
-from harness.measure.statistics import record_from_samples, speedup, summarize
+from harness.measure.statistics import (
+    median_draws,
+    percentiles,
+    record_from_samples,
+    speedup,
+    summarize,
+)
 
 
 def test_median_and_percentiles_are_those_of_the_readings():
@@ -22,6 +28,15 @@ def test_median_and_percentiles_are_those_of_the_readings():
     assert summary.p10 == pytest.approx(0.14)  # linear interpolation between 0.1 and 0.2
     assert summary.p90 == pytest.approx(0.46)
     assert summary.p99 == pytest.approx(0.496)
+
+
+def test_percentiles_have_names_and_draws_the_spread_of_a_median():
+    readings = list(range(1, 102))
+    assert percentiles(readings) == {"p10": 11.0, "p50": 51.0, "p90": 91.0, "p99": 100.0}
+    draws = median_draws(readings, np.random.default_rng(0), 3000)
+    assert draws.shape == (3000,)
+    # Of a uniform distribution of width 101: standard error 101 / (2 sqrt(n)).
+    assert draws.std() == pytest.approx(101 / (2 * math.sqrt(101)), rel=0.1)
 
 
 def test_the_interval_agrees_with_a_bootstrap_written_out():

@@ -129,7 +129,8 @@ def records_of(model, scenario: Scenario) -> dict:
 
 def test_a_decoder_is_measured_in_every_respect(tiny_llama):
     records = records_of(tiny_llama, Scenario(3, 16, 4))
-    assert {metric: record.unit for metric, record in records.items()} == {
+    units = {metric: record.unit for metric, record in records.items()}
+    expected = {
         "weight_bytes": "B",
         "prefill_peak_bytes": "B",
         "decode_peak_bytes": "B",
@@ -139,7 +140,9 @@ def test_a_decoder_is_measured_in_every_respect(tiny_llama):
         "decode_latency": "s",
         "decode_throughput": "tokens/s",
         "end_to_end_latency": "s",
+        "control_latency": "s",
     }
+    assert units.items() >= expected.items()
     for metric in ("prefill_latency", "decode_latency", "end_to_end_latency"):
         record = records[metric]
         assert record.mode == "cpu"
@@ -162,12 +165,8 @@ def test_throughput_is_the_tokens_of_the_whole_batch_over_the_latency(tiny_llama
 
 def test_an_encoder_has_only_a_forward_pass(tiny_bert):
     records = records_of(tiny_bert, Scenario(2, 16, 0))
-    assert set(records) == {
-        "weight_bytes",
-        "prefill_peak_bytes",
-        "prefill_latency",
-        "prefill_throughput",
-    }
+    assert set(records) >= {"weight_bytes", "prefill_peak_bytes", "prefill_latency", "prefill_throughput"}
+    assert not [metric for metric in records if "decode" in metric or "end_to_end" in metric]
     assert records["prefill_throughput"].value > 0
 
 
@@ -193,7 +192,9 @@ def test_measuring_leaves_the_model_as_it_was(tiny_llama):
 
 def test_the_meters_say_which_way_is_better():
     better = {meter.name: meter.better for meter in register_meters()}
-    assert {name for name, way in better.items() if way == "higher"} == {
+    assert {name for name, way in better.items() if way == "higher"} >= {
         "prefill_throughput",
         "decode_throughput",
+        "speedups",
     }
+    assert better["decode_latency"] == better["weight_bytes"] == "lower"

@@ -17,6 +17,7 @@ from harness.models.spec import parse_model
         ("shape:llama-7b", "shape", "llama-7b", None),
         ("meta-llama/Llama-3.1-8B", "hub", "meta-llama/Llama-3.1-8B", None),
         ("org/name@abc123", "hub", "org/name", "abc123"),
+        ("org/name@refs/pr/1", "hub", "org/name", "refs/pr/1"),
         ("short-name", "plugin", "short-name", None),
     ],
 )
@@ -49,7 +50,7 @@ def test_a_directory_may_have_a_plus_sign(tmp_path, monkeypatch):
         ("zoo:", "a name must follow"),
         ("zoo:a+outlier", "did you mean 'outliers'"),
         ("zoo:a+outliers:k", "name=value"),
-        ("not a model", "neither a directory nor a hub id"),
+        ("not a model", "neither a hub id (organisation/name) nor a directory"),
     ],
 )
 def test_bad_texts(text, message):
@@ -107,7 +108,7 @@ def test_a_directory_must_hold_a_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json"):
         describe(parse_model(str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match=r"no \*\.safetensors"):
+    with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         describe(parse_model(str(tmp_path)))
 
 

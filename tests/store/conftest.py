@@ -1,17 +1,14 @@
-"""Stores in SQLite files and in a throw-away PostgreSQL server."""
+"""Stores in SQLite files and in a throw-away PostgreSQL server: tests that use `store` or `target` run on
+both."""
 
 from __future__ import annotations
 
-import getpass
-import os
-import shutil
-import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from harness.store.store import Store
+from tests.store.server import PostgresServer, postgres_programs
 
 
 @pytest.fixture
@@ -19,38 +16,62 @@ def path(tmp_path):
     return tmp_path / "results.db"
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def target(request):
+    """Where an empty store may be opened: a path, or the URL of a database."""
+    return request.getfixturevalue({"sqlite": "path", "postgres": "url"}[request.param])
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def fresh_target(request):
+    """Where nothing is yet: a path, or the URL of a database without tables."""
+    return request.getfixturevalue({"sqlite": "path", "postgres": "empty_url"}[request.param])
+
+
 @pytest.fixture
-def store(path):
+def store(target):
+    with Store.open(target) as opened:
+        yield opened
+
+
+@pytest.fixture
+def sqlite_store(path):
     with Store.open(path) as opened:
         yield opened
 
 
+@pytest.fixture
+def url(postgres_server):
+    """The URL of a database that holds a store without rows."""
+    name = postgres_server.new_database()
+    yield postgres_server.url(name)
+    postgres_server.drop(name)
+
+
+@pytest.fixture
+def empty_url(postgres_server):
+    """The URL of a database without any table."""
+    name = postgres_server.new_database(empty=True)
+    yield postgres_server.url(name)
+    postgres_server.drop(name)
+
+
 @pytest.fixture(scope="session")
-def postgres_server():
-    """The URL of a fresh server on a socket in a temporary directory."""
-    programs = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), None]
-    found = [shutil.which("initdb", path=str(folder) if folder else None) for folder in programs]
+def postgres_programs_folder():
     pytest.importorskip("psycopg")
-    if not any(found):
+    programs = postgres_programs()
+    if programs is None:
         pytest.skip("no PostgreSQL server is installed (initdb is not found)")
-    binaries = Path(next(filter(None, found))).parent
-    # The server refuses to run as root.
-    user = "postgres" if os.geteuid() == 0 else getpass.getuser()
+    return programs
+
+
+@pytest.fixture(scope="session")
+def postgres_server(postgres_programs_folder):
+    """A server for the whole test run."""
     with tempfile.TemporaryDirectory(prefix="pg-") as folder:
-        shutil.chown(folder, user)
-        data = Path(folder, "data")
-
-        def run(*command):
-            subprocess.run(
-                [str(binaries / command[0]), *command[1:]],
-                user=user, check=True, stdout=subprocess.DEVNULL, cwd=folder,
-                env={"PATH": str(binaries), "LC_ALL": "C.UTF-8"},
-            )  # fmt: skip
-
-        run("initdb", "-D", str(data), "-A", "trust", "-U", "harness", "--no-sync", "-E", "UTF8")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        run("pg_ctl", "-D", str(data), "-o", options, "-l", f"{folder}/log", "-w", "start")
+        server = PostgresServer(postgres_programs_folder, folder)
+        server.start()
         try:
-            yield f"postgresql://harness@/postgres?host={folder}"
+            yield server
         finally:
-            run("pg_ctl", "-D", str(data), "-m", "immediate", "-w", "stop")
+            server.stop()

@@ -40,51 +40,54 @@ store.close_sweep(sweep, "finished")
 print("end", flush=True)
 """
 
+HALVES = """
+SELECT key FROM cells WHERE
+    (SELECT count(*) FROM items WHERE cell_id = cells.id) != 300
+    OR (SELECT count(*) FROM records WHERE cell_id = cells.id) != 5
+    OR (SELECT count(*) FROM samples JOIN records ON records.id = record_id
+        WHERE cell_id = cells.id) != 100
+    OR (SELECT count(*) FROM sweep_cells WHERE cell_id = cells.id) != 1
+"""
 
 ROOT = Path(__file__).parents[2]
 
 
-def start_writer(path, name, cells):
-    command = [sys.executable, "-c", WRITER, str(path), name, str(cells)]
+def start_writer(target, name, cells):
+    command = [sys.executable, "-c", WRITER, str(target), name, str(cells)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-def assert_whole(path, keys):
-    connection = sqlite3.connect(path)
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
-    stored = [key for (key,) in connection.execute("SELECT key FROM cells")]
+def assert_whole(target, keys):
+    if isinstance(target, Path):
+        connection = sqlite3.connect(target)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        connection.close()
+    with Store.open_readonly(target) as store, store.reading() as connection:
+        stored = list(connection.scalars(text("SELECT key FROM cells")))
+        halves = connection.execute(text(HALVES)).all()
     assert len(stored) == len(set(stored)), "a cell was doubled"
     assert keys <= set(stored), "a cell that was finished is lost"
-    halves = connection.execute(
-        """SELECT key FROM cells WHERE
-           (SELECT count(*) FROM items WHERE cell_id = cells.id) != 300
-           OR (SELECT count(*) FROM records WHERE cell_id = cells.id) != 5
-           OR (SELECT count(*) FROM samples JOIN records ON records.id = record_id
-               WHERE cell_id = cells.id) != 100
-           OR (SELECT count(*) FROM sweep_cells WHERE cell_id = cells.id) != 1"""
-    ).fetchall()
     assert halves == []
-    connection.close()
     return set(stored)
 
 
-def test_killed_at_any_moment_nothing_finished_is_lost_or_doubled(path):
+def test_killed_at_any_moment_nothing_finished_is_lost_or_doubled(target):
     said: set[str] = set()
     chance = random.Random(0)
-    for _ in range(4):
-        with start_writer(path, "cell", 100_000) as child:
+    for _ in range(4 if isinstance(target, Path) else 2):
+        with start_writer(target, "cell", 100_000) as child:
             assert child.stdout.readline() == "ready\n"
             time.sleep(chance.uniform(0.02, 0.25))
             child.send_signal(signal.SIGKILL)
             lines = child.stdout.read().split("\n")
         assert child.returncode == -signal.SIGKILL
         said |= set(lines[:-1])
-        stored = assert_whole(path, said)
+        stored = assert_whole(target, said)
         assert len(stored - said) <= 1, "only the cell in flight may be there unsaid"
         said = stored
     assert len(said) > 4
-    with Store.open_readonly(path) as store:
+    with Store.open_readonly(target) as store:
         assert set(queries.sweeps(store)["status"]) == {"running"}
 
 
@@ -117,15 +120,15 @@ write_task(store, sweep, make_result("second"))
         assert len(queries.results(store)) == 4
 
 
-def test_two_processes_make_and_fill_one_store_at_once(path):
+def test_two_processes_make_and_fill_one_store_at_once(fresh_target):
     names, cells = ("left", "right", "middle"), 12
-    children = [start_writer(path, name, cells) for name in names]
+    children = [start_writer(fresh_target, name, cells) for name in names]
     for child in children:
         with child:
             assert child.stdout.read().split("\n")[-2] == "end"
         assert child.returncode == 0
-    assert assert_whole(path, set()) == {f"{name}-{i}" for name in names for i in range(cells)}
-    with Store.open_readonly(path) as store:
+    assert assert_whole(fresh_target, set()) == {f"{name}-{i}" for name in names for i in range(cells)}
+    with Store.open_readonly(fresh_target) as store:
         assert len(queries.variants(store)) == 1
 
 
@@ -155,22 +158,22 @@ def test_opening_a_store_that_another_process_holds(path, monkeypatch):
     other.close()
 
 
-def test_a_full_disk_loses_nothing_and_is_said_in_one_line(store):
-    sweep = begin_sweep(store)
-    write_task(store, sweep, make_result("first"))
+def test_a_full_disk_loses_nothing_and_is_said_in_one_line(sqlite_store):
+    sweep = begin_sweep(sqlite_store)
+    write_task(sqlite_store, sweep, make_result("first"))
 
-    @event.listens_for(store.engine, "begin")
+    @event.listens_for(sqlite_store.engine, "begin")
     def fill_the_disk(connection):
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
 
     big = make_result("second", log_tail="x" * 1_000_000)
     with pytest.raises(StoreError, match=r"^results store \S+: the disk is full; free some space") as error:
-        write_task(store, sweep, big)
+        write_task(sqlite_store, sweep, big)
     assert "\n" not in str(error.value)
-    event.remove(store.engine, "begin", fill_the_disk)
-    with store.reading() as connection:
+    event.remove(sqlite_store.engine, "begin", fill_the_disk)
+    with sqlite_store.reading() as connection:
         connection.execute(text("PRAGMA max_page_count = 1000000"))
-    assert set(store.finished_cells(["first", "second"])) == {"first"}
-    write_task(store, sweep, big)
-    assert set(store.finished_cells(["first", "second"])) == {"first", "second"}
+    assert set(sqlite_store.finished_cells(["first", "second"])) == {"first"}
+    write_task(sqlite_store, sweep, big)
+    assert set(sqlite_store.finished_cells(["first", "second"])) == {"first", "second"}

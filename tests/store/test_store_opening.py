@@ -13,16 +13,20 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import OperationalError
 
 from harness.errors import HarnessError, StoreError
+from harness.records import CellKind, KernelUse
 from harness.store import migrations, opening, queries
 from harness.store.store import Store
 from harness.store.tables import REVISION, VERSION_TABLE, metadata
 from tests.store.rows import begin_sweep, make_result, write_task
 
-NEXT = """
+LATER = f"{int(REVISION) + 1:04d}"
+"""The revision of a harness after this one."""
+
+NEXT = f"""
 import sqlalchemy as sa
 from alembic import op
-revision = "0002"
-down_revision = "0001"
+revision = "{LATER}"
+down_revision = "{REVISION}"
 branch_labels = None
 depends_on = None
 
@@ -34,18 +38,30 @@ def upgrade():
 """
 
 
+FIRST_ROWS = (
+    "INSERT INTO machines VALUES (1, 'f', '{}', 't')",
+    "INSERT INTO sweeps (id, machine_id, command, config, manifest, cells_planned, status, started_at) "
+    "VALUES (1, 1, 'harness sweep', '{}', '{}', 1, 'finished', 't')",
+    "INSERT INTO variants VALUES (1, 'v', 1, 'm', 'i', 'rtn', '[]', 'q', 0, 'f', 'cpu', 'c', 0, '{}', 0)",
+    "INSERT INTO cells VALUES (1, 'k', 1, 1, 'scenario', NULL, 's', 'ok', NULL, NULL, NULL, 't', 1.0)",
+    "INSERT INTO sweep_cells VALUES (1, 1)",
+    "INSERT INTO records VALUES (1, 1, 'decode_latency', 0.25, 's', NULL, NULL, 1, 'cpu', NULL)",
+)
+"""What a sweep left in a store of revision 0001."""
+
+
 @pytest.fixture
 def newer_harness(tmp_path_factory, monkeypatch):
-    """A later version of the harness, whose schema has a second revision."""
+    """A later version of the harness, whose schema has one more revision."""
     scripts = tmp_path_factory.mktemp("later") / "100% migrations"
     shutil.copytree(Path(migrations.__file__).parent, scripts)
-    (scripts / "versions" / "0002_next.py").write_text(NEXT)
+    (scripts / "versions" / f"{LATER}_next.py").write_text(NEXT)
 
     def become(script=NEXT):
-        (scripts / "versions" / "0002_next.py").write_text(script)
+        (scripts / "versions" / f"{LATER}_next.py").write_text(script)
         monkeypatch.setattr(migrations, "files", lambda _package: scripts)
-        monkeypatch.setattr(opening, "REVISION", "0002")
-        monkeypatch.setattr(migrations.upgrade, "__defaults__", ("0002",))
+        monkeypatch.setattr(opening, "REVISION", LATER)
+        monkeypatch.setattr(migrations.upgrade, "__defaults__", (LATER,))
         return scripts
 
     return become
@@ -77,7 +93,7 @@ def test_migrations_build_the_tables(store):
         assert compare_metadata(context, metadata) == []
 
 
-def test_migrations_build_the_same_sqlite_tables_to_the_letter(store, tmp_path):
+def test_migrations_build_the_same_sqlite_tables_to_the_letter(sqlite_store, tmp_path):
     """What compare_metadata does not look at: foreign keys' names, primary keys, rowid tables."""
     created = sqlite3.connect(tmp_path / "created.db")
     from sqlalchemy import create_engine
@@ -91,7 +107,7 @@ def test_migrations_build_the_same_sqlite_tables_to_the_letter(store, tmp_path):
         # The order of constraints in a statement means nothing.
         return {name: sorted(part.strip(" \t,") for part in sql.splitlines()) for name, sql in rows}
 
-    with store.reading() as migrated, engine.connect() as direct:
+    with sqlite_store.reading() as migrated, engine.connect() as direct:
         assert schema(migrated) == schema(direct)
     engine.dispose()
     created.close()
@@ -106,8 +122,8 @@ def test_the_revision_is_the_last_migration(store):
         assert connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}")) == REVISION
 
 
-def test_settings_of_the_file(store):
-    with store.reading() as connection:
+def test_settings_of_the_file(sqlite_store):
+    with sqlite_store.reading() as connection:
         values = {
             name: connection.scalar(text(f"PRAGMA {name}"))
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
@@ -116,7 +132,7 @@ def test_settings_of_the_file(store):
         "journal_mode": "wal",
         "synchronous": 2,
         "foreign_keys": 1,
-        "busy_timeout": 30_000,
+        "busy_timeout": 500,
     }
 
 
@@ -261,9 +277,9 @@ def test_read_only_means_it(path):
         assert queries.results(store).equals(before)
 
 
-def test_a_reader_sees_what_a_writer_adds(store, path):
+def test_a_reader_sees_what_a_writer_adds(store, target):
     sweep = begin_sweep(store)
-    with Store.open_readonly(path) as reader:
+    with Store.open_readonly(target) as reader:
         for number in range(1, 4):
             write_task(store, sweep, make_result(f"cell-{number}"))
             assert queries.results(reader)["cell"].nunique() == number
@@ -279,7 +295,7 @@ def test_a_newer_store_is_refused_and_left_alone(path, newer_harness, monkeypatc
     monkeypatch.undo()
     before = path.read_bytes()
     for opener in (Store.open, Store.open_readonly):
-        with pytest.raises(StoreError, match=r"newer harness \(revision 0002, .* knows 0001\)"):
+        with pytest.raises(StoreError, match=rf"newer harness \(revision {LATER}, .* knows {REVISION}\)"):
             opener(path)
     assert path.read_bytes() == before
 
@@ -288,11 +304,11 @@ def test_an_older_store_is_migrated_after_a_backup(path, newer_harness):
     with Store.open(path) as store:
         write_task(store, begin_sweep(store), make_result())
         newer_harness()
-        with pytest.raises(StoreError, match=r"older version \(revision 0001, .* migrates it"):
+        with pytest.raises(StoreError, match=rf"older version \(revision {REVISION}, .* migrates it"):
             Store.open_readonly(path)
         # The first store is still open, so the last rows are only in its write-ahead log.
         Store.open(path).close()
-    backup = path.with_name("results.db.backup-0001")
+    backup = path.with_name(f"results.db.backup-{REVISION}")
     migrated, old = sqlite3.connect(path), sqlite3.connect(backup)
     assert migrated.execute("SELECT key, duration_s, colour FROM cells").fetchall() == [
         ("cell-a", 1.25, None)
@@ -307,6 +323,32 @@ def test_an_older_store_is_migrated_after_a_backup(path, newer_harness):
     assert len(list(path.parent.glob("*.backup-*"))) == 1, "a migrated store is not backed up again"
 
 
+def test_a_store_of_the_first_revision_keeps_its_rows_and_gets_kernels(path):
+    from sqlalchemy import create_engine
+
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        migrations.upgrade(connection, "0001")
+    with engine.begin() as connection:
+        for statement in FIRST_ROWS:
+            connection.execute(text(statement))
+    engine.dispose()
+    with pytest.raises(StoreError, match=r"older version \(revision 0001"):
+        Store.open_readonly(path)
+    with Store.open(path) as store:
+        assert store.records(1)["decode_latency"].value == 0.25
+        assert store.kernels(1) == ()
+        kernel = KernelUse("decode", "_gemv_kernel", "gemm", 3, 0.5, 1.0)
+        cell = store.write_cell(
+            1, make_result("cell-b", "v", kernels=(kernel,)), kind=CellKind.SCENARIO, task=None, scenario="s"
+        )
+        assert store.kernels(cell) == (kernel,)
+    old = sqlite3.connect(path.with_name("results.db.backup-0001"))
+    assert old.execute("SELECT value FROM records").fetchall() == [(0.25,)]
+    assert old.execute("SELECT count(*) FROM sqlite_master WHERE name = 'kernels'").fetchone() == (0,)
+    old.close()
+
+
 def test_a_migration_that_breaks_changes_nothing(path, newer_harness):
     with Store.open(path) as store:
         write_task(store, begin_sweep(store), make_result())
@@ -316,10 +358,11 @@ def test_a_migration_that_breaks_changes_nothing(path, newer_harness):
             Store.open(path)
     connection = sqlite3.connect(path)
     assert connection.execute("SELECT key, seconds FROM cells").fetchall() == [("cell-a", 1.25)]
-    assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone() == ("0001",)
+    assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone() == (REVISION,)
     connection.close()
     names = sorted(file.name for file in path.parent.glob("*.backup-*"))
-    assert names == ["results.db.backup-0001", "results.db.backup-0001-2"], "none was overwritten"
+    first = f"results.db.backup-{REVISION}"
+    assert names == [first, f"{first}-2"], "none was overwritten"
 
 
 def test_the_schema_has_an_index_for_every_foreign_key_that_is_searched(store):
@@ -340,16 +383,16 @@ def test_the_next_migration_is_written_from_the_difference(newer_harness, monkey
     from harness.store.migrations.__main__ import write_next
 
     folder = newer_harness()
-    (folder / "versions" / "0002_next.py").unlink()
+    (folder / "versions" / f"{LATER}_next.py").unlink()
     changed = sa.MetaData(naming_convention=metadata.naming_convention)
     for table in metadata.tables.values():
         table.to_metadata(changed)
     changed.tables["sweeps"].append_column(sa.Column("mood", sa.Text))
     monkeypatch.setattr(tables, "metadata", changed)
     path = write_next("add a mood")
-    assert path.name == "0002_add_a_mood.py"
+    assert path.name == f"{LATER}_add_a_mood.py"
     script = path.read_text()
-    assert "revision = '0002'" in script
-    assert "down_revision = '0001'" in script
+    assert f"revision = '{LATER}'" in script
+    assert f"down_revision = '{REVISION}'" in script
     assert "batch_op.add_column(sa.Column('mood', sa.Text(), nullable=True))" in script
     assert "drop" not in script

@@ -1,123 +1,235 @@
-"""The same store in PostgreSQL, by URL."""
+"""What only a server has: several writers at a time, restarts, passwords, read-only transactions."""
 
 from __future__ import annotations
 
-import math
+import sqlite3
+import tempfile
 import threading
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, func, select, text
 
 from harness.errors import MissingExtra, StoreError
-from harness.records import Item, ModuleEffect, Record, VariantReport
-from harness.store import queries
-from harness.store.opening import locate
+from harness.records import ModuleEffect, Record, VariantReport
+from harness.store import opening, queries
+from harness.store.failures import explain
+from harness.store.opening import label, locate
 from harness.store.store import Store
-from harness.store.tables import VERSION_TABLE, metadata
+from harness.store.tables import effects, records
 from tests.store.rows import begin_sweep, make_result, make_variant, write_task
+from tests.store.server import PostgresServer
 
 
 @pytest.fixture
-def url(postgres_server):
-    return postgres_server
+def own_server(postgres_programs_folder):
+    """A server that a test may stop."""
+    with tempfile.TemporaryDirectory(prefix="pg-") as folder:
+        server = PostgresServer(postgres_programs_folder, folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
-@pytest.fixture
-def server_store(url):
-    with Store.open(url) as store:
-        yield store
-        with store.engine.begin() as connection:
-            metadata.drop_all(connection)
-            connection.execute(text(f"DROP TABLE {VERSION_TABLE}"))
-
-
-@pytest.mark.postgres
-def test_a_round_trip(server_store, url):
-    sweep = begin_sweep(server_store)
-    result = make_result(
-        records=(
-            Record("nan", math.nan, "x", upper=math.inf, samples=(math.nan, 1.0)),
-            Record("acc", 0.5, "fraction", n=2),
-        ),
-        items=(Item(0, "acc", 1.0, {"ll": [-math.inf]}), Item(1, "acc", math.nan)),
-        log_tail="a\0b",
-    )
-    cell = write_task(server_store, sweep, result)
-    effect = ModuleEffect("a", "Linear", True, "int8", 2**33, 2**35, 2**33)
-    server_store.write_effects("variant-a", VariantReport("variant-a", (effect,)))
-    server_store.link_cells(begin_sweep(server_store), [cell])
-    server_store.close_sweep(sweep, "finished")
-    with Store.open_readonly(url) as reader:
-        frame = queries.results(reader, sweep="last", methods=["gptq"], statuses=["ok"])
-        assert frame["metric"].tolist() == ["nan", "acc"]
-        assert math.isnan(frame.value[0])
-        assert frame.upper[0] == math.inf
-        assert reader.items(cell)[0] == Item(0, "acc", 1.0, {"ll": [-math.inf]})
-        assert queries.samples(reader, [1])["value"].tolist()[1] == 1.0
-        assert len(queries.paired_items(reader, cell, cell, "acc")) == 2
-        assert queries.variants(reader)["bytes_before"].tolist() == [2**35]
-        assert queries.sweeps(reader)["cells_ok"].tolist() == [1, 1]
-        assert queries.failures(reader).empty
-        with (
-            pytest.raises(StoreError, match="read-only transaction"),
-            reader.reading() as connection,
-        ):
-            connection.execute(text("DELETE FROM samples"))
-
-
-@pytest.mark.postgres
-def test_migrations_build_the_tables_there_too(server_store):
-    from alembic.autogenerate import compare_metadata
-    from alembic.migration import MigrationContext
-
-    with server_store.reading() as connection:
-        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
-        assert compare_metadata(context, metadata) == []
-
-
-@pytest.mark.postgres
-def test_writers_at_once(server_store, url):
-    sweep = begin_sweep(server_store)
+def at_once(*actions):
+    """Run actions in threads that start together; what they raise is raised here."""
+    barrier = threading.Barrier(len(actions))
     failures = []
 
-    def write(name):
+    def run(action):
         try:
-            with Store.open(url) as store:
-                for number in range(10):
-                    store.write_variant(sweep, make_variant(f"variant-{number}"))
-                    write_task(store, sweep, make_result(f"{name}-{number}"))
-        except StoreError as error:
+            barrier.wait()
+            action()
+        except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=write, args=(name,)) for name in ("left", "right")]
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert failures == []
-    assert queries.results(server_store)["cell"].nunique() == 20
-    assert len(queries.variants(server_store)) == 11
+
+
+# --- several writers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.postgres
-def test_missing_empty_and_foreign_databases(url):
+def test_writers_at_once(url):
+    def write(name):
+        with Store.open(url) as store:
+            sweep = begin_sweep(store)
+            for number in range(10):
+                store.write_variant(sweep, make_variant(f"variant-{number}"))
+                write_task(store, sweep, make_result(f"{name}-{number}"))
+
+    at_once(lambda: write("left"), lambda: write("right"))
+    with Store.open_readonly(url) as store:
+        assert queries.results(store)["cell"].nunique() == 20
+        assert len(queries.variants(store)) == 11
+        assert queries.sweeps(store)["machine"].unique().tolist() == [1]
+
+
+@pytest.mark.postgres
+def test_two_sweeps_that_find_the_same_effects_do_not_trip_over_each_other(url):
+    with Store.open(url) as store:
+        begin_sweep(store)
+
+        def write(kind):
+            with Store.open(url) as mine:
+                found = tuple(ModuleEffect(f"m{n}", kind, True, "int8", 1, 4, 1) for n in range(5))
+                for _ in range(15):
+                    mine.write_effects("variant-a", VariantReport("variant-a", found))
+
+        at_once(lambda: write("A"), lambda: write("B"))
+        with store.reading() as connection:
+            kinds = set(connection.scalars(select(effects.c.kind)))
+            assert connection.scalar(select(func.count()).select_from(effects)) == 5
+        assert kinds in ({"A"}, {"B"}), "one sweep's effects, whole"
+
+
+@pytest.mark.postgres
+def test_two_sweeps_that_compare_the_same_cell_leave_one_record(url):
+    with Store.open(url) as store:
+        cell = write_task(store, begin_sweep(store), make_result())
+
+        def compare():
+            store.write_derived(cell, [Record("flips", 0.5, "fraction", samples=(1.0,) * 500)])
+
+        for _ in range(10):
+            at_once(compare, compare, compare)
+            with store.reading() as connection:
+                metrics = list(connection.scalars(select(records.c.metric)))
+            assert sorted(metrics) == ["acc", "flips", "latency"]
+
+
+@pytest.mark.postgres
+def test_two_processes_make_one_store(empty_url):
+    stores = []
+    at_once(*(lambda: stores.append(Store.open(empty_url)) for _ in range(3)))
+    for store in stores:
+        assert queries.sweeps(store).empty
+        store.close()
+
+
+# --- a server that goes away ----------------------------------------------------------------------------
+
+
+@pytest.mark.postgres
+def test_a_restart_between_two_cells_is_not_noticed(own_server):
+    with Store.open(own_server.url(own_server.new_database())) as store:
+        sweep = begin_sweep(store)
+        write_task(store, sweep, make_result("before"))
+        own_server.stop("fast")
+        restart = threading.Timer(1.0, own_server.start)
+        restart.start()
+        write_task(store, sweep, make_result("after"))  # waits until it is back
+        restart.join()
+        assert set(store.finished_cells(["before", "after"])) == {"before", "after"}
+
+
+@pytest.mark.postgres
+def test_a_restart_inside_a_cell_is_one_clear_line_and_leaves_no_half(own_server):
+    with Store.open(own_server.url(own_server.new_database())) as store:
+        sweep = begin_sweep(store)
+
+        def restart(_connection, _cursor, statement, *_):
+            if statement.startswith("INSERT INTO records"):
+                own_server.stop("fast")
+                own_server.start()
+
+        event.listen(store.engine, "after_cursor_execute", restart)
+        with pytest.raises(StoreError) as error:
+            write_task(store, sweep, make_result())
+        event.remove(store.engine, "after_cursor_execute", restart)
+        assert "the connection to the server was lost (" in str(error.value)
+        assert "run the same command again (every finished cell is kept)" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert store.finished_cells(["cell-a"]) == {}
+        write_task(store, sweep, make_result())
+        assert len(queries.results(store)) == 2
+
+
+@pytest.mark.postgres
+def test_a_server_that_stays_away_ends_the_sweep_in_one_line(own_server, monkeypatch):
+    with Store.open(own_server.url(own_server.new_database())) as store:
+        sweep = begin_sweep(store)
+        monkeypatch.setattr(opening, "RECONNECT_TIMEOUT_S", 0.6)
+        own_server.stop("fast")
+        try:
+            with pytest.raises(StoreError, match="results store postgresql") as error:
+                write_task(store, sweep, make_result())
+        finally:
+            own_server.start()
+        assert "\n" not in str(error.value)
+        write_task(store, sweep, make_result())
+
+
+def test_errors_of_files_are_not_taken_for_lost_connections():
+    assert explain(sqlite3.OperationalError("no such table: x")) == "no such table: x"
+
+
+# --- what is there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.postgres
+def test_a_reader_cannot_write(url):
+    with Store.open(url) as store:
+        write_task(store, begin_sweep(store), make_result())
+    with Store.open_readonly(url) as reader:
+        assert len(queries.results(reader)) == 2
+        with pytest.raises(StoreError, match="read-only transaction"), reader.reading() as connection:
+            connection.execute(text("DELETE FROM samples"))
+        with pytest.raises(StoreError, match="is open read-only"):
+            write_task(reader, 1, make_result("b"))
+
+
+@pytest.mark.postgres
+def test_missing_empty_and_foreign_databases(empty_url):
     with pytest.raises(StoreError, match="does not exist"):
-        Store.open(url.replace("/postgres?", "/nowhere?"))
+        Store.open(empty_url.replace("/store_", "/nowhere_"))
     with pytest.raises(StoreError, match="is empty; run: harness sweep"):
-        Store.open_readonly(url)
-    engine = create_engine(locate(url))
+        Store.open_readonly(empty_url)
+    engine = create_engine(locate(empty_url))
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE mine (x int)"))
-    with pytest.raises(StoreError, match=r"not a results store .*table 'mine'"):
-        Store.open(url)
-    with engine.begin() as connection:
-        connection.execute(text("DROP TABLE mine"))
     engine.dispose()
+    with pytest.raises(StoreError, match=r"not a results store .*table 'mine'"):
+        Store.open(empty_url)
+
+
+# --- addresses and passwords ----------------------------------------------------------------------------
 
 
 def test_the_driver_is_named():
-    assert locate("postgres://me:secret@host/db").drivername == "postgresql+psycopg"
-    assert "secret" not in str(locate("postgresql://me:secret@host/db"))
+    assert locate("postgres://me@host/db").drivername == "postgresql+psycopg"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgres://me:s3cret@host/db",
+        "postgresql://me:s3cret%40x@host/db?sslmode=require",
+        "postgresql://me@host/db?password=s3cret",
+    ],
+)
+def test_a_password_is_in_no_name(address):
+    assert "s3cret" not in label(locate(address))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "mysql://me:s3cret@host/db",
+        "postgresql://me:s3cret@host:port/db",
+        "postgresql+none://me:s3cret@host/db",
+    ],
+)
+def test_a_password_is_in_no_complaint_about_an_address(address):
+    with pytest.raises(StoreError) as error:
+        Store.open(address)
+    assert "s3cret" not in str(error.value)
 
 
 def test_a_missing_driver_names_the_pip_line(monkeypatch):

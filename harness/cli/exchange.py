@@ -1,0 +1,129 @@
+"""``harness results export`` and ``harness results import``: results as text files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from harness.store.exchange_import import Imported
+
+__all__ = ["export", "import_"]
+
+
+def export(
+    file: Annotated[Path, typer.Argument(help="The file to write (JSON Lines); gzipped if it ends in .gz.")],
+    db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Only this sweep: its number, or last. Default: the newest of each cell."),
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Only these models.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods, as written.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks.")] = None,
+    scenarios: Annotated[str | None, typer.Option(help="Only these shapes, such as b1-p512-g64.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only cells with these statuses.")] = None,
+    no_samples: Annotated[bool, typer.Option("--no-samples", help="Leave out the raw readings.")] = False,
+    no_items: Annotated[
+        bool, typer.Option("--no-items", help="Leave out the outcomes of single items.")
+    ] = False,
+    no_effects: Annotated[
+        bool, typer.Option("--no-effects", help="Leave out what was done to each module.")
+    ] = False,
+    no_kernels: Annotated[bool, typer.Option("--no-kernels", help="Leave out the kernels that ran.")] = False,
+    with_host: Annotated[
+        bool,
+        typer.Option("--with-host", help="Keep host names, commands, paths, tracebacks and logs."),
+    ] = False,
+) -> None:
+    """Write results to a text file that `harness results import` reads.
+
+    The file is small and in a fixed order. Passwords never leave the store; host names, absolute
+    paths, tracebacks and logs only with --with-host.
+    """
+    from harness.chain import split_list
+    from harness.cli.results import sweep_number
+    from harness.cli.sweep import database
+    from harness.store.exchange_export import Wanted, export_results
+    from harness.store.store import Store
+
+    def names(text: str | None) -> list[str] | None:
+        return None if text is None else split_list(text)
+
+    wanted = Wanted(
+        sweep=sweep_number(sweep),
+        models=names(models),
+        methods=names(methods),
+        tasks=names(tasks),
+        scenarios=names(scenarios),
+        statuses=names(status),
+    )
+    left_out = {
+        "samples": no_samples,
+        "items": no_items,
+        "effects": no_effects,
+        "kernels": no_kernels,
+    }
+    leave_out = [name for name, given in left_out.items() if given]
+    with Store.open_readonly(database(db)) as store:
+        written = export_results(store, file, wanted, leave_out=leave_out, with_host=with_host)
+    counts = [
+        _counted(written.rows.get(f"{name}s", 0), name) for name in ("sweep", "variant", "cell", "record")
+    ]
+    typer.echo(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
+
+
+def import_(
+    files: Annotated[list[Path], typer.Argument(help="Files that `harness results export` wrote.")],
+    db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
+    origin: Annotated[
+        str | None, typer.Option(help="What to call where the rows came from. Default: the file's name.")
+    ] = None,
+) -> None:
+    """Add exported results to a store, all or nothing.
+
+    Importing a file again adds nothing. Imported rows keep their origin, replace nothing, and no
+    sweep takes them for its own.
+    """
+    from harness.cli.sweep import database
+    from harness.store.exchange_import import import_results
+    from harness.store.exchange_read import read_results
+    from harness.store.store import Store
+
+    read = [read_results(file) for file in files]  # before a store is made for nothing
+    with Store.open(database(db)) as store:
+        for done in import_results(store, read, origin):
+            typer.echo(f"{done.file}: {_what_came(done)}")
+            _warn_of_versions(done)
+
+
+def _what_came(done: Imported) -> str:
+    new = f"{_counted(done.added, 'cell')} imported, {_counted(done.sweeps, 'new sweep')}"
+    parts = [new if done.added or done.sweeps else "nothing new"]
+    if done.known:
+        parts.append(f"{_counted(done.known, 'cell')} imported before")
+    if done.own:
+        parts.append(f"{_counted(done.own, 'sweep')} left out that this store measured itself")
+    return ", ".join(parts)
+
+
+def _warn_of_versions(done: Imported) -> None:
+    from harness.measure import MEASURING_VERSION
+
+    others = [str(version) for version in done.measuring_versions if version != MEASURING_VERSION]
+    if others:
+        typer.echo(
+            f"note: {done.file} was measured with measuring version {' and '.join(others)}, this harness "
+            f"measures with {MEASURING_VERSION}: do not compare such rows",
+            err=True,
+        )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}" + ("" if number == 1 else "s")
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:,.1f} MB" if number >= 1e6 else f"{number / 1e3:,.1f} kB"

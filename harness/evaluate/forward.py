@@ -1,0 +1,321 @@
+"""One forward pass over a batch of planned rows, in the fastest way that this very model allows.
+
+A variant may be any module: its attention replaced, its cache compressed, its head quantized. So every
+way but the plainest is tried on the model before it is used (`choose_way`): the log-probabilities that it
+gives for rows of the plan itself must be those of a plain call on each sequence alone. What fails is not
+used, and the reason is kept for the record's note.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.errors import HarnessError
+from harness.evaluate.crew import Crew
+from harness.evaluate.plan import Row, ancestor_mask
+from harness.evaluate.windows import device_of, logits_of
+
+__all__ = ["PLAIN", "Batch", "Way", "agrees_with_itself", "choose_way", "forward", "make_batch"]
+
+_PROBED_BRANCHES = 3  # of a row, compared with plain calls
+_NOISE_FACTOR = 3.0  # how much more than the model's own noise a way may differ
+_LARGEST_ERROR = 0.1  # nats, root mean square, whatever the noise
+_BASE_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8}  # nats, root mean square
+_HALF_PRECISION_ERROR = 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How rows are given to the model.
+
+    `tree`: rows may fork, told by a mask and positions; `lean`: without a cache, which nothing here
+    reads; `select`: the head computes only the positions that are asked for.
+    """
+
+    tree: bool
+    lean: bool
+    select: bool
+
+
+PLAIN = Way(tree=False, lean=False, select=False)
+_WAYS = (
+    Way(tree=True, lean=True, select=True),
+    Way(tree=True, lean=False, select=True),
+    Way(tree=False, lean=True, select=True),
+    Way(tree=False, lean=False, select=True),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors on the device.
+
+    `tokens` and `positions` are int64 [rows, width]; `mask` is bool [rows, 1, width, width], or None
+    where no row forks; `selected` int64 [n] are the scored places in the flattened batch.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    selected: torch.Tensor
+
+
+def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Right-pad the rows to one width and send them to the device.
+
+    On a GPU the width of forking rows is a multiple of 8: its attention kernels want aligned masks.
+    """
+    width = max(len(row.tokens) for row in rows)
+    forks = any(not row.is_chain for row in rows)
+    if forks and device.type == "cuda":
+        width = -(-width // 8) * 8
+    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    selected = []
+    for index, row in enumerate(rows):
+        tokens[index, : len(row.tokens)] = row.tokens
+        positions[index, : len(row.tokens)] = row.depths
+        selected += [index * width + node for node in row.scored_nodes]
+    mask = _sent(ancestor_mask(rows, width)[:, None], device) if forks else None
+    return Batch(
+        tokens=_sent(tokens, device),
+        positions=_sent(positions, device),
+        mask=mask,
+        selected=_sent(np.array(selected, dtype=np.int64), device),
+    )
+
+
+@torch.no_grad()
+def forward(model: nn.Module, batch: Batch, way: Way) -> torch.Tensor:
+    """Logits [n, vocab] of the selected places."""
+    arguments: dict[str, Any] = {}
+    if way.lean:
+        arguments["use_cache"] = False
+    if batch.mask is not None:
+        arguments["attention_mask"] = _additive(batch.mask, _dtype_of(model))
+        arguments["position_ids"] = batch.positions
+    if not way.select:
+        logits = logits_of(model, batch.tokens, **arguments)
+        return logits.flatten(0, 1)[batch.selected]
+    with _only_selected(_head_of(model), batch):
+        logits = logits_of(model, batch.tokens, **arguments)
+    if logits.shape[:2] != (1, len(batch.selected)):
+        raise ValueError(f"the logits have the shape {tuple(logits.shape)}")
+    return logits[0]
+
+
+def choose_way(model: nn.Module, rows: Sequence[Row], chains: Sequence[Row]) -> tuple[Way, str]:
+    """The first way that gives, on these rows, what plain calls give; and why better ones do not.
+
+    Args:
+        rows: forking rows, longest first, or none; the longest and one of middle size are tried.
+        chains: the same requests as plain rows.
+
+    Raises:
+        torch.cuda.OutOfMemoryError, MemoryError: a single row does not fit.
+    """
+    reasons: list[str] = []
+    for way in _WAYS:
+        tried = _extremes([row for row in rows if not row.is_chain]) if way.tree else _extremes(chains)
+        if not tried or not _is_understood(model, way):
+            continue
+        try:
+            wrong = _difference(model, way, tried)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except _REFUSALS as error:
+            wrong = " ".join(str(error).split())[:120] or type(error).__name__
+        if wrong is None:
+            return way, "; ".join(dict.fromkeys(reasons))
+        if way.tree:
+            reasons.append(f"shared prefixes are computed again for each request: {wrong}")
+    return PLAIN, "; ".join(dict.fromkeys(reasons))
+
+
+def agrees_with_itself(model: nn.Module, rows: Sequence[Row], way: Way, crew: Crew) -> bool:
+    """Whether batches that are computed at once come out as one after another.
+
+    A module that keeps something of its input between two calls may mix up threads.
+    """
+    device = device_of(model)
+    made = [make_batch([row], device) for row in _extremes(rows)]
+    one_by_one = [forward(model, batch, way) for batch in made]
+    tried = [index % len(made) for index in range(2 * crew.workers)] if made else []
+    at_once = [crew.submit(forward, model, made[index], way) for index in tried]
+    try:
+        return all(
+            torch.allclose(result(), one_by_one[index], rtol=0, atol=1e-5, equal_nan=True)
+            for index, result in zip(tried, at_once, strict=True)
+        )
+    except _REFUSALS:
+        return False
+
+
+# What a module that knows nothing of masks, positions or selected places answers them with.
+_REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    HarnessError,
+)
+
+
+# --- trying ------------------------------------------------------------------------------------------
+
+
+def _extremes(rows: Sequence[Row]) -> list[Row]:
+    """The largest row and one of middle size: a window or a limit shows in the first."""
+    if not rows:
+        return []
+    chosen = [rows[0], rows[len(rows) // 2]]
+    return list({id(row): row for row in chosen}.values())
+
+
+def _difference(model: nn.Module, way: Way, rows: Sequence[Row]) -> str | None:
+    """What is wrong with the way on these rows in one padded batch, or None.
+
+    The measure is the root mean square difference of log-probabilities from plain calls on one branch
+    at a time. A model has noise of its own (the sums of a padded batch are rounded in another order;
+    activations are quantized to other levels), which is measured, where it matters, with the same
+    sequences in plain batches.
+    """
+    device = device_of(model)
+    branches = [branch for row in rows for branch in _branches(row)]
+    alone = torch.cat([_log_probabilities(model, [chain], PLAIN, device) for chain, _ in branches])
+    places = [place for number, nodes in _numbered(rows) for place in _places(rows, number, nodes)]
+    found = _log_probabilities(model, rows, way, device)[places]
+    error, allowed = _rms(found - alone), _BASE_ERROR.get(_dtype_of(model), _HALF_PRECISION_ERROR)
+    if error <= allowed:
+        return None
+    chains = [chain for chain, _ in branches]
+    together = torch.cat(
+        [
+            _log_probabilities(model, chains[first : first + len(rows)], PLAIN, device)
+            for first in range(0, len(chains), len(rows))
+        ]
+    )
+    allowed = min(max(allowed, _NOISE_FACTOR * _rms(together - alone)), _LARGEST_ERROR)
+    if error <= allowed:
+        return None
+    return f"with a mask the model's log-probabilities differ by {error:.2g} (allowed {allowed:.2g})"
+
+
+def _numbered(rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
+    for number, row in enumerate(rows):
+        for _, nodes in _branches(row):
+            yield number, nodes
+
+
+def _branches(row: Row) -> list[tuple[Row, list[int]]]:
+    """A few branches of a row as chains, with their nodes in the row."""
+    ends = [end - 1 for _, end, _ in row.segments]
+    step = max(1, len(ends) // _PROBED_BRANCHES)
+    chosen = ends[::step][: _PROBED_BRANCHES - 1] + ends[-1:]
+    scored = set(row.scored_nodes)
+    found = []
+    for last in dict.fromkeys(chosen):
+        nodes = _ancestors(row, last)
+        chain = Row(
+            tokens=[row.tokens[node] for node in nodes],
+            depths=list(range(len(nodes))),
+            segments=[(0, len(nodes), -1)],
+            pairs=[(place, 0) for place, node in enumerate(nodes) if node in scored],
+        )
+        if chain.pairs:
+            found.append((chain, [nodes[place] for place, _ in chain.pairs]))
+    return found
+
+
+def _ancestors(row: Row, node: int) -> list[int]:
+    nodes: list[int] = []
+    for first, end, parent in reversed(row.segments):
+        if first <= node < end:
+            nodes[:0] = range(first, node + 1)
+            node = parent
+    return nodes
+
+
+def _places(rows: Sequence[Row], number: int, nodes: Sequence[int]) -> list[int]:
+    """Where the logits of a row's nodes are among those of the batch."""
+    before = sum(len(row.scored_nodes) for row in rows[:number])
+    place = {node: index for index, node in enumerate(rows[number].scored_nodes)}
+    return [before + place[node] for node in nodes]
+
+
+def _log_probabilities(model: nn.Module, rows: Sequence[Row], way: Way, device: torch.device) -> torch.Tensor:
+    logits = forward(model, make_batch(rows, device), way)
+    return logits.float().log_softmax(-1)
+
+
+def _rms(difference: torch.Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+def _is_understood(model: nn.Module, way: Way) -> bool:
+    """Whether the model's `forward` takes what the way needs, by its signature."""
+    parameters = inspect.signature(model.forward).parameters
+    wanted = [name for name, needed in (("use_cache", way.lean),) if needed]
+    wanted += ["attention_mask", "position_ids"] if way.tree else []
+    return all(name in parameters for name in wanted) and (not way.select or _head_of(model) is not None)
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+@contextmanager
+def _only_selected(head: nn.Module | None, batch: Batch) -> Iterator[None]:
+    """Give the head the selected places only, as one row [1, n, hidden]; in this thread."""
+    assert head is not None
+    shape, thread = batch.tokens.shape, threading.get_ident()
+
+    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        mine = threading.get_ident() == thread
+        if not mine or not arguments or arguments[0].shape[:2] != shape:
+            return None
+        chosen = arguments[0].flatten(0, 1).index_select(0, batch.selected)
+        return (chosen.unsqueeze(0), *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token is seen and the smallest number elsewhere: what every attention understands."""
+    additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return additive.masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """What the model computes in: its first floating-point tensor's type."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
+            return tensor.dtype
+    return torch.float32
+
+
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

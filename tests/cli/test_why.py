@@ -1,0 +1,95 @@
+"""``harness why``: one real sweep explained, and what cannot be."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from harness.store import queries
+from harness.store.store import Store
+from tests.cli.test_sweep import FAST
+
+
+@pytest.fixture
+def swept(harness, tmp_path, tiny_llama):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    ran = harness("sweep", "--methods", "rtn:group_size=64", "--models", "./model", *FAST)
+    assert ran.code == 0, ran.err
+    return harness
+
+
+def test_a_sweep_is_explained(swept):
+    baseline, rtn = swept("why", "--format", "json").rows
+    assert (baseline["method"], baseline["verdict"]) == ("baseline", None)
+    assert rtn["method"] == "rtn:group_size=64"
+    assert rtn["verdict"]
+    assert 0 < rtn["effect"]["parameters_changed_share"] < 1
+    assert rtn["effect"]["theoretical_compression_ratio"] > rtn["effect"]["compression_ratio"] > 1
+    assert rtn["cost"]["transform_s"] > 0
+    assert {row["phase"] for row in rtn["memory"]} == {"load", "transform", "prefill", "decode"}
+    for row in rtn["memory"]:
+        assert row["weight"] > 0
+        assert row["host_peak"] > row["weight"]
+    phases = {(row["phase"], row["unit"]): row for row in rtn["achieved"]}
+    assert set(phases) == {("prefill", "FLOP/s"), ("decode", "FLOP/s"), ("decode", "B/s")}
+    for row in phases.values():
+        assert row["share_of_ceiling"] > 0
+        assert row["mode"] == "cpu"
+    for each in (baseline, rtn):
+        for phase in ("prefill", "decode"):
+            shares = [kernel["share"] for kernel in each["kernels"] if kernel["phase"] == phase]
+            assert sum(shares) == pytest.approx(1.0)
+            assert shares == sorted(shares, reverse=True) or "other" in str(each["kernels"])
+    with Store.open_readonly("results.db") as store:
+        manifest = queries.sweeps(store)["manifest"][0]
+        assert manifest["ceilings"]["values"]["matmul_float32"] > 0
+        frame = queries.kernels(store, queries.results(store)["cell"])
+    assert set(frame["phase"]) == {"prefill", "decode"}
+
+    table = swept("why", "rtn", "--top", "2").out
+    assert "rtn:group_size=64" in table
+    assert "baseline ·" not in table
+    assert "verdict: " in table
+    assert "  real, covers " in table
+    assert "× on paper" in table
+    assert "MBU" in table
+    assert table.count("aten::") == 4
+    listed = list(csv.DictReader(io.StringIO(swept("why", "rtn", "--format", "csv").out)))
+    assert len(listed) == len(rtn["kernels"])
+
+    # What is not timed again measures no ceilings and keeps its verdict.
+    again = swept("sweep", "--methods", "rtn:group_size=64", "--models", "./model", *FAST)
+    assert again.code == 0
+    with Store.open_readonly("results.db") as store:
+        first, second = queries.sweeps(store)["manifest"]
+    assert first["ceilings"]["values"]
+    assert second["ceilings"] is None
+    [after] = swept("why", "rtn", "--format", "json").rows
+    assert after["kernels"] == rtn["kernels"]
+    assert after["verdict"]
+
+    for arguments, message in (
+        (("gptq",), "unknown method in this store: 'gptq'"),
+        (("rtn", "--scenarios", "b9-p9-g9"), "nothing was timed there"),
+        (("rtn", "--sweep", "soon"), "--sweep takes a number or last"),
+    ):
+        failed = swept("why", *arguments)
+        assert failed.code == 2
+        assert message in failed.err
+
+
+def test_the_doctor_shows_ceilings_and_whether_energy_is_counted(harness):
+    checks = {row["check"]: row for row in harness("doctor", "--ceilings", "--format", "json").rows}
+    assert checks["energy"]["state"] in ("ok", "absent")
+    assert checks["energy"]["what"].partition(": ")[2]
+    assert checks["ceiling matmul_float32"]["what"].endswith("FLOP/s")
+    assert checks["ceiling copy"]["what"].endswith("B/s")
+
+
+def test_a_store_without_timings_has_nothing_to_explain(harness, tmp_path, tiny_llama):
+    Store.open(tmp_path / "results.db").close()
+    ran = harness("why")
+    assert ran.code == 2
+    assert "nothing was timed there" in ran.err

@@ -1,0 +1,193 @@
+"""Compiled blocks compute what the model computes, share what was compiled, and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from harness_plugins.quantization.rtn import METHOD as RTN
+from torch import nn
+
+from harness.kernels import dense
+from harness.kernels.rewriting import rewrite_linears
+from harness.measure import graphs
+from harness.measure.agreement import LARGEST, Agreement, distance, perturbed
+from harness.measure.compiling import compile_problem, compiled
+from harness.measure.generation import Generation, forward_only, random_prompt
+from harness.nn.anatomy import blocks_of
+from harness.testing import make_context
+from tests.measure.models import tiny_grouped, tiny_mistral, vivid
+
+CPU = torch.device("cpu")
+
+
+class Counting:
+    """A backend that rewrites as the real one does, runs the graph as it is, and counts."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.rewritten = 0
+
+    def __call__(self, module, _inputs):
+        self.graphs += 1
+        self.rewritten += rewrite_linears(module)
+        return module.forward
+
+
+@pytest.fixture(autouse=True)
+def with_triton(monkeypatch):
+    monkeypatch.setattr(dense, "has_triton", lambda device: True)
+    monkeypatch.setattr(dense, "_runs", lambda *_: False)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_opt", "tiny_gpt2", "grouped", "mistral", "w4a16", "w8a8"])
+def decoder(request):
+    if request.param == "grouped":
+        return tiny_grouped(2)
+    if request.param == "mistral":
+        return tiny_mistral(8)
+    if request.param in ("w4a16", "w8a8"):
+        model = request.getfixturevalue("tiny_llama")
+        written = {"bits": 4, "group_size": 32} if request.param == "w4a16" else {"bits": 8, "a_bits": 8}
+        return RTN.transform(model, RTN.options.model_validate(written), make_context(model)).eval()
+    return vivid(request.getfixturevalue(request.param))
+
+
+def logits_of(generation: Generation) -> torch.Tensor:
+    generation.reset()
+    return torch.cat([generation.prefill().clone(), *(generation.step().clone() for _ in range(4))])
+
+
+def test_compiled_blocks_compute_the_same_and_are_traced_once(decoder):
+    generation = Generation(decoder, random_prompt(256, 1, 12, 5, CPU), 6)
+    plain = logits_of(generation)
+    torch._dynamo.utils.counters.clear()
+    backend = Counting()
+    with compiled(decoder, backend):
+        torch.testing.assert_close(logits_of(generation), plain, rtol=1e-4, atol=1e-4)
+    # One graph of a block and one of the head for the prefill, and the same for the step, whatever
+    # the number of blocks.
+    assert len(blocks_of(decoder)) > 1
+    assert backend.graphs == 4
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch.equal(logits_of(generation), plain)
+
+
+def test_the_step_of_a_dense_model_runs_the_kernel_for_few_rows(tiny_llama):
+    generation = Generation(tiny_llama, random_prompt(256, 1, 12, 5, CPU), 6)
+    backend = Counting()
+    with compiled(tiny_llama, backend):
+        logits_of(generation)
+    # The step: seven products of a block and the head. The prefill: the head, for the last position.
+    assert backend.rewritten == 9
+
+
+def test_nothing_stays_behind(tiny_llama):
+    before = {name: type(module) for name, module in tiny_llama.named_modules()}
+
+    def interrupted():
+        with compiled(tiny_llama, Counting()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert {name: type(module) for name, module in tiny_llama.named_modules()} == before
+    assert all(module._compiled_call_impl is None for module in tiny_llama.modules())
+
+
+def test_unknown_architectures_and_compiled_models_say_so():
+    assert "not compiled: " in compile_problem(nn.Linear(2, 2))
+    wrapped = nn.Linear(2, 2)
+    wrapped._orig_mod = nn.Linear(2, 2)  # what torch.compile leaves
+    assert compile_problem(wrapped) == "the method compiled the model itself"
+
+
+def test_a_compiler_that_fails_is_a_reason_and_not_an_error(tiny_llama):
+    def broken():
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, ValueError("no such thing"), None)
+
+    calls, problem = graphs._compiled_calls(tiny_llama, broken, lambda _: None)
+    assert calls is None
+    assert problem == "compilation failed: no such thing"
+
+
+def test_compiled_calls_that_compute_something_else_are_not_used(tiny_llama):
+    call = graphs.Call(lambda: torch.zeros(1), "graph")
+    assert graphs._compiled_calls(tiny_llama, lambda: (call,), lambda _: "differ") == (None, "differ")
+    calls, problem = graphs._compiled_calls(tiny_llama, lambda: (call,), lambda _: None)
+    assert [call.mode for call in calls] == ["compiled"]
+    assert problem is None
+
+
+def test_a_capture_that_fails_is_the_reason(tiny_llama):
+    call = graphs.Call(lambda: torch.zeros(1), "eager", "cannot be captured: .item()")
+    calls, problem = graphs._compiled_calls(tiny_llama, lambda: (call,), lambda _: None)
+    assert (calls, problem) == (None, "cannot be captured: .item()")
+
+
+# --- agreement ----------------------------------------------------------------------------------------
+
+
+def test_distances_are_relative_and_nan_is_infinitely_far():
+    ones = torch.ones(4)
+    assert distance([ones, ones], [ones, ones * 1.1]) == pytest.approx(0.1, rel=1e-4)
+    assert distance([ones], [ones * float("nan")]) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_agrees_and_another_function_does_not(tiny_llama, dtype):
+    model = vivid(tiny_llama).to(dtype)
+    tokens = random_prompt(256, 2, 12, 5, CPU)
+
+    def outputs() -> list[torch.Tensor]:
+        return [forward_only(model, tokens)]
+
+    check = Agreement(model, outputs)
+    assert check.problem(outputs()) is None
+    # Rounded elsewhere: the same weights in double precision, results rounded once.
+    exact = forward_only(copy.deepcopy(model).double(), tokens).to(dtype)
+    assert check.problem([exact]) is None
+    blocks_of(model)[0][1].mlp.down_proj.weight.data *= 1.5
+    assert check.problem(outputs()).startswith("compiled outputs differ from eager ones by ")
+
+
+def test_a_model_that_amplifies_rounding_is_allowed_more(tiny_llama):
+    tokens = random_prompt(256, 2, 12, 5, CPU)
+
+    def allowed(model) -> float:
+        return Agreement(model, lambda: [forward_only(model, tokens)]).allowed
+
+    steep = copy.deepcopy(vivid(tiny_llama))
+    for _, block in blocks_of(steep):
+        block.register_forward_hook(lambda _module, _args, out: out + 0.5 * torch.sign(torch.sin(300 * out)))
+    assert allowed(vivid(tiny_llama).bfloat16()) < allowed(steep.bfloat16()) <= LARGEST
+
+
+def test_the_hooks_of_the_check_are_gone_afterwards(tiny_llama):
+    with perturbed(tiny_llama):
+        assert any(module._forward_pre_hooks for module in tiny_llama.modules())
+    assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+def test_blocks_that_each_need_their_own_code_are_a_reason(tiny_llama, monkeypatch):
+    monkeypatch.setattr("harness.measure.compiling._rewritten_inductor", Counting())
+    layers = [copy.deepcopy(blocks_of(tiny_llama)[0][1]) for _ in range(10)]
+    tiny_llama.model.layers = nn.ModuleList(layers)
+    tiny_llama.config.num_hidden_layers = len(layers)
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+        layer.mlp.number = number
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda x, mlp=layer.mlp, plain=plain: plain(x) * (1 + mlp.number)
+    generation = Generation(tiny_llama, random_prompt(256, 1, 4, 5, CPU), 2)
+
+    def prepare():
+        generation.prefill()
+        return ()
+
+    calls, problem = graphs._compiled_calls(tiny_llama, prepare, lambda _: None)
+    assert calls is None
+    assert problem == "not compiled: more blocks than the compiler's limit need code of their own"
