@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from harness.evaluate.crew import Crew, crew_for
-from harness.evaluate.forward import Batch, Way, agrees_with_itself, choose_way, forward, make_batch
+from harness.evaluate.forward import Batch, Way, agrees_with_itself, choose_way, forward, make_batch, sent
 from harness.evaluate.plan import Limits, Query, Row, batches, plan_rows
 from harness.evaluate.windows import CHUNK_BYTES, LOGIT_BYTES, device_of
 from harness.models.info import ModelInfo
@@ -28,9 +28,10 @@ __all__ = ["Scores", "limits_for", "score_queries"]
 # Tokens of a batch at most: on a GPU, enough for all its units and kernels that outlast their launch; on a
 # CPU, activations that its caches hold.
 _BATCH_TOKENS = {"cuda": 16384}
-_CPU_BATCH_TOKENS = 2048
+_CPU_BATCH_TOKENS = 1024
 _FEWEST_TOKENS, _BATCHES_EACH = 512, 4  # smaller batches where workers would have none left
 _HEAP_BYTES = 31 << 20
+_CPU_CHUNK_BYTES = 1 << 20  # of logits gone through at a time, for a core's cache
 
 _Scored = tuple[torch.Tensor, torch.Tensor]
 
@@ -164,20 +165,21 @@ def _pair_scores(model: nn.Module, rows: Sequence[Row], way: Way, device: torch.
         places += [place[node] for node, _ in row.pairs]
         targets += [token for _, token in row.pairs]
         before += len(nodes)
-    logits = forward(model, batch, way)
-    # Pairs in the order of their logits, so that these can be gone through a chunk at a time.
+    # Pairs in the order of their logits, so that these can be gone through a chunk at a time. All goes to
+    # the device before the pass starts, for what is sent after it would wait for its end.
     order = np.argsort(places, kind="stable")
     sorted_places = np.array(places)[order]
-    chunk = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+    at, wanted = sent(sorted_places, device), sent(np.array(targets)[order], device)
+    back = sent(np.argsort(order), device)
+    logits = forward(model, batch, way)
+    chunk = max(1, (_CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES) // (4 * logits.shape[-1]))
     log_p, greedy = [], []
     for first in range(0, len(logits), chunk):
         start, end = np.searchsorted(sorted_places, (first, first + chunk))
-        at = torch.from_numpy(sorted_places[start:end] - first).to(device)
-        wanted = torch.tensor(targets)[order[start:end]].to(device)
-        scored = _scored(logits[first : first + chunk].float(), at, wanted)
+        part = logits[first : first + chunk].float()
+        scored = _scored(part, at[start:end] - first, wanted[start:end])
         log_p.append(scored[0])
         greedy.append(scored[1])
-    back = torch.from_numpy(np.argsort(order)).to(device)
     return torch.cat(log_p)[back], torch.cat(greedy)[back]
 
 
