@@ -124,7 +124,15 @@ def _baseline_lane(
     if free is not None and needed > free:
         wanted = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return None, f"not in turn with the baseline, which does not fit beside it ({wanted})"
-    return _lane(measured.baseline().eval(), prompt, measured), None
+    try:
+        return _lane(measured.baseline().eval(), prompt, measured), None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        # What it needs was underestimated: that must not cost the variant its own numbers.
+        reason = str(error).strip().split("\n")[0]
+    gc.collect()
+    if measured.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, f"not in turn with the baseline, for which memory ran out beside it: {reason}"
 
 
 def _pair(lane: Lane, baseline: Lane, found: dict[str, Ratio]) -> Pair:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from types import SimpleNamespace
 
@@ -170,6 +171,17 @@ def test_what_does_not_fit_beside_the_baseline_says_so(tiny_llama):
     times = scenario_times(measured)
     assert times.pair is None
     assert times.alone.startswith("not in turn with the baseline, which does not fit beside it (1000000.")
+
+
+def test_a_baseline_that_runs_out_of_memory_does_not_cost_the_variant_its_numbers(tiny_llama):
+    def no_room() -> nn.Module:
+        raise MemoryError("17 GiB were asked for")
+
+    measured = dataclasses.replace(cell(Sleeper(0.001, 0.001), None, tiny_llama), baseline=no_room)
+    times = scenario_times(measured)
+    assert times.pair is None
+    assert times.alone.endswith("memory ran out beside it: 17 GiB were asked for")
+    assert min(times.own.prefill.samples_s) >= 0.001
 
 
 def test_the_records_say_how_they_were_paired(tiny_llama):
