@@ -13,7 +13,7 @@ from typing import Any
 from harness.errors import ConfigError, UnknownName
 from harness.method import Method, Options
 
-__all__ = ["Chain", "Step", "parse_chain", "split_list"]
+__all__ = ["Chain", "Step", "parse_chain", "split_list", "split_optional"]
 
 _OPEN, _CLOSE = "[{(", "]})"
 _MEANS_SOMETHING = frozenset(',:+="' + _OPEN + _CLOSE)  # a text with one of these is written in quotes
@@ -93,6 +93,11 @@ def split_list(text: str, separator: str = ",") -> list[str]:
             depth = max(0, depth + (character in _OPEN) - (character in _CLOSE))
     parts.append(text[start:])
     return [part.strip() for part in parts if part.strip()]
+
+
+def split_optional(text: str | None) -> list[str] | None:
+    """`split_list` of an option that may be left out."""
+    return None if text is None else split_list(text)
 
 
 def parse_chain(text: str, methods: Mapping[str, Method]) -> Chain:

@@ -43,22 +43,19 @@ def export(
     The file is small and in a fixed order. Passwords never leave the store; host names, absolute
     paths, tracebacks and logs only with --with-host.
     """
-    from harness.chain import split_list
+    from harness.chain import split_optional
     from harness.cli.results import sweep_number
     from harness.cli.sweep import database
     from harness.store.exchange_export import Wanted, export_results
     from harness.store.store import Store
 
-    def names(text: str | None) -> list[str] | None:
-        return None if text is None else split_list(text)
-
     wanted = Wanted(
         sweep=sweep_number(sweep),
-        models=names(models),
-        methods=names(methods),
-        tasks=names(tasks),
-        scenarios=names(scenarios),
-        statuses=names(status),
+        models=split_optional(models),
+        methods=split_optional(methods),
+        tasks=split_optional(tasks),
+        scenarios=split_optional(scenarios),
+        statuses=split_optional(status),
     )
     left_out = {
         "samples": no_samples,

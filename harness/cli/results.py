@@ -56,23 +56,20 @@ def results(
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    from harness.chain import split_list
+    from harness.chain import split_optional
     from harness.cli.sweep import database
     from harness.store import queries
     from harness.store.store import Store
-
-    def names(text: str | None) -> list[str] | None:
-        return None if text is None else split_list(text)
 
     with Store.open_readonly(database(db)) as store:
         frame = queries.results(
             store,
             sweep=sweep_number(sweep),
-            models=names(models),
-            methods=names(methods),
-            tasks=names(tasks),
-            metrics=names(metrics),
-            statuses=names(status),
+            models=split_optional(models),
+            methods=split_optional(methods),
+            tasks=split_optional(tasks),
+            metrics=split_optional(metrics),
+            statuses=split_optional(status),
         )
         rows = rows_of(frame)
         conditions = conditions_by_cell(store, rows)

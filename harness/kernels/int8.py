@@ -61,16 +61,7 @@ def _linear(
     return triton_int8.matmul(codes, scale, weight, weight_scale, bias, x.dtype)
 
 
-@torch.library.custom_op("harness::int8_linear", mutates_args=())
-def _operator(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    per_token: bool,
-    scale: torch.Tensor | None,
-) -> torch.Tensor:
-    return _linear(x, weight, weight_scale, bias, per_token, scale)
+_operator = torch.library.custom_op("harness::int8_linear", _linear, mutates_args=())
 
 
 @_operator.register_fake

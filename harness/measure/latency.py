@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from harness.errors import NotApplicable
 from harness.measure.meter import Measured
-from harness.measure.scenario_timing import ScenarioTimes, scenario_times
+from harness.measure.scenario_timing import scenario_times
 from harness.measure.statistics import record_from_samples
 from harness.measure.timing import Timed
 from harness.records import Record
@@ -27,14 +27,14 @@ __all__ = [
 
 def prefill_latency(measured: Measured) -> list[Record]:
     """Seconds from the prompt to the logits of its last position, the cache filled (TTFT)."""
-    return [_record("prefill_latency", _times(measured).own.prefill)]
+    return [_record("prefill_latency", scenario_times(measured).own.prefill)]
 
 
 def prefill_throughput(measured: Measured) -> list[Record]:
     """Prompt tokens of the whole batch per second."""
     scenario = measured.scenario
     tokens = scenario.batch_size * scenario.prompt_len
-    return [_throughput("prefill_throughput", _times(measured).own.prefill, tokens)]
+    return [_throughput("prefill_throughput", scenario_times(measured).own.prefill, tokens)]
 
 
 def decode_latency(measured: Measured) -> list[Record]:
@@ -50,7 +50,7 @@ def decode_throughput(measured: Measured) -> list[Record]:
 def end_to_end_latency(measured: Measured) -> list[Record]:
     """Seconds from the prompt to the last new token, measured as one run."""
     _decode(measured)
-    return [_record("end_to_end_latency", _times(measured).own.end_to_end)]
+    return [_record("end_to_end_latency", scenario_times(measured).own.end_to_end)]
 
 
 def speedups(measured: Measured) -> list[Record]:
@@ -59,7 +59,7 @@ def speedups(measured: Measured) -> list[Record]:
     Nothing for the baseline itself, and where the two do not fit into memory together: then the record
     of the control says so.
     """
-    pair = _times(measured).pair
+    pair = scenario_times(measured).pair
     if pair is None:
         raise NotApplicable("nothing was timed in turn with this")
     return [
@@ -80,7 +80,7 @@ def speedups(measured: Measured) -> list[Record]:
 
 def control_latency(measured: Measured) -> list[Record]:
     """Seconds of a fixed workload that was timed in the same rounds."""
-    times = _times(measured)
+    times = scenario_times(measured)
     note = times.control.note if times.alone is None else f"{times.control.note}; {times.alone}"
     mode = times.control.mode
     return [record_from_samples("control_latency", "s", times.control.samples_s, mode=mode, note=note)]
@@ -107,11 +107,6 @@ def _throughput(metric: str, timed: Timed, tokens: int) -> Record:
 def _decode(measured: Measured) -> Timed:
     if measured.scenario.new_tokens == 0:
         raise NotApplicable(f"{measured.scenario.label} decodes nothing")
-    timed = _times(measured).own.decode
+    timed = scenario_times(measured).own.decode
     assert timed is not None
     return timed
-
-
-def _times(measured: Measured) -> ScenarioTimes:
-    """Timed once a cell, whichever meter asks first."""
-    return scenario_times(measured)
