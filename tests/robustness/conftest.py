@@ -13,10 +13,16 @@ PLUGIN = str(Path(__file__).parent / "hostile_methods.py")
 
 
 @pytest.fixture(scope="session")
-def nursery(tmp_path_factory):
+def the_nursery(tmp_path_factory):
     made = Nursery(tmp_path_factory.mktemp("nursery"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def nursery(the_nursery):
+    yield the_nursery
+    the_nursery.hang_up()
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def segfaults(model, options, context):
 
 
 def hangs(model, options, context):
+    _note("hangs")
     time.sleep(600)
 
 

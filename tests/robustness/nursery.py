@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ class Nursery:
 
     def __init__(self, folder):
         self.path = str(folder / "nursery")
+        self._swept = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.robustness.nursery", self.path],
             cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -71,7 +73,14 @@ class Nursery:
             (folder / name).write_text("")
         connection.sendall(json.dumps(request).encode() + b"\n")
         stream = connection.makefile("r")
-        return Swept(folder, int(stream.readline()), connection, stream)
+        self._swept.append(Swept(folder, int(stream.readline()), connection, stream))
+        return self._swept[-1]
+
+    def hang_up(self):
+        """Forget the sweeps: a test that failed has not waited for the end of its own, and kills it."""
+        for swept in self._swept:
+            swept.abandon()
+        self._swept.clear()
 
     def strays(self):
         """Everything that lives below the nursery."""
@@ -118,13 +127,33 @@ class Swept:
             self.connection.close()
         return self.code
 
+    def abandon(self):
+        """Kill it unless it has ended, and close what leads to it."""
+        if self.code is None and not select.select([self.connection], [], [], 0)[0]:
+            self.kill()  # its end would have been told, and its number would be another's
+        self.stream.close()
+        self.connection.close()
+
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
 
     def wait_for(self, text, timeout=60):
         """Until it has said this on standard error."""
+        self._wait_until(lambda: text in self.err, timeout)
+
+    def wait_for_note(self, word, timeout=60):
+        """Until a method of this sweep has noted this."""
+        self._wait_until(lambda: word in self.notes(), timeout)
+
+    def notes(self):
+        """The words that its methods noted, in order."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.folder / "processes").read_text().split()
+        return []
+
+    def _wait_until(self, happened, timeout):
         deadline = time.monotonic() + timeout
-        while text not in self.err:
+        while not happened():
             assert time.monotonic() < deadline, self.err
             time.sleep(0.005)
 
