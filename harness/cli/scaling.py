@@ -27,17 +27,14 @@ def scaling(
 
     Needs three prompt lengths or more: harness sweep --prompt-lens 512,2048,8192.
     """
-    from harness.chain import split_list
+    from harness.chain import split_optional
     from harness.cli.sweep import database
     from harness.comparing import length_sweeps
     from harness.store.store import Store
 
-    def names(text: str | None) -> list[str] | None:
-        return split_list(text) if text else None
-
     with Store.open_readonly(database(db)) as store:
-        found = length_sweeps(store, names(models), names(methods))
-    wanted = names(metrics)
+        found = length_sweeps(store, split_optional(models), split_optional(methods))
+    wanted = split_optional(metrics)
     rows = [_row(sweep, output) for sweep in found if wanted is None or sweep.metric in wanted]
     columns = ["model", "method", "metric", "batch_size", "mode", "basis", "exponent"]
     columns += ["lengths", "local", "note"]

@@ -370,6 +370,8 @@ def test_the_exponent_over_prompt_lengths(store, path, capsys):
     assert "64 128 256" in table
     _, table, _ = scaling(path, capsys, "--format", "csv")
     assert table.splitlines()[0].split(",")[6:9] == ["exponent", "lower", "upper"]
+    # An empty list asks for nothing, here as in `harness results`.
+    assert json.loads(scaling(path, capsys, "--metrics", "", "--format", "json")[1]) == []
 
 
 def test_lengths_taken_in_another_way_are_not_put_in_one_line(store, path, capsys):
