@@ -81,7 +81,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
         if _is_plain(value):
             yield name, repr(value)
         elif inspect.isroutine(value):
-            yield name, f"{value.__module__}.{value.__qualname__}"
+            yield name, f"{value.__module__}.{_routine_name(value)}"
         elif name == "forward":  # replaced on the instance by some other callable
             yield name, type(value).__qualname__
     if getattr(module, "_compiled_call_impl", None) is not None:
@@ -93,6 +93,13 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield "config._attn_implementation", repr(getattr(config, "_attn_implementation", None))
         for field in _CONFIG_FIELDS:
             yield f"config.{field}", repr(getattr(config, field, None))
+
+
+def _routine_name(routine: Any) -> str:
+    """Its name; a method made of a partial has none, and is named after the function inside."""
+    inner = getattr(routine, "__func__", routine)
+    inner = getattr(inner, "func", inner)
+    return str(getattr(inner, "__qualname__", type(inner).__qualname__))
 
 
 def _is_plain(value: Any) -> bool:

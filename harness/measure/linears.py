@@ -153,8 +153,16 @@ def _dense_weight(module: nn.Module) -> torch.Tensor | None:
         return None
     if weight.is_meta or tuple(weight.shape) != _shape(module):
         return None
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.layout == torch.strided
-    return weight if plain else weight.to_dense()
+    if weight.layout != torch.strided:
+        return weight.to_dense()
+    if type(weight) in (torch.Tensor, nn.Parameter):
+        return weight
+    unpack = getattr(weight, "dequantize", None)
+    try:
+        # A packed tensor of another library: it knows itself what it stands for, or it does not.
+        return unpack() if callable(unpack) else weight.to_dense()
+    except NotImplementedError:
+        return None
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Methods of other libraries, measured by the same harness as the harness's own."""
