@@ -24,9 +24,11 @@ LEADING = (
     "bits_per_byte",
     "acc",
     "acc_norm",
+    "spearman",
     "mean_kl",
     "choice_kl",
     "top1_agreement",
+    "embedding_distance",
     "transform_s",
 )
 """The metrics that most questions are about, in the order in which tables and lists show them."""

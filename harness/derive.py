@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.errors import ConfigError
+from harness.evaluate.correlation import compare_correlations
 from harness.evaluate.metrics import metric_of
-from harness.evaluate.paired import choice_kl, compare_paired, flips, match_items
+from harness.evaluate.paired import PairedOutcome, choice_kl, compare_paired, flips, match_items
 from harness.records import CellKind, Item, Record, Status
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ def baseline_records(baseline: Sequence[Item], variant: Sequence[Item]) -> tuple
     for metric in sorted(metrics):
         if (name := difference_name(metric)) is not None:
             records += _differences(name, match_items(baseline, variant, metric))
+    if "cosine" in metrics:
+        pairs = match_items(baseline, variant, "cosine")
+        a, b = [first.outcome for first, _ in pairs], [second.outcome for _, second in pairs]
+        scores = [float(second.detail["target"]) for _, second in pairs]
+        records += _told("spearman_difference", compare_correlations("spearman", a, b, scores))
     if "acc" in metrics:
         records.append(replace(flips(baseline, variant, "acc"), metric="flips"))
         if all("loglikelihoods" in item.detail for item in baseline if item.metric == "acc"):
@@ -65,7 +71,11 @@ def difference_name(metric: str) -> str | None:
 
 def _differences(name: str, pairs: Sequence[tuple[Item, Item]]) -> list[Record]:
     a, b = [first.outcome for first, _ in pairs], [second.outcome for _, second in pairs]
-    found = compare_paired(a, b, [float(second.detail.get("tokens", 1)) for _, second in pairs])
+    return _told(name, compare_paired(a, b, [float(second.detail.get("tokens", 1)) for _, second in pairs]))
+
+
+def _told(name: str, found: PairedOutcome) -> list[Record]:
+    """The records of a paired comparison."""
     name, comma, filter_name = name.partition(",")
     end, n = f"{comma}{filter_name}", found.n
     unit = metric_of(name).unit

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.chain import Chain
+from harness.evaluate.embedding_tasks import EMBEDDING_TYPES
 from harness.keys import content_key
 from harness.models.info import ModelInfo
 from harness.records import CellKind, Scenario, Status
@@ -95,6 +96,7 @@ class GridInputs:
     budget: Mapping[str, Any]
     task_options: Mapping[str, Any]
     meter_names: tuple[str, ...]
+    fitting_only: bool = False  # leave out tasks for another kind of model: nobody asked for them
 
 
 def build_grid(inputs: GridInputs) -> Grid:
@@ -127,7 +129,10 @@ def _variant(inputs: GridInputs, chain: Chain, model: ModelDescription, seed: in
             _cell(identity, CellKind.SCENARIO, problem, scenario=scenario, meters=inputs.meter_names)
         )
     for task in inputs.tasks:
-        problem = decision or _task_refusal(model.info)
+        misfit = _misfit(model.info, task)
+        if misfit is not None and inputs.fitting_only:
+            continue
+        problem = decision or _task_refusal(model.info) or misfit
         cells.append(_cell(identity, CellKind.TASK, problem, task=task, options=inputs.task_options))
     return VariantPlan(content_key(identity), chain, model, seed, inputs.dtype, inputs.device, tuple(cells))
 
@@ -196,12 +201,19 @@ def _task_refusal(info: ModelInfo) -> Decision | None:
     if info.synthetic:
         reason = f"{info.label} has random weights (synthetic): accuracy would mean nothing"
         return Decision(Status.NOT_APPLICABLE, reason)
-    if info.kind == "encoder":
-        return Decision(
-            Status.NOT_APPLICABLE,
-            f"{info.label} is an encoder; this task scores text with a language model",
-        )
     return None
+
+
+def _misfit(info: ModelInfo, task: ResolvedTask) -> Decision | None:
+    """A task for another kind of model."""
+    for_encoders = task.output_type in EMBEDDING_TYPES
+    if info.kind == "encoder" and not for_encoders:
+        reason = f"{info.label} is an encoder; this task scores text with a language model"
+    elif info.kind != "encoder" and for_encoders:
+        reason = f"{info.label} is a decoder; this task compares the embeddings of an encoder"
+    else:
+        return None
+    return Decision(Status.NOT_APPLICABLE, reason)
 
 
 def with_baseline(chains: Sequence[Chain], baseline: Chain) -> tuple[Chain, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from harness.texts import text_hash
 
 __all__ = ["DEFAULT_TASKS", "SweepPlan", "plan_sweep", "threads_per_worker", "variant_job"]
 
-DEFAULT_TASKS = ("kjv", "grammar")
+DEFAULT_TASKS: Mapping[str, tuple[str, ...]] = {"decoder": ("kjv", "grammar"), "encoder": ("kjv_books",)}
+"""By the kind of model; none of them needs a network."""
 LARGE_GPU_BYTES = 40e9
 SHORT, LONG = 128, 512  # default prompt lengths on the CPU and on CUDA, in tokens
 
@@ -70,7 +71,7 @@ def plan_sweep(config: SweepConfig, *, strict: bool = False) -> SweepPlan:
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     models = _models(config, plugins, device)
-    task_names = DEFAULT_TASKS if config.tasks is None else config.tasks
+    task_names = _default_tasks(models) if config.tasks is None else config.tasks
     include = tuple(path.resolve() for path in _existing(config.include_path))
     plugin_folders = tuple(Path(source.path) for source in plugins.task_sources)
     tasks = resolve_tasks(task_names, (*include, *plugin_folders)) if task_names else ()
@@ -90,6 +91,7 @@ def plan_sweep(config: SweepConfig, *, strict: bool = False) -> SweepPlan:
             budget=budget.identity(),
             task_options={"limit": config.limit},
             meter_names=tuple(sorted(meter.name for meter in plugins.meters)),
+            fitting_only=config.tasks is None,
         )
     )
     return SweepPlan(
@@ -174,6 +176,12 @@ def _default_models(device: str) -> tuple[str, ...]:
         if torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU_BYTES:
             models.append("shape:llama-7b")
     return tuple(models)
+
+
+def _default_tasks(models: Sequence[ModelDescription]) -> tuple[str, ...]:
+    """What tells most of these kinds of models."""
+    kinds = {model.info.kind for model in models}
+    return tuple(name for kind, names in DEFAULT_TASKS.items() if kind in kinds for name in names)
 
 
 def _existing(paths: tuple[Path, ...]) -> tuple[Path, ...]:

@@ -22,7 +22,7 @@ __all__ = ["LiveReporter", "PlainReporter", "QuietReporter", "highlights", "make
 _SHOWN = {
     CellKind.TRANSFORM: ("weight_bytes", "transform_s"),
     CellKind.SCENARIO: ("prefill_latency", "decode_latency"),
-    CellKind.TASK: ("token_perplexity", "bits_per_byte", "acc", "mean_kl"),
+    CellKind.TASK: ("token_perplexity", "bits_per_byte", "acc", "spearman", "mean_kl"),
 }
 
 

@@ -30,7 +30,9 @@ _FACTS = (
     ("bits_per_byte", "bits/byte"),
     ("token_perplexity", "perplexity"),
     ("acc", "accuracy"),
+    ("spearman", "Spearman"),
     ("mean_kl", "KL"),
+    ("embedding_distance", "embedding distance"),
     ("flips", "flips"),
 )
 

@@ -31,11 +31,17 @@ SCORES = (
     ("token_perplexity", "token_perplexity"),
     ("bits_per_byte", "bits/byte"),
     ("acc", "accuracy"),
+    ("spearman", "Spearman"),
     ("mean_kl", "KL"),
+    ("embedding_distance", "embedding distance"),
     ("flips", "flips"),
 )
 LEVEL = 0.05
-_TESTS = {"acc": ("acc_difference", "higher"), "token_perplexity": ("nll_rise", "lower")}
+_TESTS = {
+    "acc": ("acc_difference", "higher"),
+    "spearman": ("spearman_difference", "higher"),
+    "token_perplexity": ("nll_rise", "lower"),
+}
 _SKIPPED_CONDITIONS = frozenset({"limit of items"})  # its columns say so
 
 Row = Mapping[str, Any]

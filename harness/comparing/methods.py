@@ -25,7 +25,7 @@ LEVEL = 0.05
 _PLACE = ["model", "seed", "kind", "task", "scenario", "origin"]  # what was imported stands apart
 _NOT_COMPARED = frozenset({CONTROL, "flips", "choice_kl", "verdict"})
 _DERIVED = ("_difference", "_rise", "_p", "_detectable", "_speedup")
-_AGAINST_BASELINE = frozenset({"mean_kl", "top1_agreement"})
+_AGAINST_BASELINE = frozenset({"mean_kl", "top1_agreement", "embedding_distance"})
 _RATIO_WORDS = {
     "s": ("faster", "slower"),
     "tokens/s": ("faster", "slower"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from harness.comparability import Difference
+from harness.evaluate.correlation import CORRELATIONS, compare_correlations
 from harness.evaluate.paired import PairedOutcome, compare_paired
 from harness.records import Item
 
@@ -25,14 +26,19 @@ def outcome_of(
         items, fewer than two, or such that do not make up the stored values (F1, BLEU, the member of a
         group).
     """
-    of_a = {item.index: item for item in items_a if item.metric == metric}
-    of_b = {item.index: item for item in items_b if item.metric == metric}
+    of_items = "cosine" if metric in CORRELATIONS else metric
+    of_a = {item.index: item for item in items_a if item.metric == of_items}
+    of_b = {item.index: item for item in items_b if item.metric == of_items}
     if not of_a or not of_b:
         return None
     if of_a.keys() != of_b.keys():
         common = len(of_a.keys() & of_b.keys())
         return Difference("items", f"{len(of_a)}", f"{len(of_b)} with {common} in common")
     order = sorted(of_a)
+    if metric in CORRELATIONS:
+        a, b = ([items[index].outcome for index in order] for items in (of_a, of_b))
+        scores = [float(of_b[index].detail["target"]) for index in order]
+        return compare_correlations(metric, a, b, scores)
     first, second = [of_a[index] for index in order], [of_b[index] for index in order]
     weights = weights_that_explain(first, second, value_a, value_b)
     if weights is None or len(order) < 2:

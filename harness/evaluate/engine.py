@@ -19,6 +19,7 @@ from torch import nn
 
 from harness.cache import ContentCache
 from harness.errors import NotApplicable, NumericalFailure
+from harness.evaluate.embedding_tasks import EMBEDDING_TYPES
 from harness.evaluate.index import ResolvedTask
 from harness.evaluate.intervals import bootstrap_weighted_mean, generator, percentile_interval
 from harness.evaluate.lm import InMemoryLM, evaluating, quiet, seeded
@@ -107,6 +108,10 @@ class TaskEvaluator:
             NotApplicable: a task that the harness cannot do.
             ConfigError: the task's data cannot be loaded, or do not fit the model.
         """
+        if task.output_type in EMBEDDING_TYPES:
+            raise NotApplicable(
+                f"{self._info.label} is a decoder; this task compares the embeddings of an encoder"
+            )
         with self._surroundings():
             self._prepared[task.name] = prepare_task(task, self._lm, limit=self._limit, seed=self._seed)
 

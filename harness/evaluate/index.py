@@ -22,6 +22,7 @@ from harness.evaluate.catalog import (
     lm_eval_catalog,
     lm_eval_folder,
 )
+from harness.evaluate.embedding_tasks import EMBEDDING_TYPES, embedding_definition
 from harness.evaluate.hub_data import DataCommit, DataCommits
 from harness.evaluate.revision import task_revision
 from harness.evaluate.yaml_files import YamlReader
@@ -38,8 +39,8 @@ class ResolvedTask:
 
     A single task is loaded from `yaml_path`; a group by name from `include_dirs`, the folders of its
     members. `output_type` is lm-eval's (``multiple_choice``, ``loglikelihood``,
-    ``loglikelihood_rolling``, ``generate_until``), None where it is not known before loading or where
-    the members of a group differ.
+    ``loglikelihood_rolling``, ``generate_until``) or one of `EMBEDDING_TYPES`, None where it is not known
+    before loading or where the members of a group differ.
     """
 
     name: str
@@ -166,6 +167,8 @@ class _Finder:
         assert entry.yaml_path is not None
         if entry.kind == "group":
             return self._resolve_group(entry)
+        if entry.output_type in EMBEDDING_TYPES:
+            embedding_definition(entry.name, self.reader.read(entry.yaml_path).content)
         data = self._data(entry)
         return ResolvedTask(
             name=entry.name,
@@ -183,6 +186,10 @@ class _Finder:
         members = self._members(group, {})
         folders = {entry.yaml_path.parent for entry in (group, *members) if entry.yaml_path}
         types = {entry.output_type for entry in members if entry.kind == "task"}
+        if types & EMBEDDING_TYPES:
+            raise ConfigError(
+                f"group {group.name!r} aggregates tasks of encoders, which no group can; name its members"
+            )
         parts = {entry.name: self._revision(entry) for entry in (group, *members)}
         data = tuple(dict.fromkeys(each for entry in (group, *members) for each in self._data(entry)))
         return ResolvedTask(

@@ -23,7 +23,7 @@ from harness.errors import ConfigError, NumericalFailure
 from harness.evaluate.windows import TokenWindows, each_window
 from harness.folders import raise_if_full
 
-__all__ = ["ReferenceLogits", "compute_reference", "load_reference", "save_reference"]
+__all__ = ["ReferenceLogits", "compute_reference", "load_reference", "save_reference", "write_tensors"]
 
 FORMAT = "1"
 MAX_POSITIONS = 4096
@@ -145,18 +145,22 @@ def _places(scored_tokens: int, vocab_size: int) -> tuple[torch.Tensor, torch.dt
 
 
 def save_reference(path: Path, reference: ReferenceLogits) -> None:
-    """Write beside `path` and rename, so that a reader finds all of it or nothing.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
+    """Keep a reference at `path`; raises as `write_tensors`."""
     tensors = {
         "log_probabilities": reference.log_probabilities.contiguous(),
         "windows": reference.windows,
         "offsets": reference.offsets,
         "top1": reference.top1,
     }
-    metadata = {"format": FORMAT, "fingerprint": reference.fingerprint}
+    write_tensors(path, tensors, {"format": FORMAT, "fingerprint": reference.fingerprint})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file beside `path` and rename it, so that a reader finds all of it or nothing.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

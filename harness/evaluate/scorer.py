@@ -23,7 +23,7 @@ from harness.evaluate.plan import Limits, Query, Row, batches, plan_rows
 from harness.evaluate.windows import CHUNK_BYTES, LOGIT_BYTES, device_of
 from harness.models.info import ModelInfo
 
-__all__ = ["Scores", "limits_for", "score_queries"]
+__all__ = ["Scores", "is_out_of_memory", "limits_for", "score_queries"]
 
 # Tokens of a batch at most: on a GPU, enough for all its units and kernels that outlast their launch; on a
 # CPU, activations that its caches hold.
@@ -107,7 +107,7 @@ def _run(
         try:
             scored = result()
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             smaller = _smaller(batch, limits, queries)
             if smaller is None:
@@ -230,7 +230,8 @@ class _Parts:
 # --- memory ------------------------------------------------------------------------------------------
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a batch did not fit into memory, on any device."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(error)  # how torch's CPU allocator says it

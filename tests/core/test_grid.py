@@ -45,6 +45,7 @@ METHODS = {
 class _Task:
     name: str
     revision: str
+    output_type: str = "loglikelihood_rolling"
 
 
 INFO = ModelInfo(
@@ -182,6 +183,24 @@ def test_random_weights_refuse_accuracy_but_not_speed():
         assert decisions[CellKind.SCENARIO] is None
         assert decisions[CellKind.TRANSFORM] is None
         assert "random weights (synthetic)" in decisions[CellKind.TASK].reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "output_type", "reason"),
+    [
+        ("encoder", "loglikelihood", "m is an encoder"),
+        ("decoder", "embedding_similarity", "m is a decoder"),
+        ("encoder", "embedding_classification", None),
+        ("decoder", "multiple_choice", None),
+    ],
+)
+def test_a_task_for_another_kind_of_model_is_refused_or_left_out(kind, output_type, reason):
+    inputs = {"models": (_model(kind=kind),), "tasks": (_Task("t", "r", output_type),)}
+    (cell,) = [c for c in build_grid(_inputs(**inputs)).variants[0].cells if c.kind is CellKind.TASK]
+    assert (cell.decision and cell.decision.status) == (reason and Status.NOT_APPLICABLE)
+    assert reason is None or reason in cell.decision.reason
+    left = [c for c in build_grid(_inputs(**inputs, fitting_only=True)).variants[0].cells if c.task]
+    assert len(left) == (reason is None)
 
 
 def test_a_prompt_longer_than_the_model_is_settled_with_a_reason():

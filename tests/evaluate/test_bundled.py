@@ -93,7 +93,7 @@ def test_the_documented_pairs_are_real_and_complete():
 def test_the_documented_task_file_works(tmp_path, monkeypatch, model, tokenizer, info):
     import datasets
 
-    text = re.search(r"```yaml\n(.*?)```", DOCS, re.DOTALL).group(1)
+    text = re.search(r"```yaml\n(task: capitals\n.*?)```", DOCS, re.DOTALL).group(1)
     (tmp_path / "capitals.yaml").write_text(text)
     (tmp_path / "capitals.jsonl").write_text(
         '{"country": "Norway", "choices": ["Oslo", "Bergen"], "answer": 0, "continent": "Europe"}\n'

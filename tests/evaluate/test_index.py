@@ -92,7 +92,7 @@ def test_bundled_tasks(no_lm_eval):
 
 def test_listing(folder, no_lm_eval):
     rows = {row.name: row for row in list_tasks([folder])}
-    assert set(rows) == {"kjv", "grammar", "mine"}
+    assert set(rows) == {"kjv", "grammar", "kjv_books", "sst2_probe", "stsb_cosine", "mine"}
     assert rows["mine"].origin == "include"
     assert rows["mine"].summary == "a task of my own"
     assert all(row.summary for row in rows.values())

@@ -23,19 +23,24 @@ def data_folder() -> Path:
     return Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
 
 
-def data_revision(file: str, **_: Any) -> str:
-    """The content hash of the file that a task reads."""
+def data_revision(file: str, training_file: str | None = None, **_: Any) -> str:
+    """The content hash of the files that a task reads."""
     from harness.keys import file_hash
 
-    return file_hash(data_folder() / file)
+    files = [file] if training_file is None else [file, training_file]
+    return " ".join(file_hash(data_folder() / name) for name in files)
 
 
-def json_lines(file: str, **_: Any) -> dict[str, Any]:
-    """Records of a `.jsonl.gz` file."""
+def json_lines(file: str, training_file: str | None = None, **_: Any) -> dict[str, Any]:
+    """Records of a `.jsonl.gz` file, and of one to train on where there is one."""
     from datasets import Dataset
 
-    with gzip.open(data_folder() / file, "rt", encoding="utf-8") as lines:
-        return {"test": Dataset.from_list([json.loads(line) for line in lines])}
+    splits = {"test": file} if training_file is None else {"train": training_file, "test": file}
+    found = {}
+    for split, name in splits.items():
+        with gzip.open(data_folder() / name, "rt", encoding="utf-8") as lines:
+            found[split] = Dataset.from_list([json.loads(line) for line in lines])
+    return found
 
 
 def wikitext(file: str, **_: Any) -> dict[str, Any]:
