@@ -7,15 +7,23 @@ factor of the inverse of a damped H.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional
 
 from harness.errors import ConfigError, NumericalFailure
+from harness.nn.blocks import Block
 
-__all__ = ["InputHessian", "inverse_root", "output_error", "packed_lower", "unpacked_lower"]
+__all__ = [
+    "InputHessian",
+    "inverse_root",
+    "observe_hessians",
+    "output_error",
+    "packed_lower",
+    "unpacked_lower",
+]
 
 _LARGEST_DAMP = 1.0
 _EXACT_ON_TENSOR_CORES = (torch.bfloat16, torch.float16)
@@ -58,6 +66,26 @@ class InputHessian:
         if not bool(torch.isfinite(self.mean).all()):
             raise NumericalFailure(f"{layer}: calibration activations are NaN or infinite")
         return self.mean
+
+
+def observe_hessians(block: Block, names: Sequence[str], *, advance: bool = False) -> dict[str, torch.Tensor]:
+    """``mean(x x^T)`` [in, in] of the inputs x of the named layers of a block, in one pass; by name.
+
+    Args:
+        advance: as of `Block.observe`.
+
+    Raises:
+        ConfigError, NumericalFailure: as `InputHessian.matrix`.
+    """
+    found: dict[str, InputHessian] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        if name not in found:
+            found[name] = InputHessian(x.shape[-1], x.device)
+        found[name].add(x)
+
+    block.observe(names, see, advance=advance)
+    return {name: found.get(name, InputHessian(0)).matrix(f"{block.name}.{name}") for name in names}
 
 
 def inverse_root(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:

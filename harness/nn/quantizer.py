@@ -149,9 +149,7 @@ def find_grid(
     return _covering_grid(low, high, bits, sym, scale_dtype)
 
 
-def _range(
-    values: torch.Tensor, dim: int | tuple[int, ...] | None = -1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _range(values: torch.Tensor, dim: int | tuple[int, ...] | None = -1) -> tuple[torch.Tensor, torch.Tensor]:
     """The least and the largest value along `dim`, 0 among them."""
     dims = tuple(range(values.ndim)) if dim is None else dim
     return values.amin(dims, keepdim=True).clamp_(max=0), values.amax(dims, keepdim=True).clamp_(min=0)
