@@ -41,7 +41,8 @@ class ContentCache:
         path = self.path(key)
         if path.exists():
             try:
-                stored: T = torch.load(path, map_location="cpu", weights_only=True)
+                # Mapped, not read: a large entry on its way to a GPU is not copied once more.
+                stored: T = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 return stored
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
                 path.unlink(missing_ok=True)

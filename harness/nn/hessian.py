@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -21,6 +22,7 @@ __all__ = [
     "inverse_root",
     "observe_hessians",
     "output_error",
+    "output_size",
     "packed_lower",
     "unpacked_lower",
 ]
@@ -51,7 +53,7 @@ class InputHessian:
             self.mean.mul_(kept).add_(torch.mm(x.t(), x, out_dtype=torch.float32), alpha=new)
             return
         x = x.float()
-        with _full_float32(x.device):
+        with _float32_products("highest"):
             self.mean.addmm_(x.t(), x, beta=kept, alpha=new)
 
     def matrix(self, layer: str) -> torch.Tensor:
@@ -126,7 +128,17 @@ def _inverse_root(hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | 
 
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
     """``tr(D H D^T)`` of a change D [out, in]: the mean squared error of the outputs, summed over them."""
-    return float(((difference @ hessian) * difference).sum())
+    with _float32_products("highest"):
+        return float(((difference @ hessian) * difference).sum())
+
+
+def output_size(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(W H W^T)``: the mean square of the outputs, summed over them, to three digits.
+
+    A sum of squares in which nothing cancels, as it does in `output_error`: TensorFloat-32 is enough.
+    """
+    with _float32_products("high"):
+        return float(((weight @ hessian) * weight).sum())
 
 
 def packed_lower(matrix: torch.Tensor) -> torch.Tensor:
@@ -152,13 +164,10 @@ def unpacked_lower(packed: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Matrix products of float32 without rounding to TensorFloat-32, whatever the process allows."""
-    if device.type != "cuda":
-        yield
-        return
+def _float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Products of float32 matrices in full ("highest") or TensorFloat-32, whatever the process allows."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -54,8 +54,8 @@ class OriginalHessians:
     def of(self, block: str, layer: str) -> torch.Tensor:
         """The Hessian [in, in] of a layer, float32.
 
-        An entry that cannot be read is computed again. So go through the blocks from the last to the
-        first if they are changed meanwhile: those before the one that is asked for must be as they were.
+        An entry that cannot be read is computed again. So go from the last layer to the first where they
+        are changed meanwhile: those that run before the one that is asked for must be as they were.
         """
 
         def again() -> torch.Tensor:

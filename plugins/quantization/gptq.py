@@ -36,7 +36,7 @@ from pydantic import Field, field_validator
 from harness import Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.folding import linears_of
-from harness.nn.hessian import observe_hessians, output_error
+from harness.nn.hessian import observe_hessians, output_error, output_size
 from harness.nn.surgery import replace_module
 
 from ._gptq import GptqResult, Rounding, factorise, gptq_quantize, quantize_stack
@@ -114,9 +114,10 @@ def _on_original(
     firsts = {block: [group[0] for group in groups] for block, groups in plan.items()}
     hessians = OriginalHessians(model, firsts, context)
     errors = []
+    # From the last layer to the first: whatever must be computed again then still finds what it reads.
     with context.progress("blocks", len(plan)) as done:
         for number, (block, groups) in enumerate(reversed(plan.items()), 1):
-            for group in groups:
+            for group in reversed(groups):
                 errors += _quantize_group(model, block, group, hessians.of(block, group[0]), options)
             done(number)
     return errors
@@ -140,7 +141,7 @@ def _quantize_group(
         raise NumericalFailure(f"{', '.join(names)}: {error}") from None
     errors = []
     for name, linear, weight, result in zip(names, linears, weights, results, strict=True):
-        size = output_error(weight, hessian)
+        size = output_size(weight, hessian)
         difference = weight - result.quantized.dequantize()
         errors.append(output_error(difference, hessian) / size if size else 0.0)
         replace_module(model, name, pack_float_weight(linear, result.quantized))

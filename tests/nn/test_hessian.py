@@ -12,6 +12,7 @@ from harness.nn.hessian import (
     inverse_root,
     observe_hessians,
     output_error,
+    output_size,
     packed_lower,
     unpacked_lower,
 )
@@ -80,6 +81,9 @@ def test_the_output_error_is_that_of_the_outputs():
     x, difference = torch.randn(200, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
     expected = (x @ difference.T).square().sum() / 200
     assert output_error(difference, x.T @ x / 200) == pytest.approx(float(expected))
+    assert output_size(difference.float(), (x.T @ x / 200).float()) == pytest.approx(
+        float(expected), rel=2e-3
+    )
 
 
 def test_the_root_is_upper_and_of_the_damped_inverse():
