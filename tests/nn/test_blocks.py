@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -158,6 +160,18 @@ def test_what_comes_next_may_be_that_of_the_unchanged_block(model, batches):
             block.module.get_submodule(last).weight.zero_()
     # Finding the inputs of the first block begins a pass over it.
     assert passes == len(batches) * (1 + len(blocks_of(model)))
+
+
+def test_outputs_take_the_place_of_inputs_one_batch_after_the_other(tiny_llama, batches):
+    """Never are the inputs and the outputs of all batches in memory."""
+    block = next(iterate_blocks(tiny_llama, batches))
+    entered = [weakref.ref(item.hidden) for item in block.inputs]
+    alive = []
+    block.module.register_forward_pre_hook(
+        lambda *_: alive.append(sum(hidden() is not None for hidden in entered))
+    )
+    block.advance()
+    assert alive == [3, 2, 1]
 
 
 def test_the_training_flag_and_gradients_are_left_as_they_were(tiny_llama, batches):
