@@ -6,15 +6,24 @@ import itertools
 
 import pytest
 import torch
-from harness_plugins.quantization._gptq import Rounding, _round_columns, factorise, quantize_stack
+from harness_plugins.quantization import _gptq
+from harness_plugins.quantization._gptq import (
+    Factor,
+    Rounding,
+    _round_columns,
+    factorise,
+    quantize_stack,
+)
 from harness_plugins.quantization.gptq import METHOD, gptq_quantize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.kernels import gptq as kernels
 from harness.models.info import info_from_config
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.hessian import inverse_root, output_error
 from harness.nn.quantized import QuantizedLinear
-from harness.nn.quantizer import group_grid, quantize_weight
+from harness.nn.quantizer import Grid, group_grid, quantize_weight
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -248,6 +257,56 @@ def test_a_stack_of_matrices_is_each_of_them(form, dtype):
         torch.bfloat16,
         torch.float16,
     ]
+
+
+def on_meta(form, out: int, columns: int):
+    """Arguments of `_round_columns` without values."""
+    rounding = Rounding(**{name: value for name, value in form.items() if name != "act_order"})
+    groups = 1 if rounding.group_size == -1 else -(-columns // rounding.group_size)
+    with torch.device("meta"):
+        order = torch.empty(columns, dtype=torch.int64) if form.get("act_order") else None
+        factor = Factor(torch.empty(columns, columns), order, torch.empty(columns, dtype=torch.bool), 0.01)
+        scale = torch.empty(out, groups, dtype=torch.float16)
+        zero = None if rounding.sym else torch.empty(out, groups, dtype=torch.uint8)
+        return torch.empty(out, columns), factor, rounding, scale, zero
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_value_is_read_inside_the_loops(form):
+    """Tensors without values cannot be read: whatever would wait for a GPU raises here."""
+    codes, losses = _round_columns(*on_meta(form, 24, 144))
+    assert (codes.shape, losses.shape) == ((24, 144), (24,))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(losses.sum())
+
+
+def test_few_launches_for_a_block_of_columns(monkeypatch):
+    """Besides the two kernels, some ten operators for 128 columns, whatever their number of rows."""
+    launched = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                launched.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def columns_kernel(block, root, scale, zero, groups, bits):
+        return torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+
+    def search_kernel(values, importance, factors, bits, sym, scale_dtype):
+        shape = (*values.shape[:-1], 1)
+        return Grid(
+            bits, values.new_empty(shape, dtype=scale_dtype), values.new_empty(shape, dtype=torch.uint8)
+        )
+
+    monkeypatch.setattr(_gptq, "quantize_columns", columns_kernel)
+    monkeypatch.setattr(kernels, "search_grid", search_kernel)
+    arguments = on_meta({"bits": 4, "group_size": 128, "clip": "mse"}, 4096, 4096)
+    with Count():
+        _round_columns(*arguments)
+    blocks = 4096 // 128
+    assert launched.count("aten::addmm_") == blocks
+    assert len(launched) <= 13 * blocks
 
 
 @pytest.mark.gpu
