@@ -74,6 +74,8 @@ class Block:
             names: relative to the block.
             advance: `advance` in the same pass.
         """
+        if not names and not advance:
+            return
         calls: list[str] = []
         wanted: set[str] = set()  # what is still to come before the pass may stop
 

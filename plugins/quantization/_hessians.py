@@ -59,7 +59,8 @@ class OriginalHessians:
         """
 
         def again() -> torch.Tensor:
-            found = next(b for b in self._context.blocks(self._model, self._batches) if b.name == block)
+            blocks = self._context.blocks(self._model, self._batches)  # open until this is done
+            found = next(each for each in blocks if each.name == block)
             return self._observe(found, [layer])[layer]
 
         packed: torch.Tensor = self._context.cache(self._key(block, layer), again)
