@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +42,8 @@ class ContentCache:
         path = self.path(key)
         if path.exists():
             try:
-                stored: T = torch.load(path, map_location="cpu", weights_only=True)
+                # Mapped, not read: a large entry on its way to a GPU is not copied once more.
+                stored: T = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 return stored
             except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
                 path.unlink(missing_ok=True)
@@ -55,7 +57,8 @@ class ContentCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 temporary = file.name
-                torch.save(value, file)
+                with _without_checksums():
+                    torch.save(value, file)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
             if temporary is not None:
@@ -67,3 +70,14 @@ class ContentCache:
                 f"the cache {self.directory} cannot be written ({error}); "
                 "set HARNESS_CACHE to a writable folder"
             ) from None
+
+
+@contextmanager
+def _without_checksums() -> Iterator[None]:
+    """Those of torch's writer take most of the time of a large entry, and its reader ignores them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

@@ -170,6 +170,10 @@ class Context:
         """
         return self.cache_store.get_or_compute({**self.identity, "key": dict(key)}, compute)
 
+    def is_cached(self, key: Mapping[str, Any]) -> bool:
+        """Whether `cache` has a value stored for this key: what leads to it need not be computed."""
+        return self.cache_store.path({**self.identity, "key": dict(key)}).exists()
+
     # --- the rest -----------------------------------------------------------------------------
 
     def generator(self, name: str) -> torch.Generator:

@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional
 
 from harness.nn.packing import PackedWeight, unpack_weight
+from harness.nn.quantizer import Grid
 
-__all__ = ["dequantize", "int8_linear", "int8_matmul", "weight_only_linear"]
+__all__ = ["dequantize", "int8_linear", "int8_matmul", "quantize_columns", "weight_only_linear"]
 
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA needs more than 16 rows
 _CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
@@ -57,3 +58,26 @@ def int8_linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
+
+
+def quantize_columns(
+    block: torch.Tensor,
+    root: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    groups: torch.Tensor,
+    bits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and errors of a block of GPTQ; see `harness.kernels.gptq.quantize_columns`."""
+    # Transposed: what a step reads and writes then lies together.
+    rest = block.t().contiguous()  # [columns, out]
+    columns = groups.long()
+    scales = scale.t()[columns]
+    zeros = None if zero is None else zero.t()[columns]
+    codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
+    for j in range(len(rest)):
+        grid = Grid(bits, scales[j], None if zeros is None else zeros[j])
+        codes[j] = grid.encode(rest[j])
+        errors[j] = (rest[j] - grid.decode(codes[j], rest.dtype)) / root[j, j]
+        rest[j + 1 :] -= torch.outer(root[j, j + 1 :], errors[j])
+    return codes.t(), errors.t()

@@ -9,7 +9,7 @@ then carries the hidden states from block to block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class Block:
     name: str  # full name in the model
     module: nn.Module
     inputs: list[BlockInput]
+    is_advanced: bool = False  # `inputs` are the block's outputs by now
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
@@ -50,24 +51,59 @@ class Block:
         return [_call(self.module, item) for item in self.inputs]
 
     @torch.no_grad()
-    def observe(self, names: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> None:
+    def advance(self) -> None:
+        """Put the block's outputs, as it is now, in the place of its inputs.
+
+        `iterate_blocks` does it after the last change; a method that wants the next block to see this
+        one unchanged does it before the first.
+        """
+        for item in self.inputs:
+            item.hidden = _call(self.module, item)
+        self.is_advanced = True
+
+    @torch.no_grad()
+    def observe(
+        self, names: Sequence[str], see: Callable[[str, torch.Tensor], None], *, advance: bool = False
+    ) -> None:
         """Run all batches and show ``see(name, x)`` the input x [batch, tokens, in] of each layer.
 
-        `names` are relative to the block.
+        The first batch runs to the end of the block. Where it called each layer once, the others stop
+        at the last of them: what comes after is not computed.
+
+        Args:
+            names: relative to the block.
+            advance: `advance` in the same pass.
         """
-        handles = []
-        for name in names:
+        if not names and not advance:
+            return
+        calls: list[str] = []
+        wanted: set[str] = set()  # what is still to come before the pass may stop
 
-            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+        def hook_of(name: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 see(name, args[0].detach())
+                calls.append(name)
+                if name in wanted:
+                    wanted.remove(name)
+                    if not wanted:
+                        raise _SeenAll
 
-            handles.append(self.module.get_submodule(name).register_forward_pre_hook(hook))
+            return hook
+
+        handles = [self.module.get_submodule(n).register_forward_pre_hook(hook_of(n)) for n in names]
         try:
             for item in self.inputs:
-                _call(self.module, item)
+                if not advance and sorted(calls) == sorted(names):
+                    wanted.update(names)
+                calls.clear()
+                with suppress(_SeenAll):
+                    hidden = _call(self.module, item)
+                    if advance:
+                        item.hidden = hidden
         finally:
             for handle in handles:
                 handle.remove()
+        self.is_advanced |= advance
 
 
 def iterate_blocks(
@@ -92,11 +128,10 @@ def iterate_blocks(
         for index, (name, module) in enumerate(blocks):
             block = Block(index, name, module, inputs)
             yield block
-            if index + 1 < len(blocks):
+            if index + 1 < len(blocks) and not block.is_advanced:
                 # The module may have been replaced as a whole: look it up again.
                 block.module = model.get_submodule(name)
-                for item, hidden in zip(inputs, block.run(), strict=True):
-                    item.hidden = hidden
+                block.advance()
 
 
 def _require_equal_masks(model: nn.Module) -> None:
@@ -117,6 +152,10 @@ def _call(module: nn.Module, item: BlockInput) -> torch.Tensor:
 
 class _Captured(Exception):
     """Ends the forward pass once the first block's inputs are known."""
+
+
+class _SeenAll(Exception):
+    """Ends a pass over a block once every observed layer has been called."""
 
 
 @torch.no_grad()

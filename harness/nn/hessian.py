@@ -7,13 +7,28 @@ factor of the inverse of a damped H.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
+from torch.nn import functional
 
 from harness.errors import ConfigError, NumericalFailure
+from harness.nn.blocks import Block
 
-__all__ = ["InputHessian", "inverse_root", "output_error"]
+__all__ = [
+    "InputHessian",
+    "inverse_root",
+    "observe_hessians",
+    "output_error",
+    "output_size",
+    "packed_lower",
+    "unpacked_lower",
+]
 
 _LARGEST_DAMP = 1.0
+_EXACT_ON_TENSOR_CORES = (torch.bfloat16, torch.float16)
 
 
 class InputHessian:
@@ -24,13 +39,22 @@ class InputHessian:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Take in activations [..., in]."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        """Take in activations [..., in].
+
+        On CUDA those in bfloat16 and float16 are multiplied on tensor cores as they are: their products
+        are exact in float32, in which they are added up. Others are multiplied in full float32.
+        """
+        x = x.reshape(-1, x.shape[-1])
         if not x.shape[0]:
             return
         before, self.tokens = self.tokens, self.tokens + x.shape[0]
-        self.mean *= before / self.tokens
-        self.mean.addmm_(x.t(), x, alpha=1 / self.tokens)
+        kept, new = before / self.tokens, 1 / self.tokens
+        if x.is_cuda and x.dtype in _EXACT_ON_TENSOR_CORES:
+            self.mean.mul_(kept).add_(torch.mm(x.t(), x, out_dtype=torch.float32), alpha=new)
+            return
+        x = x.float()
+        with _float32_products("highest"):
+            self.mean.addmm_(x.t(), x, beta=kept, alpha=new)
 
     def matrix(self, layer: str) -> torch.Tensor:
         """The mean [in, in].
@@ -44,6 +68,26 @@ class InputHessian:
         if not bool(torch.isfinite(self.mean).all()):
             raise NumericalFailure(f"{layer}: calibration activations are NaN or infinite")
         return self.mean
+
+
+def observe_hessians(block: Block, names: Sequence[str], *, advance: bool = False) -> dict[str, torch.Tensor]:
+    """``mean(x x^T)`` [in, in] of the inputs x of the named layers of a block, in one pass; by name.
+
+    Args:
+        advance: as of `Block.observe`.
+
+    Raises:
+        ConfigError, NumericalFailure: as `InputHessian.matrix`.
+    """
+    found: dict[str, InputHessian] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        if name not in found:
+            found[name] = InputHessian(x.shape[-1], x.device)
+        found[name].add(x)
+
+    block.observe(names, see, advance=advance)
+    return {name: found.get(name, InputHessian(0)).matrix(f"{block.name}.{name}") for name in names}
 
 
 def inverse_root(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
@@ -61,9 +105,7 @@ def inverse_root(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, floa
         raise NumericalFailure("the Hessian has NaN or infinite entries")
     mean = hessian.diagonal().mean()
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        root = _inverse_root(damped)
+        root = _inverse_root(hessian, damp * mean)
         if root is not None:
             return root, damp
         if damp >= _LARGEST_DAMP:
@@ -71,17 +113,62 @@ def inverse_root(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, floa
         damp = min(10 * damp, _LARGEST_DAMP)
 
 
-def _inverse_root(damped: torch.Tensor) -> torch.Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(damped)
+def _inverse_root(hessian: torch.Tensor, shift: torch.Tensor) -> torch.Tensor | None:
+    # With rows and columns reversed, H = L L^T. Reversed again, L is upper triangular: H = R R^T, so
+    # H^-1 = R^-T R^-1, and the root is R^-1: one factorisation and one triangular inverse.
+    reverse = hessian.flip(0, 1)
+    reverse.diagonal().add_(shift)
+    lower, failed = torch.linalg.cholesky_ex(reverse)
     if bool(failed):
         return None
-    upper: torch.Tensor
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if bool(failed) or not bool(torch.isfinite(upper).all()):
-        return None
-    return upper
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    root = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    return root if bool(torch.isfinite(root).all()) else None
 
 
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
     """``tr(D H D^T)`` of a change D [out, in]: the mean squared error of the outputs, summed over them."""
-    return float(((difference @ hessian) * difference).sum())
+    with _float32_products("highest"):
+        return float(((difference @ hessian) * difference).sum())
+
+
+def output_size(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(W H W^T)``: the mean square of the outputs, summed over them, to three digits.
+
+    A sum of squares in which nothing cancels, as it does in `output_error`: TensorFloat-32 is enough.
+    """
+    with _float32_products("high"):
+        return float(((weight @ hessian) * weight).sum())
+
+
+def packed_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of a matrix [n, n] as a rectangle [ceil(n / 2), n + 1].
+
+    Row `k` holds the row ``n - 1 - k`` of the triangle and, from the other end, its row `k`.
+    """
+    size, half = len(matrix), (len(matrix) + 1) // 2
+    long = functional.pad(matrix[size - half :].flip(0), (0, 1))
+    short = functional.pad(matrix[:half].flip(1), (1, 0))
+    rows = torch.arange(half, device=matrix.device)[:, None]
+    return torch.where(torch.arange(size + 1, device=matrix.device) < size - rows, long, short)
+
+
+def unpacked_lower(packed: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix [n, n] whose lower triangle `packed_lower` packed."""
+    half, size = packed.shape[0], packed.shape[1] - 1
+    lower = packed.new_empty(size, size)
+    lower[size - half :] = packed[:, :size].flip(0)
+    lower[:half] = packed[:, 1:].flip(1)
+    lower = lower.tril_()
+    return lower + lower.tril(-1).t()
+
+
+@contextmanager
+def _float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Products of float32 matrices in full ("highest") or TensorFloat-32, whatever the process allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -14,18 +14,22 @@ Source: Nagel et al. 2021, "A White Paper on Neural Network Quantization" (arXiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from harness.errors import ConfigError, NumericalFailure
 
 __all__ = [
+    "CLIP_FACTORS",
     "SMALLEST_SCALE",
     "Grid",
     "QuantizedWeight",
     "find_grid",
     "group_grid",
+    "least_error_grid",
     "padded_to_groups",
     "quantize_activation",
     "quantize_weight",
@@ -37,7 +41,8 @@ SMALLEST_SCALE = 1e-35
 """Activations whose scale would be smaller count as zeros: its reciprocal would overflow."""
 
 _FP16_SMALLEST_NORMAL = 2.0**-14
-_CLIP_STEPS = 68  # percent of the range that clipping may take off, at most
+CLIP_FACTORS = tuple(1 - percent / 100 for percent in range(68))
+"""What `search_grid` tries: clipping takes off up to 67 percent of the range."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,15 @@ def find_grid(
     sym: bool,
     dim: int | tuple[int, ...] | None = -1,
     scale_dtype: torch.dtype | None = torch.float32,
+    known_finite: bool = False,
 ) -> Grid:
     """The grid that just covers the range of `values` along `dim` (None: all of them).
 
     The scale keeps the reduced dimensions. `scale_dtype` None chooses float16, or bfloat16 where
     float16 cannot hold the scales. A range of zeros gets the scale 1, so it stays zeros.
+
+    Args:
+        known_finite: the values were checked before; with a `scale_dtype`, nothing then waits for a GPU.
 
     Raises:
         ConfigError: `bits` outside 2 to 8.
@@ -134,14 +143,24 @@ def find_grid(
     """
     if not 2 <= bits <= 8:
         raise ConfigError(f"bits must be from 2 to 8, not {bits}")
-    values = values.detach().float()
-    dims = tuple(range(values.ndim)) if dim is None else dim
-    low = values.amin(dims, keepdim=True).clamp_(max=0)
-    high = values.amax(dims, keepdim=True).clamp_(min=0)
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+    low, high = _range(values.detach().float(), dim)
+    if not known_finite and not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise NumericalFailure("values to quantize are NaN or infinite")
+    return _covering_grid(low, high, bits, sym, scale_dtype)
+
+
+def _range(values: torch.Tensor, dim: int | tuple[int, ...] | None = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest value along `dim`, 0 among them."""
+    dims = tuple(range(values.ndim)) if dim is None else dim
+    return values.amin(dims, keepdim=True).clamp_(max=0), values.amax(dims, keepdim=True).clamp_(min=0)
+
+
+def _covering_grid(
+    low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool, scale_dtype: torch.dtype | None
+) -> Grid:
     reach, steps = (torch.maximum(-low, high), 2 ** (bits - 1) - 1) if sym else (high - low, 2**bits - 1)
-    scale = reach / steps
+    # By a tensor: on CUDA torch divides by a Python number through its reciprocal, an ulp off.
+    scale = reach / torch.full_like(reach, steps)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     scale = round_up(scale, scale_dtype or _group_scale_dtype(scale))
     if sym:
@@ -164,6 +183,7 @@ def search_grid(
     bits: int,
     sym: bool,
     scale_dtype: torch.dtype | None = torch.float32,
+    known_finite: bool = False,
 ) -> Grid:
     """The grid over the last dimension that rounds with the least error among clipped ranges.
 
@@ -173,21 +193,38 @@ def search_grid(
 
     Args:
         importance: not negative, broadcasts against `values`.
+        known_finite: as of `find_grid`.
 
     Raises:
         ConfigError, NumericalFailure: as `find_grid`.
     """
-    best = find_grid(values, bits=bits, sym=sym, scale_dtype=scale_dtype)
-    values = values.detach().float()
-    importance = importance.float()
+    if scale_dtype is None or not known_finite:
+        scale_dtype = find_grid(values, bits=bits, sym=sym, scale_dtype=scale_dtype).scale.dtype
+    values, importance = values.detach().float(), importance.float()
+    from harness.kernels import gptq  # which stands on this module
+
+    return gptq.search_grid(values, importance, CLIP_FACTORS, bits, sym, scale_dtype)
+
+
+def least_error_grid(
+    values: torch.Tensor,
+    importance: torch.Tensor,
+    factors: Sequence[float],
+    bits: int,
+    sym: bool,
+    scale_dtype: torch.dtype,
+) -> Grid:
+    """`search_grid` in plain torch, among the ranges [..., 1] times each of `factors`, the first one 1."""
+    # The range of clipped values is the clipped range: multiplication keeps their order.
+    low, high = _range(values)
 
     def loss(grid: Grid) -> torch.Tensor:
         return ((grid.round(values) - values).square_() * importance).sum(-1, keepdim=True)
 
+    best = _covering_grid(low, high, bits, sym, scale_dtype)
     least = loss(best)
-    for step in range(1, _CLIP_STEPS):
-        clipped = values * (1 - step / 100)
-        grid = find_grid(clipped, bits=bits, sym=sym, scale_dtype=best.scale.dtype)
+    for factor in factors[1:]:
+        grid = _covering_grid(low * factor, high * factor, bits, sym, scale_dtype)
         found = loss(grid)
         better = found < least
         least = torch.where(better, found, least)
@@ -213,10 +250,12 @@ def group_grid(
     per_tensor: bool = False,
     scale_dtype: torch.dtype | None = None,
     importance: torch.Tensor | None = None,
+    known_finite: bool = False,
 ) -> Grid:
     """The grid of a matrix [out, in], scale [out, groups] (or [1, 1] per tensor).
 
-    `importance` [in] of the columns lets each range be clipped for the least error (`search_grid`).
+    `importance` [in] of the columns lets each range be clipped for the least error (`search_grid`);
+    `known_finite` as of `find_grid`.
 
     Scales are stored as float32 for 8 bits without groups, else as float16 (bfloat16 where the range
     needs it), unless `scale_dtype` names the type.
@@ -237,11 +276,11 @@ def group_grid(
         return find_grid(weight, bits=bits, sym=sym, dim=None, scale_dtype=scale_dtype)
     groups = 1 if group_size == -1 else columns // group_size
     grouped = weight.reshape(out, groups, columns // groups)
+    common: Any = {"bits": bits, "sym": sym, "scale_dtype": scale_dtype, "known_finite": known_finite}
     if importance is None:
-        grid = find_grid(grouped, bits=bits, sym=sym, scale_dtype=scale_dtype)
+        grid = find_grid(grouped, **common)
     else:
-        weights = importance.view(groups, columns // groups)
-        grid = search_grid(grouped, weights, bits=bits, sym=sym, scale_dtype=scale_dtype)
+        grid = search_grid(grouped, importance.view(groups, columns // groups), **common)
     zero = None if grid.zero is None else grid.zero[:, :, 0]
     return Grid(bits, grid.scale[:, :, 0], zero)
 

@@ -6,7 +6,9 @@ Saleh Ashkboos, Torsten Hoefler, Dan Alistarh, 2022, arXiv:2210.17323; after OBQ
 Changes: every linear layer inside the blocks (or those whose full name matches `targets`) is stored in
 packed `bits`. Columns are rounded in one fixed order for all rows; each rounding error is spread over
 the columns still to come so that the layer's output on calibration data changes least (squared error).
-Block after block, each calibrated on inputs that the already quantized blocks produce.
+Block after block, each calibrated on inputs that the already quantized blocks produce, as in the paper,
+or (`calibrate_on`: original) on those of the untouched model. The latter's Hessians depend on no option
+and are kept on disk (11 GB for a 7B model), so that every later configuration runs no calibration pass.
 
 Needs: calibration tokens.
 
@@ -15,7 +17,8 @@ Knobs: `bits`, `group_size` (input columns per scale; -1: one per output row), `
 input is gathered), `static_groups` (scales from the weights as they were), `damp` (share of the mean
 diagonal added to the Hessian), `clip` (mse: each scale clips its range where that lowers the loss, as
 the authors' code can; absmax: never, as in the paper), `block_size` (columns per lazy update: speed
-only), `true_sequential` (inside a block, q/k/v, then output, then FFN see each other's rounding),
+only), `true_sequential` (inside a block, q/k/v, then output, then FFN see each other's rounding; says nothing
+where `calibrate_on` is original),
 `ragged`, `targets`.
 
 Hurts: with few calibration tokens or tokens of another kind it fits them and not the task; at 8 bits
@@ -24,33 +27,26 @@ it gains nothing over plain rounding. At many rows the weights are dequantized b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator
 
 from harness import Method, NumericalFailure, Options, Paper, hookimpl
-from harness.nn.anatomy import anatomy_of
+from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.folding import linears_of
-from harness.nn.hessian import InputHessian, inverse_root, output_error
-from harness.nn.quantizer import Grid, QuantizedWeight, group_grid, padded_to_groups
+from harness.nn.hessian import observe_hessians, output_error, output_size
 from harness.nn.surgery import replace_module
 
-from ._weights import (
-    Ragged,
-    WeightBits,
-    pack_float_weight,
-    quantizable,
-    refusal,
-    sharing_input,
-)
+from ._gptq import GptqResult, Rounding, factorise, gptq_quantize, quantize_stack
+from ._hessians import OriginalHessians
+from ._weights import Ragged, WeightBits, pack_float_weight, quantizable, refusal, sharing_input
 
 if TYPE_CHECKING:
     from torch import nn
 
     from harness import Context, ModelInfo
-    from harness.nn.blocks import Block
 
 __all__ = ["METHOD", "GptqOptions", "GptqResult", "gptq_quantize"]
 
@@ -67,6 +63,9 @@ class GptqOptions(Options):
     clip: Literal["absmax", "mse"] = Field("mse", description="range of a grid: all, or least loss")
     block_size: int = Field(128, ge=1, description="columns between two updates of the rest")
     true_sequential: bool = Field(True, description="calibrate inside a block step by step")
+    calibrate_on: Literal["quantized", "original"] = Field(
+        "quantized", description="inputs from the model as quantized so far, or as it was"
+    )
     targets: str | None = Field(None, description="regular expression of full layer names")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
 
@@ -78,99 +77,6 @@ class GptqOptions(Options):
         return value
 
 
-@dataclass(frozen=True)
-class GptqResult:
-    """A quantized matrix, its loss ``tr((W - Q)(H + damp)(W - Q)^T)`` and the damping that was used."""
-
-    quantized: QuantizedWeight
-    loss: float
-    damp: float
-
-
-@torch.no_grad()
-def gptq_quantize(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    *,
-    bits: int,
-    group_size: int = -1,
-    sym: bool = False,
-    act_order: bool = False,
-    damp: float = 0.01,
-    block_size: int = 128,
-    static_groups: bool = False,
-    clip: Literal["absmax", "mse"] = "absmax",
-) -> GptqResult:
-    """Quantize a matrix [out, in] given ``mean(x x^T)`` [in, in] of its inputs; float32 or float64.
-
-    A group's grid follows from the weights as corrected up to its first column (`static_groups`: as
-    given), with ``clip="mse"`` by the least loss of its own columns. Columns that no token ever reaches
-    (``H_jj = 0``) become zeros. The result does not depend on `block_size`; the last group may be shorter.
-
-    Raises:
-        NumericalFailure: weights or Hessian are not finite, or the Hessian cannot be factorised.
-    """
-    weight, hessian = weight.detach().clone(), hessian.to(weight.dtype).clone()
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalFailure("weights are NaN or infinite")
-    (out, columns), device = weight.shape, weight.device
-    dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
-    order = torch.arange(columns, device=device)
-    if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    root, damp = inverse_root(hessian[order][:, order], damp)
-    importance = root.diagonal() ** -2  # what a squared rounding error in each column costs
-    width = columns if group_size == -1 else group_size
-    # Grids of the weights as given: the ones to use, or only the type and shape of what is stored.
-    is_static = static_groups or group_size == -1
-    searched = padded_to_groups(importance[torch.argsort(order)][None], width)[0]
-    given = group_grid(
-        padded_to_groups(weight, width),
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        importance=searched if clip == "mse" and is_static else None,
-    )
-    scale, zero = given.scale.clone(), None if given.zero is None else given.zero.clone()
-    weight = weight[:, order]
-    groups: list[int] = ((order if is_static else torch.arange(columns)) // width).tolist()
-    # A block never straddles the start of a group, so every correction has arrived by then.
-    starts = sorted({*range(0, columns, block_size), *(() if is_static else range(0, columns, width))})
-    codes = torch.empty(out, columns, dtype=torch.uint8, device=device)
-    loss = 0.0
-    for start, end in zip(starts, [*starts[1:], columns], strict=True):
-        if not is_static and start % width == 0:
-            grid = group_grid(
-                weight[:, start : start + width],
-                bits=bits,
-                sym=sym,
-                scale_dtype=scale.dtype,
-                importance=importance[start : start + width] if clip == "mse" else None,
-            )
-            scale[:, groups[start]] = grid.scale[:, 0]
-            if zero is not None and grid.zero is not None:
-                zero[:, groups[start]] = grid.zero[:, 0]
-        block, errors = weight[:, start:end].clone(), torch.zeros_like(weight[:, start:end])
-        local = root[start:end, start:end]
-        for j in range(end - start):
-            group = groups[start + j]
-            grid = Grid(bits, scale[:, group], None if zero is None else zero[:, group])
-            code = grid.encode(block[:, j])
-            error = (block[:, j] - grid.decode(code, weight.dtype)) / local[j, j]
-            block[:, j + 1 :] -= torch.outer(error, local[j, j + 1 :])
-            codes[:, start + j], errors[:, j] = code, error
-        weight[:, end:] -= errors @ root[start:end, end:]
-        loss += float((errors**2).sum())
-    stored_order = order.to(torch.int32) if act_order and not is_static else None
-    if stored_order is None:
-        codes = codes[:, torch.argsort(order)]
-    codes = padded_to_groups(codes, width)
-    quantized = QuantizedWeight(codes, scale, zero, bits, group_size, columns, stored_order)
-    return GptqResult(quantized, loss, damp)
-
-
 @torch.no_grad()
 def transform(model: nn.Module, options: GptqOptions, context: Context) -> nn.Module:
     names, skipped = quantizable(
@@ -178,44 +84,68 @@ def transform(model: nn.Module, options: GptqOptions, context: Context) -> nn.Mo
     )
     if options.ragged == "skip":
         context.record("skipped_layers", len(skipped), "layers", ", ".join(skipped) or None)
-    errors: list[float] = []
-    for block in context.blocks(model):
-        prefix = f"{block.name}."
-        inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        steps = sharing_input(inside, anatomy_of(model).sequential_groups)
-        for step in [[group] for group in steps] if options.true_sequential else [steps]:
-            errors += _quantize_step(block, step, options)
+    plan: dict[str, list[list[str]]] = {}  # by block the layers that read the same input, as they run
+    for block, _ in blocks_of(model):
+        inside = [name.removeprefix(f"{block}.") for name in names if name.startswith(f"{block}.")]
+        plan[block] = sharing_input(inside, anatomy_of(model).sequential_groups)
+    run = _on_original if options.calibrate_on == "original" else _on_quantized
+    errors = run(model, plan, options, context)
     mean = sum(errors) / len(errors)
     context.record("gptq_relative_error", mean, "ratio", "squared error of layer outputs, mean of layers")
     return model
 
 
-def _quantize_step(block: Block, step: list[list[str]], options: GptqOptions) -> list[float]:
-    """Calibrate and replace some layers of a block; the relative squared output error of each."""
-    hessians = {
-        group[0]: InputHessian(linear.in_features, linear.weight.device)
-        for group in step
-        for linear in linears_of(block.module, group[:1], block.name)
-    }
-    block.observe(list(hessians), lambda name, x: hessians[name].add(x))
+def _on_quantized(
+    model: nn.Module, plan: dict[str, list[list[str]]], options: GptqOptions, context: Context
+) -> list[float]:
     errors = []
-    for group in step:
-        hessian = hessians[group[0]].matrix(f"{block.name}.{group[0]}")
-        for name, linear in zip(group, linears_of(block.module, group, block.name), strict=True):
-            weight = linear.weight.detach().float()
-            try:
-                result = gptq_quantize(weight, hessian, **options.model_dump(include=_CORE_OPTIONS))
-            except NumericalFailure as error:
-                raise NumericalFailure(f"{block.name}.{name}: {error}") from None
-            difference = weight - result.quantized.dequantize()
-            size = output_error(weight, hessian)
-            errors.append(output_error(difference, hessian) / size if size else 0.0)
-            replace_module(block.module, name, pack_float_weight(linear, result.quantized))
-        hessians.pop(group[0])
+    for block in context.blocks(model, context.calibration_batches()):
+        groups = plan[block.name]
+        for step in [[group] for group in groups] if options.true_sequential else [groups]:
+            hessians = observe_hessians(block, [group[0] for group in step])
+            for group in step:
+                errors += _quantize_group(model, block.name, group, hessians.pop(group[0]), options)
     return errors
 
 
-_CORE_OPTIONS = {"bits", "group_size", "sym", "act_order", "damp", "block_size", "static_groups", "clip"}
+def _on_original(
+    model: nn.Module, plan: dict[str, list[list[str]]], options: GptqOptions, context: Context
+) -> list[float]:
+    firsts = {block: [group[0] for group in groups] for block, groups in plan.items()}
+    hessians = OriginalHessians(model, firsts, context)
+    errors = []
+    # From the last layer to the first: whatever must be computed again then still finds what it reads.
+    with context.progress("blocks", len(plan)) as done:
+        for number, (block, groups) in enumerate(reversed(plan.items()), 1):
+            for group in reversed(groups):
+                errors += _quantize_group(model, block, group, hessians.of(block, group[0]), options)
+            done(number)
+    return errors
+
+
+def _quantize_group(
+    model: nn.Module, block: str, group: list[str], hessian: torch.Tensor, options: GptqOptions
+) -> list[float]:
+    """Replace layers that read the same input; the relative squared output error of each."""
+    names = [f"{block}.{name}" for name in group]
+    linears = linears_of(model, names, "model")
+    weights = [linear.weight.detach().float() for linear in linears]
+    for name, weight in zip(names, weights, strict=True):
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericalFailure(f"{name}: weights are NaN or infinite")
+    rounding = Rounding(**options.model_dump(include={each.name for each in fields(Rounding)}))
+    try:
+        factor = factorise(hessian, damp=options.damp, act_order=options.act_order)
+        results = quantize_stack(weights, factor, rounding)
+    except NumericalFailure as error:
+        raise NumericalFailure(f"{', '.join(names)}: {error}") from None
+    errors = []
+    for name, linear, weight, result in zip(names, linears, weights, results, strict=True):
+        size = output_size(weight, hessian)
+        difference = weight - result.quantized.dequantize()
+        errors.append(output_error(difference, hessian) / size if size else 0.0)
+        replace_module(model, name, pack_float_weight(linear, result.quantized))
+    return errors
 
 
 def applies(info: ModelInfo, options: GptqOptions) -> str | None:

@@ -24,6 +24,20 @@ def test_computed_once_and_read_back_equal(tmp_path):
     assert second["n"] == 5
 
 
+def test_writing_leaves_no_global_changed(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    ContentCache(tmp_path).get_or_compute({"k": 1}, lambda: torch.ones(3))
+    assert torch.serialization.get_crc32_options() == before
+
+
+def test_what_was_read_may_be_changed(tmp_path):
+    """Entries are mapped into memory; changes stay with the one who makes them."""
+    cache = ContentCache(tmp_path)
+    for _ in range(3):
+        cache.get_or_compute({"k": 1}, lambda: torch.ones(3)).zero_()
+    assert torch.equal(cache.get_or_compute({"k": 1}, lambda: None), torch.ones(3))
+
+
 def test_another_model_is_another_entry(tmp_path):
     cache = ContentCache(tmp_path)
     assert cache.get_or_compute({"model": "a"}, lambda: 1) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +112,66 @@ def test_observe_leaves_no_hook_behind_even_after_an_error(tiny_llama, batches):
     with pytest.raises(ValueError, match="seen enough"):
         block.observe(["mlp.down_proj"], fail)
     assert not block.module.get_submodule("mlp.down_proj")._forward_pre_hooks
+
+
+def test_a_pass_stops_after_the_last_observed_layer(tiny_llama, batches):
+    block = next(iterate_blocks(tiny_llama, batches))
+    calls = dict.fromkeys(anatomy_of(tiny_llama).linears, 0)
+    for name in calls:
+        block.module.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: calls.update({name: calls[name] + 1})
+        )
+    seen = []
+    block.observe(["self_attn.o_proj", "self_attn.v_proj"], lambda name, x: seen.append(name))
+    assert seen == ["self_attn.v_proj", "self_attn.o_proj"] * 3
+    assert calls["self_attn.k_proj"] == calls["self_attn.v_proj"] == 3
+    # The first pass shows that each layer is called once.
+    assert calls["self_attn.o_proj"] == calls["mlp.up_proj"] == calls["mlp.down_proj"] == 1
+
+
+def test_a_layer_that_is_called_twice_is_seen_twice(tiny_llama, batches):
+    block = next(iterate_blocks(tiny_llama, batches))
+    once = block.module.mlp.forward
+    block.module.mlp.forward = lambda x: once(x) + once(2 * x)
+    seen = []
+    block.observe(["mlp.up_proj"], lambda _name, x: seen.append(x))
+    assert len(seen) == 6
+    assert torch.equal(seen[3], 2 * seen[2])
+
+
+def test_what_comes_next_may_be_that_of_the_unchanged_block(model, batches):
+    """`advance` in the observing pass: one pass a block, and later changes do not show."""
+    last = anatomy_of(model).ffn_out
+    expected = [hidden_states(model, tokens) for tokens in batches]
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    for _, module in blocks_of(model):
+        module.register_forward_pre_hook(count)
+    for block in iterate_blocks(model, batches):
+        for item, hidden in zip(block.inputs, expected, strict=True):
+            torch.testing.assert_close(item.hidden, hidden[block.index], atol=1e-5, rtol=0)
+        block.observe(anatomy_of(model).qkv, lambda *_: None, advance=True)
+        assert block.is_advanced
+        with torch.no_grad():
+            block.module.get_submodule(last).weight.zero_()
+    # Finding the inputs of the first block begins a pass over it.
+    assert passes == len(batches) * (1 + len(blocks_of(model)))
+
+
+def test_outputs_take_the_place_of_inputs_one_batch_after_the_other(tiny_llama, batches):
+    """Never are the inputs and the outputs of all batches in memory."""
+    block = next(iterate_blocks(tiny_llama, batches))
+    entered = [weakref.ref(item.hidden) for item in block.inputs]
+    alive = []
+    block.module.register_forward_pre_hook(
+        lambda *_: alive.append(sum(hidden() is not None for hidden in entered))
+    )
+    block.advance()
+    assert alive == [3, 2, 1]
 
 
 def test_the_training_flag_and_gradients_are_left_as_they_were(tiny_llama, batches):

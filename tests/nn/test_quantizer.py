@@ -14,6 +14,7 @@ from harness.nn.quantizer import (
     quantize_activation,
     quantize_weight,
     round_up,
+    search_grid,
 )
 
 
@@ -219,6 +220,28 @@ def test_codes_are_the_nearest_points_of_the_grid():
         points = points.expand(8 - lowest, 6, 1).permute(1, 2, 0)  # [6, 1, points]
         nearest = (values[:, :, None] - points).abs().amin(-1)
         torch.testing.assert_close((grid.round(values) - values).abs(), nearest, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_search_finds_the_best_of_all_clipped_ranges(sym, dtype):
+    """Each range is that of the values times 1, .99 ... .33; the widest of the best."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(12, 3, 64, generator=generator) ** 3
+    values[4] = 0
+    importance = torch.rand(3, 64, generator=generator)
+    found = search_grid(values, importance, bits=3, sym=sym, scale_dtype=dtype)
+    tried = [
+        find_grid(values * (1 - percent / 100), bits=3, sym=sym, scale_dtype=dtype) for percent in range(68)
+    ]
+    losses = torch.stack([((grid.round(values) - values) ** 2 * importance).sum(-1) for grid in tried])
+    best = losses.argmin(0)[..., None]
+    assert int(best.max()) > 10
+    expected = torch.stack([grid.scale for grid in tried]).gather(0, best[None])[0]
+    assert torch.equal(found.scale, expected)
+    if not sym:
+        zeros = torch.stack([grid.zero for grid in tried]).gather(0, best[None])[0]
+        assert torch.equal(found.zero, zeros)
 
 
 def test_ties_go_to_even():

@@ -6,13 +6,24 @@ import itertools
 
 import pytest
 import torch
+from harness_plugins.quantization import _gptq
+from harness_plugins.quantization._gptq import (
+    Factor,
+    Rounding,
+    _round_columns,
+    factorise,
+    quantize_stack,
+)
 from harness_plugins.quantization.gptq import METHOD, gptq_quantize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.kernels import gptq as kernels
 from harness.models.info import info_from_config
+from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.hessian import inverse_root, output_error
 from harness.nn.quantized import QuantizedLinear
-from harness.nn.quantizer import group_grid, quantize_weight
+from harness.nn.quantizer import Grid, group_grid, quantize_weight
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -223,6 +234,117 @@ def test_what_is_not_finite_is_refused():
         gptq_quantize(weight, hessian, bits=4, damp=0)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_stack_of_matrices_is_each_of_them(form, dtype):
+    """Layers that read the same input are quantized as one; one of them needs scales of the larger range."""
+    hessian = correlated(144, decay=1).to(dtype)
+    hessian[7], hessian[:, 7] = 0, 0
+    weights = [matrix(out, 144, seed=out).to(dtype) for out in (24, 8, 40)]
+    weights[1] *= 1e6
+    rounding = {name: value for name, value in form.items() if name != "act_order"}
+    factor = factorise(hessian, damp=0.01, act_order=form.get("act_order", False))
+    stack = quantize_stack(weights, factor, Rounding(**rounding))
+    for weight, result in zip(weights, stack, strict=True):
+        alone = gptq_quantize(weight, hessian, **form)
+        for name in ("codes", "scale", "zero", "order"):
+            ours, expected = (getattr(each.quantized, name) for each in (result, alone))
+            assert (ours is None) == (expected is None)
+            assert ours is None or (ours.dtype == expected.dtype and torch.equal(ours, expected)), name
+        assert result.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert [result.quantized.scale.dtype for result in stack] == [
+        torch.float16,
+        torch.bfloat16,
+        torch.float16,
+    ]
+
+
+def on_meta(form, out: int, columns: int):
+    """Arguments of `_round_columns` without values."""
+    rounding = Rounding(**{name: value for name, value in form.items() if name != "act_order"})
+    groups = 1 if rounding.group_size == -1 else -(-columns // rounding.group_size)
+    with torch.device("meta"):
+        order = torch.empty(columns, dtype=torch.int64) if form.get("act_order") else None
+        factor = Factor(torch.empty(columns, columns), order, torch.empty(columns, dtype=torch.bool), 0.01)
+        scale = torch.empty(out, groups, dtype=torch.float16)
+        zero = None if rounding.sym else torch.empty(out, groups, dtype=torch.uint8)
+        return torch.empty(out, columns), factor, rounding, scale, zero
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_value_is_read_inside_the_loops(form):
+    """Tensors without values cannot be read: whatever would wait for a GPU raises here."""
+    codes, losses = _round_columns(*on_meta(form, 24, 144))
+    assert (codes.shape, losses.shape) == ((24, 144), (24,))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(losses.sum())
+
+
+def test_few_launches_for_a_block_of_columns(monkeypatch):
+    """Besides the two kernels, some ten operators for 128 columns, whatever their number of rows."""
+    launched = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view:
+                launched.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def columns_kernel(block, root, scale, zero, groups, bits):
+        return torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+
+    def search_kernel(values, importance, factors, bits, sym, scale_dtype):
+        shape = (*values.shape[:-1], 1)
+        return Grid(
+            bits, values.new_empty(shape, dtype=scale_dtype), values.new_empty(shape, dtype=torch.uint8)
+        )
+
+    monkeypatch.setattr(_gptq, "quantize_columns", columns_kernel)
+    monkeypatch.setattr(kernels, "search_grid", search_kernel)
+    arguments = on_meta({"bits": 4, "group_size": 128, "clip": "mse"}, 4096, 4096)
+    with Count():
+        _round_columns(*arguments)
+    blocks = 4096 // 128
+    assert launched.count("aten::addmm_") == blocks
+    assert len(launched) <= 13 * blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"bits": 4, "group_size": 128, "clip": "mse"},
+        {"bits": 3, "group_size": 64, "sym": True, "act_order": True},
+        {"bits": 2, "group_size": 128, "static_groups": True, "act_order": True, "clip": "mse"},
+        {"bits": 4, "clip": "mse"},
+    ],
+)
+def test_on_cuda_nothing_waits_and_the_result_is_that_of_the_cpu(form):
+    """Products of float32 matrices differ in their last bits, which tips a few codes to the next one."""
+    weight, hessian = matrix(300, 512).float(), correlated(512, decay=1).float()
+    expected = gptq_quantize(weight, hessian, **form)
+    result = gptq_quantize(weight.cuda(), hessian.cuda(), **form)
+    assert result.loss == pytest.approx(expected.loss, rel=1e-2)
+    codes = result.quantized.codes.cpu().int() - expected.quantized.codes.int()
+    assert float((codes != 0).float().mean()) < 0.02
+    assert float((codes.abs() > 1).float().mean()) < 0.002
+
+    # What waits: the checks of the given weights, before the columns, and reading the losses, after them.
+    rounding = Rounding(**{name: value for name, value in form.items() if name != "act_order"})
+    factor = factorise(hessian.cuda(), damp=0.01, act_order=form.get("act_order", False))
+    stored = result.quantized
+    scale, zero = stored.scale.clone(), None if stored.zero is None else stored.zero.clone()
+    given = weight.cuda()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _, losses = _round_columns(given, factor, rounding, scale, zero)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert float(losses.sum()) == pytest.approx(result.loss, rel=1e-5)
+
+
 # --- the method on models -------------------------------------------------------------------------
 
 
@@ -268,6 +390,109 @@ def test_layers_see_the_rounding_of_those_before_them():
         ).quantized.dequantize()
         same = (layer.dequantize() == expected).float().mean()
         assert float(same) > 0.99, name  # float32 sums in another order may tip a few codes
+
+
+def passes_over_blocks(model) -> list[str]:
+    """The names of the blocks that are run from now on, one for each batch."""
+    passes: list[str] = []
+    for name, block in blocks_of(model):
+        block.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+    return passes
+
+
+def on_original(cache_dir, family="llama", **options):
+    """A quantized tiny model, how often its blocks were run meanwhile, and what was recorded."""
+    model = tiny_model(family)
+    passes = passes_over_blocks(model)
+    context = make_context(model, calibration_samples=20, calibration_len=16, cache_dir=cache_dir)
+    parsed = METHOD.options.parse({"group_size": 32, "calibrate_on": "original", **options})
+    METHOD.transform(model, parsed, context)
+    (record,) = context.records
+    assert context.calibration_tokens == 20 * 16
+    return model, len(passes), record.value
+
+
+def same_state(one, other) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_hessians_of_the_original_serve_every_configuration(tmp_path, family):
+    _, passes, _ = on_original(tmp_path / "one", family)
+    batches, blocks = 3, len(blocks_of(tiny_model(family)))
+    assert passes == batches * (1 + blocks)  # the first block's inputs are found by entering it
+    again, passes, error = on_original(tmp_path / "one", family, bits=3, act_order=True)
+    assert passes == 0
+    afresh, passes, expected = on_original(tmp_path / "two", family, bits=3, act_order=True)
+    assert passes > 0
+    assert same_state(again, afresh)
+    assert error == expected
+
+
+def test_hessians_of_the_original_are_kept_by_input(tmp_path):
+    """Layers that read the same input share an entry, and what is missing or spoilt is computed again."""
+    everything, _, _ = on_original(tmp_path)
+    assert len(list(tmp_path.rglob("*.pt"))) == 2 * 4
+    assert on_original(tmp_path, targets="k_proj")[1] == 0
+    some = tmp_path / "some"
+    on_original(some, targets=r"layers\.0\.mlp")
+    assert len(list(some.rglob("*.pt"))) == 2
+    completed, passes, _ = on_original(some)
+    assert passes > 0
+    assert same_state(completed, everything)
+    for entry in some.rglob("*.pt"):
+        entry.write_bytes(b"not a tensor")
+    repaired, passes, _ = on_original(some)
+    assert passes > 0
+    assert same_state(repaired, everything)
+
+
+def test_other_tokens_have_other_hessians(tmp_path):
+    for seed in (0, 1):
+        model = tiny_model("llama")
+        passes = passes_over_blocks(model)
+        tokens = torch.randint(256, (2000,), generator=torch.Generator().manual_seed(seed))
+        context = make_context(model, tokens=tokens, cache_dir=tmp_path)
+        context.identity = {}
+        METHOD.transform(model, METHOD.options.parse({"calibrate_on": "original"}), context)
+        assert passes
+
+
+def test_original_means_the_inputs_of_the_untouched_model(tmp_path):
+    model = tiny_model("llama")
+    linears = dict(block_linears(tiny_model("llama")))
+    name = "model.layers.1.mlp.down_proj"
+    seen = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    context = make_context(model, calibration_samples=20, calibration_len=16)
+    with torch.no_grad():
+        model(input_ids=context.calibration())
+    handle.remove()
+    x = seen[0].reshape(-1, layer.in_features)
+    expected = gptq_quantize(linears[name].weight.detach(), x.T @ x / len(x), bits=2, group_size=32)
+    quantized, _, _ = on_original(tmp_path, bits=2, clip="absmax")
+    same = (quantized.get_submodule(name).dequantize() == expected.quantized.dequantize()).float().mean()
+    assert float(same) > 0.99
+
+
+def test_a_pass_for_each_step_stops_where_it_has_seen_enough():
+    model = tiny_model("llama")
+    counts = dict.fromkeys(anatomy_of(model).linears, 0)
+    hooked = dict(block_linears(model, targets=r"layers\.1\."))
+    context = make_context(model, calibration_samples=24, calibration_len=16)
+    # The layers are replaced while they are calibrated: what is counted is the runs before that.
+    for name, linear in hooked.items():
+        short = name.removeprefix("model.layers.1.")
+        linear.register_forward_hook(lambda *_, short=short: counts.update({short: counts[short] + 1}))
+    METHOD.transform(model, METHOD.options.parse({"group_size": 32}), context)
+    batches = 3
+    assert counts["self_attn.q_proj"] == 1  # the first batch of the first pass runs to the end
+    assert counts["self_attn.o_proj"] == 2
+    assert counts["mlp.up_proj"] == 3
+    assert counts["mlp.down_proj"] == 4
+    assert counts["self_attn.k_proj"] in (1, batches)
 
 
 def test_stored_bits(apply):

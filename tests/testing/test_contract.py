@@ -379,9 +379,12 @@ def test_the_context_is_real():
         model.get_input_embeddings().weight.zero_()
     assert teacher.get_input_embeddings().weight.abs().sum() > 0
     calls = []
+    assert not context.is_cached({"what": 1})
     for _ in range(2):
         context.cache({"what": 1}, lambda: calls.append(1) or torch.ones(2))
     assert len(calls) == 1
+    assert context.is_cached({"what": 1})
+    assert not context.is_cached({"what": 2})
 
 
 def test_given_tokens_are_what_the_context_draws():
