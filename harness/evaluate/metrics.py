@@ -37,6 +37,8 @@ _KNOWN = {
     "mean_kl": Metric("nats/token", "lower"),
     "nll": Metric("nats/token", "lower"),
     "nll_rise": Metric("nats/token", "lower"),
+    "outlier_column_share": Metric("1", "lower"),
+    "outlier_columns_beyond_capacity": Metric("columns", "lower"),
     "target_nll": Metric("nats/target", "lower"),
     "target_perplexity": Metric("ppl", "lower"),
     "ter": Metric("points", "lower"),
