@@ -40,6 +40,7 @@ from harness.nn.surgery import replace_module
 from ._weights import (
     Ragged,
     WeightBits,
+    leaves_layers,
     pack_float_weight,
     quantizable,
     refusal,
@@ -236,6 +237,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_layers=leaves_layers,
 )
 
 
