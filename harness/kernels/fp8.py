@@ -70,7 +70,7 @@ def device_problem(device: torch.device) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that `linear` runs on this device for this format."""
     if device.type == "cuda":

@@ -106,7 +106,7 @@ class Fp8Linear(PackedLinear):
     @property
     def kernel_name(self) -> str:
         """The kernel that the forward pass runs on this device, for any number of rows."""
-        return fp8.choose(self.codes.device, self.codes.dtype)
+        return str(fp8.choose(self.codes.device, self.codes.dtype))
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """As `kernel_name`: it depends neither on the rows nor on their type."""

@@ -53,7 +53,7 @@ class Split:
 
 def _peaks(x: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
     """The largest |x| of each column [in]; infinite for those that are outliers `always` (bool [in])."""
-    peaks = torch.linalg.vector_norm(x, math.inf, dim=0)
+    peaks: torch.Tensor = torch.linalg.vector_norm(x, math.inf, dim=0)
     return peaks if always is None else peaks.masked_fill(always, math.inf)
 
 

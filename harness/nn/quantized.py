@@ -207,7 +207,7 @@ class Int8Linear(PackedLinear):
     a_bits = 8
     group_size = -1
     sym = True
-    _kept = ("scales", "input_scale")
+    _kept: tuple[str, ...] = ("scales", "input_scale")
 
     def __init__(
         self,

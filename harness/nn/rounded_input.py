@@ -28,8 +28,9 @@ class RoundedInputLinear(nn.Module):
         dtype: of weight and bias.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     input_scale: torch.Tensor | None
-    bias: nn.Parameter | None
     a_bits = 8
     simulated = True
     kernel_name = "quantize+dequantize+matmul"
