@@ -170,12 +170,31 @@ def _budget_that_matters(chain: Chain, info: ModelInfo, budget: Mapping[str, Any
 
 def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
     """Why a chain cannot be applied to a model on a device; None where it can."""
+    if reason := _order_refusal(chain):
+        return Decision(Status.NOT_APPLICABLE, reason)
     for step in chain.steps:
         reason = _needs_refusal(step.method.needs_of(step.options), info, device)
         if reason is None and step.method.applies is not None:
             reason = step.method.applies(info, step.options)
         if reason is not None:
             return Decision(Status.NOT_APPLICABLE, f"{step.method.name}: {reason}")
+    return None
+
+
+def _order_refusal(chain: Chain) -> str | None:
+    """Why a quantizer that comes after another would find no full-precision layer."""
+    earlier = None
+    for step in chain.steps:
+        if step.method.family != "quantization":
+            continue
+        if earlier is not None:
+            return (
+                f"{step.method.name}: {earlier} comes before it and quantizes every linear layer, so no "
+                "full-precision layer is left to quantize; choose one of the two, or split the layers "
+                "between them with targets where both have that option"
+            )
+        if not step.method.leaves_layers_for_others(step.options):
+            earlier = step.method.name
     return None
 
 

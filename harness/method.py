@@ -178,6 +178,9 @@ class Method:
         applies: ``applies(model_info, options) -> None`` (yes) or the reason why not.
         architectural: True where the transform changes what the network computes by design and the
             result must be trained or is expected to lose accuracy (so drift is not a defect).
+        leaves_layers: of a quantization, ``leaves_layers(options) -> bool``: whether full-precision layers
+            are left for another quantizer that follows in the chain. By default only where an option
+            `targets` names some layers of all.
     """
 
     name: str
@@ -189,6 +192,7 @@ class Method:
     needs: Iterable[str] | Callable[[Any], Iterable[str]] = ()
     applies: Callable[[ModelInfo, Any], str | None] | None = None
     architectural: bool = False
+    leaves_layers: Callable[[Any], bool] | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -208,6 +212,14 @@ class Method:
         """What the method needs with these options."""
         needs = self.needs(options) if callable(self.needs) else self.needs
         return self._checked_needs(needs)
+
+    def leaves_layers_for_others(self, options: Options) -> bool:
+        """Whether a quantizer that follows finds full-precision layers; True for all but quantizers."""
+        if self.family != "quantization":
+            return True
+        if self.leaves_layers is not None:
+            return self.leaves_layers(options)
+        return getattr(options, "targets", None) is not None
 
     def _checked_needs(self, needs: Iterable[str]) -> frozenset[str]:
         checked = frozenset(needs)

@@ -132,6 +132,8 @@ class _Variant:
         return VariantReport(self.job.variant_key, effect.effects, effect.simulated)
 
     def measure(self, cell: CellJob) -> CellResult:
+        from harness.measure.counting import count_records
+
         result = CellResult(key=cell.key, variant_key=self.job.variant_key, status=Status.OK)
         records = self.made.records if cell.kind is CellKind.TRANSFORM else ()
         if self.made.no_effect is not None:
@@ -144,7 +146,9 @@ class _Variant:
             if cell.key in self.refused:
                 raise self.refused.pop(cell.key)
             evaluation = self._scorer.score(cell.task)
-            return replace(result, records=evaluation.records, items=evaluation.items)
+            # Tasks may be scored in one pass: what was counted is of all text that was scored so far.
+            records = (*evaluation.records, *count_records(self.made.model))
+            return replace(result, records=records, items=evaluation.items)
         return replace(result, records=records)
 
     def score_together(self, send: Send) -> dict[str, float]:
@@ -183,14 +187,18 @@ class _Variant:
 
     @cached_property
     def _scorer(self) -> VariantScorer:
+        from harness.measure.counting import reset_counters
         from harness.scoring import VariantScorer
 
+        reset_counters(self.made.model)
         return VariantScorer(self.made, self.job, self.plugins)
 
     def _timed(self, scenario: Scenario) -> tuple[tuple[Record, ...], tuple[KernelUse, ...]]:
+        from harness.measure.counting import count_records, reset_counters
         from harness.measure.meter import Measured
         from harness.measure.scenario import measure_scenario
 
+        reset_counters(self.made.model)
         measured = Measured(
             model=self.made.model,
             info=self.made.info,
@@ -202,7 +210,7 @@ class _Variant:
             baseline=None if self.made.is_baseline else self._original,
             baseline_bytes=self.made.original_bytes,
         )
-        records = measure_scenario(measured, self.plugins.meters)
+        records = measure_scenario(measured, self.plugins.meters) + count_records(self.made.model)
         if self.made.effect.simulated:
             records = tuple(_marked_simulated(record) for record in records)
         return records, measured.shared.get("kernels", ())

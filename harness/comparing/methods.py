@@ -23,7 +23,8 @@ __all__ = ["Cell", "adjusted", "cells_of", "compare_methods", "incomparable", "p
 
 LEVEL = 0.05
 _PLACE = ["model", "seed", "kind", "task", "scenario", "origin"]  # what was imported stands apart
-_NOT_COMPARED = frozenset({CONTROL, "flips", "choice_kl", "verdict"})
+_COUNTS = frozenset({"outlier_column_share", "outlier_columns_beyond_capacity"})  # neither good nor bad
+_NOT_COMPARED = frozenset({CONTROL, "flips", "choice_kl", "verdict"}) | _COUNTS
 _DERIVED = ("_difference", "_rise", "_p", "_detectable", "_speedup")
 _AGAINST_BASELINE = frozenset({"mean_kl", "top1_agreement", "embedding_distance"})
 _RATIO_WORDS = {

@@ -39,6 +39,8 @@ _KNOWN = {
     "mean_kl": Metric("nats/token", "lower"),
     "nll": Metric("nats/token", "lower"),
     "nll_rise": Metric("nats/token", "lower"),
+    "outlier_column_share": Metric("1", "lower"),
+    "outlier_columns_beyond_capacity": Metric("columns", "lower"),
     "pearson": Metric("", "higher"),
     "spearman": Metric("", "higher"),
     "spearman_difference": Metric("", "higher"),

@@ -25,13 +25,13 @@ from harness.nn.packing import (
 )
 from harness.nn.quantizer import QuantizedWeight
 
-__all__ = ["ActivationScale", "Int8Linear", "QuantizedLinear"]
+__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear"]
 
 ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
 
 
-class _PackedLinear(nn.Module):
-    """What both layers share: sizes, the bias, scales that keep their type, flattening."""
+class PackedLinear(nn.Module):
+    """What the packed layers share: sizes, the bias, scales that keep their type, flattening."""
 
     in_features: int
     out_features: int
@@ -48,7 +48,7 @@ class _PackedLinear(nn.Module):
         y = run(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> _PackedLinear:
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PackedLinear:
         # model.to(dtype) must not round the scales: codes were chosen for exactly these.
         kept = {name: getattr(self, name) for name in self._kept}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ class _PackedLinear(nn.Module):
         return self
 
 
-class QuantizedLinear(_PackedLinear):
+class QuantizedLinear(PackedLinear):
     """A linear layer with packed 2- to 8-bit weights and full-precision activations.
 
     Args:
@@ -185,7 +185,7 @@ class QuantizedLinear(_PackedLinear):
         )
 
 
-class Int8Linear(_PackedLinear):
+class Int8Linear(PackedLinear):
     """A linear layer that multiplies int8 activations with int8 weights, exactly, in int32 (W8A8).
 
     A scale may leave an integer product only where it is constant along the summed columns: weights
@@ -207,7 +207,7 @@ class Int8Linear(_PackedLinear):
     a_bits = 8
     group_size = -1
     sym = True
-    _kept = ("scales", "input_scale")
+    _kept: tuple[str, ...] = ("scales", "input_scale")
 
     def __init__(
         self,

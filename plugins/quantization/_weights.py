@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.nn.quantized import Int8Linear, QuantizedLinear
@@ -25,24 +25,27 @@ __all__ = [
     "ImpliedDefaults",
     "Ragged",
     "WeightBits",
+    "leaves_layers",
     "pack_float_weight",
     "pack_int8",
     "quantizable",
     "refusal",
     "round_linear",
     "sharing_input",
+    "whole",
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
 UNTRAINED = "a scratch model is trained after the transform, and packed weights cannot be trained"
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """A whole number where a text spells one: what the command line gives."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
-ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
+WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole)]
+ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole)]
 
 
 class ImpliedDefaults(Options):
@@ -51,9 +54,17 @@ class ImpliedDefaults(Options):
     def non_default(self) -> dict[str, Any]:
         written: dict[str, Any] = {}
         for name, value in self.canonical().items():
-            if type(self)(**written).canonical()[name] != value:
+            if self._implied(written)[name] != value:
                 written[name] = value
         return written
+
+    @classmethod
+    def _implied(cls, written: dict[str, Any]) -> dict[str, Any]:
+        """All options where only some are written; the plain defaults where those alone are refused."""
+        try:
+            return cls(**written).canonical()
+        except ValidationError:
+            return cls.model_construct().model_dump(mode="json", warnings=False)
 
 
 def sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
@@ -61,6 +72,11 @@ def sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list
     found = [[name for name in group if name in names] for group in groups]
     known = {name for group in groups for name in group}
     return [group for group in found if group] + [[name] for name in names if name not in known]
+
+
+def leaves_layers(options: Any) -> bool:
+    """Whether some layers stay in full precision for a quantizer that follows in the chain."""
+    return options.targets is not None or options.ragged == "skip"
 
 
 def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | None) -> str | None:

@@ -41,7 +41,15 @@ from harness.nn.surgery import replace_module
 
 from ._gptq import GptqResult, Rounding, factorise, gptq_quantize, quantize_stack
 from ._hessians import OriginalHessians
-from ._weights import Ragged, WeightBits, pack_float_weight, quantizable, refusal, sharing_input
+from ._weights import (
+    Ragged,
+    WeightBits,
+    leaves_layers,
+    pack_float_weight,
+    quantizable,
+    refusal,
+    sharing_input,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,6 +174,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_layers=leaves_layers,
 )
 
 

@@ -6,7 +6,9 @@ Benoit Jacob et al., 2018, arXiv:1712.05877; conventions of Nagel et al. 2021, a
 Changes: every linear layer inside the blocks (`targets`: those whose full name matches the regular
 expression; `include_lm_head`: the output head too, which tied embeddings allow only with `untie`).
 With `a_bits` 16 weights are stored packed in `bits` and multiplied with full-precision activations
-(W4A16 and the like); with `a_bits` 8 both are int8 and the product is exact in int32 (W8A8).
+(W4A16 and the like); with `a_bits` 8 both are int8 and the product is exact in int32 (W8A8). With `bits`
+16 and `a_bits` 8 the weights stay as they are and only the inputs are rounded (W16A8, W32A8), so that
+what each half of W8A8 costs can be told apart; no kernel computes that form, so it is simulated.
 
 Needs: nothing; calibration for `a_gran` per-tensor-static.
 
@@ -23,27 +25,29 @@ dequantized first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 
 from harness import Method, NotApplicable, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, find
 from harness.nn.ranges import ClipMethod, observe_clips
+from harness.nn.rounded_input import RoundedInputLinear
 from harness.nn.surgery import replace_module
 
 from ._weights import (
     ActivationBits,
     ImpliedDefaults,
     Ragged,
-    WeightBits,
+    leaves_layers,
     pack_float_weight,
     pack_int8,
     quantizable,
     refusal,
     round_linear,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -52,10 +56,13 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "RtnOptions"]
 
 
+RtnBits = Annotated[Literal[2, 3, 4, 8, 16], BeforeValidator(whole)]
+
+
 class RtnOptions(ImpliedDefaults):
     """`group_size`, `w_gran` and `sym` follow from `bits` where they are not given."""
 
-    bits: WeightBits = Field(4, description="bits of a weight")
+    bits: RtnBits = Field(4, description="bits of a weight; 16: as it is")
     a_bits: ActivationBits = Field(16, description="bits of an activation; 16: as it is")
     group_size: int = Field(128, ge=-1, description="input columns per scale; -1: one per output row")
     w_gran: Literal["per-group", "per-channel", "per-tensor"] = Field(
@@ -76,7 +83,7 @@ class RtnOptions(ImpliedDefaults):
     @classmethod
     def _imply(cls, values: Any) -> Any:
         values = dict(values)
-        is_8_bit = str(values.get("bits", 4)) == "8"
+        is_8_bit = str(values.get("bits", 4)) in ("8", "16")
         gran = values.get("w_gran", "per-channel" if is_8_bit else "per-group")
         values.setdefault("group_size", 128 if gran == "per-group" else -1)
         implied = "per-channel" if str(values["group_size"]) == "-1" else "per-group"
@@ -88,7 +95,9 @@ class RtnOptions(ImpliedDefaults):
     def _consistent(self) -> RtnOptions:
         if self.group_size == 0 or (self.group_size > 0) != (self.w_gran == "per-group"):
             raise ValueError(f"w_gran={self.w_gran} and group_size={self.group_size} contradict each other")
-        if self.a_bits == 8 and not (self.bits == 8 and self.sym and self.group_size == -1):
+        if self.bits == 16:
+            self._check_weights_untouched()
+        elif self.a_bits == 8 and not (self.bits == 8 and self.sym and self.group_size == -1):
             raise ValueError(
                 "a_bits=8 needs bits=8, sym=true and no groups: a scale that varies along the summed "
                 "columns cannot leave an integer product"
@@ -98,6 +107,13 @@ class RtnOptions(ImpliedDefaults):
         if self.calib_method != "absmax" and self.a_gran != "per-tensor-static":
             raise ValueError(f"calib_method={self.calib_method} needs a_gran=per-tensor-static")
         return self
+
+    def _check_weights_untouched(self) -> None:
+        if self.a_bits == 16:
+            raise ValueError("bits=16 and a_bits=16 change nothing; choose fewer bits of one of them")
+        for name, implied in (("group_size", -1), ("w_gran", "per-channel"), ("sym", True)):
+            if getattr(self, name) != implied:
+                raise ValueError(f"bits=16 leaves the weights as they are, so {name} means nothing")
 
 
 @torch.no_grad()
@@ -126,6 +142,8 @@ def _quantized(
     name: str, linear: nn.Linear, options: RtnOptions, input_scale: torch.Tensor | None
 ) -> nn.Module:
     per_tensor = options.w_gran == "per-tensor"
+    if options.bits == 16:
+        return RoundedInputLinear.from_linear(linear, a_gran=options.a_gran, input_scale=input_scale)
     if options.a_bits == 8:
         return pack_int8(name, linear, per_tensor=per_tensor, a_gran=options.a_gran, input_scale=input_scale)
     weight = round_linear(
@@ -157,7 +175,7 @@ def _head_name(model: nn.Module, options: RtnOptions) -> str:
         raise NotApplicable("include_lm_head: the model has no linear output head")
     name, head = found[0], found[1]
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if embeddings.weight is head.weight and not options.untie:
+    if options.bits < 16 and embeddings.weight is head.weight and not options.untie:
         raise NotApplicable(_TIED)
     if options.group_size > 0 and head.in_features % options.group_size and options.ragged == "raise":
         raise NotApplicable(
@@ -173,7 +191,7 @@ _TIED = (
 
 
 def applies(info: ModelInfo, options: RtnOptions) -> str | None:
-    if options.include_lm_head and info.tied_embeddings and not options.untie:
+    if options.include_lm_head and options.bits < 16 and info.tied_embeddings and not options.untie:
         return _TIED
     if options.include_lm_head and options.a_gran == "per-tensor-static":
         return "include_lm_head: a static activation scale is calibrated inside the blocks only"
@@ -194,6 +212,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("calibration",) if options.a_gran == "per-tensor-static" else (),
     applies=applies,
+    leaves_layers=leaves_layers,
 )
 
 

@@ -199,6 +199,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_layers=lambda options: options.quantize is not True,  # before another method it only smooths
 )
 
 

@@ -164,7 +164,9 @@ def test_it_says_what_it_is():
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 33])
-@pytest.mark.parametrize(("in_features", "out_features"), [(64, 40), (100, 33), (7, 5)])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(64, 40), (100, 33), (7, 5), (1, 5), (5, 1), (1, 1)]
+)
 def test_the_integer_product_is_exact(rows, in_features, out_features):
     a = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8)
     b = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8)
