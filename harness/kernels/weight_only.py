@@ -33,11 +33,13 @@ def _is_triton_installed() -> bool:
 
 
 def _fits_triton(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Triton reads whole 32-bit words of one group."""
+    """Triton reads whole 32-bit words of one group, and packed zero points."""
     whole_words = all(weight.tile * width % 32 == 0 for width in PLANES[weight.bits])
+    packed_zeros = weight.zeros is None or not weight.zeros.is_floating_point()
     return (
         dtype in _FLOATS
         and whole_words
+        and packed_zeros
         and weight.group_columns % weight.tile == 0
         and has_triton(weight.codes.device)
     )

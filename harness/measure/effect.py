@@ -17,7 +17,13 @@ from torch import nn
 from harness.errors import NotApplicable, NumericalFailure
 from harness.measure.fingerprint import ModuleFingerprint, fingerprint_modules
 from harness.measure.generation import forward_only
-from harness.measure.linears import LinearState, linear_states, parameter_count
+from harness.measure.linears import (
+    LinearState,
+    is_embedding_like,
+    linear_states,
+    own_parameter_count,
+    parameter_count,
+)
 from harness.measure.memory import weight_bytes
 from harness.measure.storage import bytes_per_tensor, own_tensors
 from harness.nn.anatomy import blocks_of
@@ -139,14 +145,16 @@ def _linear_effect(
 def _other_effect(name: str, module: nn.Module, before: Snapshot) -> ModuleEffect:
     own = [tensor for _, tensor in own_tensors(module)]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in own})
+    parameters, held = own_parameter_count(module), bytes_per_tensor(own)
     return ModuleEffect(
         module=name,
         kind=type(module).__name__,
         changed=True,
         dtype="+".join(dtypes),
-        parameters=sum(parameter.numel() for parameter in module.parameters(recurse=False)),
+        parameters=parameters,
         bytes_before=before.bytes_by_module.get(name, 0),
-        bytes_after=bytes_per_tensor(own),
+        bytes_after=held,
+        stored_bits_per_weight=8 * held / parameters if is_embedding_like(module) and parameters else None,
         simulated=bool(getattr(module, "simulated", False)),
         kernel=getattr(module, "kernel_name", None),
     )

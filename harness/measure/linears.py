@@ -7,6 +7,9 @@ sparse replacement. A replacement keeps all that it stores in parameters and buf
 - ``kernel_name: str``: what runs it;
 - ``bits: float``: the nominal bits of a stored weight, for the ratio on paper;
 - ``dense_weight() -> Tensor``: the weight [out, in] it stands for, so that its zeros can be counted.
+
+An embedding is anything with `num_embeddings` and `embedding_dim`: `nn.Embedding` and every packed
+replacement, which keeps its rows in buffers.
 """
 
 from __future__ import annotations
@@ -19,7 +22,17 @@ from torch import nn
 
 from harness.measure.storage import bytes_per_tensor, tensor_key
 
-__all__ = ["LinearState", "linear_states", "nm_pattern", "parameter_count", "sparsity"]
+__all__ = [
+    "LinearState",
+    "is_embedding_like",
+    "is_linear_like",
+    "linear_states",
+    "nm_pattern",
+    "own_parameter_count",
+    "packed_rows",
+    "parameter_count",
+    "sparsity",
+]
 
 _PATTERNS = ((1, 4), (2, 4), (4, 8))  # the strictest first
 
@@ -63,6 +76,25 @@ def is_linear_like(module: nn.Module) -> bool:
     """True for modules that say how many features they take and make."""
     features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) for size in features)
+
+
+def is_embedding_like(module: nn.Module) -> bool:
+    """True for modules that say how many rows they hold and how wide those are."""
+    sizes = (getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def packed_rows(module: nn.Module) -> int:
+    """The weights that an embedding without parameters of its own stands for; 0 for any other module."""
+    if not is_embedding_like(module) or any(True for _ in module.parameters(recurse=False)):
+        return 0
+    rows, width = getattr(module, "num_embeddings", 0), getattr(module, "embedding_dim", 0)
+    return int(rows) * int(width)
+
+
+def own_parameter_count(module: nn.Module) -> int:
+    """Logical parameters of a module that is no linear layer, without its children's."""
+    return packed_rows(module) + sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 @torch.no_grad()
@@ -123,10 +155,11 @@ def nm_pattern(weight: torch.Tensor) -> str | None:
 def parameter_count(model: nn.Module, linears: Mapping[str, LinearState]) -> int:
     """Logical parameters: in x out (and bias) of the given linear layers, plus all other parameters.
 
-    A packed weight counts as the weights it stands for; tied parameters count once.
+    A packed weight or embedding counts as the weights it stands for; tied parameters count once.
     """
     counted: set[object] = set()
     total = sum(state.parameters for state in linears.values())
+    total += sum(packed_rows(module) for module in model.modules())
     for name, parameter in model.named_parameters():
         if _owner_among(name, linears):
             continue

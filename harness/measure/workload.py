@@ -28,7 +28,7 @@ from torch import nn
 
 from harness.errors import NotApplicable
 from harness.measure.generation import Generation, forward_only, random_prompt
-from harness.measure.linears import is_linear_like
+from harness.measure.linears import is_embedding_like, is_linear_like
 from harness.measure.meter import Measured
 from harness.measure.storage import bytes_per_tensor, own_tensors, tensors_in
 from harness.nn.anatomy import anatomy_of, blocks_of
@@ -103,11 +103,11 @@ def counted(model: nn.Module) -> Iterator[Counter]:
             counter.read += [*module.parameters(), *module.buffers()]
 
     def embedding_ran(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
         if isinstance(output, torch.Tensor):
-            rows = output.numel() // weight.shape[1]
-            looked_up[id(module)] = min(rows, weight.shape[0]) * weight.shape[1] * weight.element_size()
+            held = bytes_per_tensor(tensor for _, tensor in own_tensors(module))
+            table = max(_size(module, "num_embeddings"), 1)
+            rows = output.numel() // max(_size(module, "embedding_dim"), 1)
+            looked_up[id(module)] = min(rows, table) * held // table
 
     def other_ran(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if id(module) not in seen:
@@ -122,7 +122,7 @@ def counted(model: nn.Module) -> Iterator[Counter]:
         if is_linear_like(module):
             handles.append(module.register_forward_pre_hook(linear_ran, with_kwargs=True))
             inside = f"{name}."
-        elif isinstance(module, nn.Embedding):
+        elif is_embedding_like(module):
             handles.append(module.register_forward_hook(embedding_ran))
         elif any(True for _ in own_tensors(module)):
             handles.append(module.register_forward_pre_hook(other_ran, with_kwargs=True))

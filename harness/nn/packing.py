@@ -49,7 +49,8 @@ class PackedWeight:
     Args:
         codes: uint8 [tiles, out, bytes], as `pack_matrix` makes them.
         scales: [groups, out], or [1, 1] for one scale per tensor.
-        zeros: uint8 [groups, bytes] (`pack_rows` along out), or None where symmetric.
+        zeros: uint8 [groups, bytes] (`pack_rows` along out), or None where symmetric; floating-point
+            zero points are not packed: [groups, out].
         group_size: columns per scale, or -1 for one group of all columns.
         tile: columns per tile.
     """
@@ -81,7 +82,8 @@ def pack_weight(weight: QuantizedWeight) -> PackedWeight:
     codes = pack_matrix(weight.codes, weight.bits, tile)
     zeros = None
     if weight.zero is not None:
-        zeros = pack_rows(weight.zero.t().contiguous(), weight.bits)
+        zeros = weight.zero.t().contiguous()
+        zeros = zeros if zeros.is_floating_point() else pack_rows(zeros, weight.bits)
     scales = weight.scale.t().contiguous()
     return PackedWeight(codes, scales, zeros, weight.bits, weight.group_size, tile, weight.in_features, out)
 
@@ -94,7 +96,8 @@ def unpack_weight(packed: PackedWeight) -> QuantizedWeight:
         codes = codes[:, : groups * packed.group_size]
     zero = None
     if packed.zeros is not None:
-        zero = unpack_rows(packed.zeros, packed.bits, rows).t()
+        is_packed = not packed.zeros.is_floating_point()
+        zero = (unpack_rows(packed.zeros, packed.bits, rows) if is_packed else packed.zeros).t()
     return QuantizedWeight(
         codes.contiguous(),
         packed.scales.t(),
@@ -158,7 +161,7 @@ def unpack_matrix(packed: torch.Tensor, bits: int, tile: int) -> torch.Tensor:
         return words.transpose(-1, -2).flatten(-2)
 
     tiles = _join_planes(packed, bits, unpack)  # [tiles, out, tile]
-    return tiles.transpose(0, 1).reshape(tiles.shape[1], -1)
+    return tiles.transpose(0, 1).reshape(tiles.shape[1], tiles.shape[0] * tile)
 
 
 def _pad_last(fields: torch.Tensor) -> torch.Tensor:

@@ -25,19 +25,34 @@ from harness.nn.packing import (
 )
 from harness.nn.quantizer import QuantizedWeight
 
-__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear"]
+__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "PackedModule", "QuantizedLinear"]
 
 ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
 
 
-class PackedLinear(nn.Module):
-    """What the packed layers share: sizes, the bias, scales that keep their type, flattening."""
+class PackedModule(nn.Module):
+    """A module whose stored numbers keep their types, whatever type the model around it takes."""
+
+    simulated = False
+    _kept: tuple[str, ...] = ()  # floating-point buffers whose type is part of the quantization
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PackedModule:
+        # model.to(dtype) must not round the scales: codes were chosen for exactly these.
+        kept = {name: getattr(self, name) for name in self._kept}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+
+class PackedLinear(PackedModule):
+    """A packed module in the place of an `nn.Linear`: its sizes, and inputs of any number of dimensions."""
 
     in_features: int
     out_features: int
     bits: int
-    simulated = False
-    _kept: tuple[str, ...] = ()  # floating-point buffers whose type is part of the quantization
 
     def _flat(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``run`` on x [..., in] as [rows, in], its result [rows, out] as [..., out]."""
@@ -47,16 +62,6 @@ class PackedLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         y = run(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PackedLinear:
-        # model.to(dtype) must not round the scales: codes were chosen for exactly these.
-        kept = {name: getattr(self, name) for name in self._kept}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
 
 
 class QuantizedLinear(PackedLinear):
@@ -71,6 +76,7 @@ class QuantizedLinear(PackedLinear):
         bias: with a bias, in `dtype`.
         reordered: columns are stored in another order (GPTQ's act-order); the input is gathered.
         scale_dtype: float16 or bfloat16 for groups, float32 for 8 bits per row.
+        zero_dtype: uint8 for whole zero points, packed in `bits`; a floating type for any (HQQ).
     """
 
     codes: torch.Tensor
@@ -78,7 +84,7 @@ class QuantizedLinear(PackedLinear):
     zeros: torch.Tensor | None
     order: torch.Tensor | None
     bias: nn.Parameter | None
-    _kept = ("scales",)
+    _kept = ("scales", "zeros")
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class QuantizedLinear(PackedLinear):
         bias: bool = False,
         reordered: bool = False,
         scale_dtype: torch.dtype = torch.float16,
+        zero_dtype: torch.dtype = torch.uint8,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -111,7 +118,8 @@ class QuantizedLinear(PackedLinear):
 
         self.register_buffer("codes", buffer(tiles, out_features, self.tile * bits // 8))
         self.register_buffer("scales", buffer(groups, rows, dtype=scale_dtype))
-        zeros = None if sym else buffer(groups, packed_columns(rows) * bits // 8)
+        zero_columns = rows if zero_dtype.is_floating_point else packed_columns(rows) * bits // 8
+        zeros = None if sym else buffer(groups, zero_columns, dtype=zero_dtype)
         self.register_buffer("zeros", zeros)
         self.register_buffer("order", buffer(in_features, dtype=torch.int32) if reordered else None)
         self.bias = _bias(out_features, dtype, device) if bias else None
@@ -129,6 +137,7 @@ class QuantizedLinear(PackedLinear):
             bias=bias is not None,
             reordered=weight.order is not None,
             scale_dtype=packed.scales.dtype,
+            zero_dtype=torch.uint8 if packed.zeros is None else packed.zeros.dtype,
             device="meta",
         )
         layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
@@ -179,9 +188,12 @@ class QuantizedLinear(PackedLinear):
         return weight_only.linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
+        zeros = ""
+        if self.zeros is not None and self.zeros.is_floating_point():
+            zeros = f", zeros={str(self.zeros.dtype).removeprefix('torch.')}"
         return (
             f"{self.in_features}, {self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, sym={self.sym}, bias={self.bias is not None}"
+            f"group_size={self.group_size}, sym={self.sym}{zeros}, bias={self.bias is not None}"
         )
 
 

@@ -82,7 +82,8 @@ class QuantizedWeight:
     Args:
         codes: uint8 [out, padded in]; padding has the value 0.
         scale: [out, groups], or [1, 1] for one scale per tensor, in its storage type.
-        zero: uint8 of the same shape, or None where symmetric.
+        zero: uint8 of the same shape, or None where symmetric; floating-point where zero points need
+            not be whole numbers (then 0.0 is not exact).
         group_size: columns per scale, or -1 for one group of all columns.
         order: int32 [in] or None: column `i` of the codes is column ``order[i]`` of the matrix.
     """
