@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable
 from harness.kernels import int8, weight_only
+from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import (
     PLANES,
     PackedWeight,
@@ -30,14 +31,13 @@ __all__ = ["ActivationScale", "Int8Linear", "QuantizedLinear"]
 ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
 
 
-class _PackedLinear(nn.Module):
-    """What both layers share: sizes, the bias, scales that keep their type, flattening."""
+class _PackedLinear(KeptTypes):
+    """What the packed layers share: sizes, the bias, scales that keep their type, flattening."""
 
     in_features: int
     out_features: int
     bits: int
     simulated = False
-    _kept: tuple[str, ...] = ()  # floating-point buffers whose type is part of the quantization
 
     def _flat(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``run`` on x [..., in] as [rows, in], its result [rows, out] as [..., out]."""
@@ -47,16 +47,6 @@ class _PackedLinear(nn.Module):
             return x.new_empty(*x.shape[:-1], self.out_features)
         y = run(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> _PackedLinear:
-        # model.to(dtype) must not round the scales: codes were chosen for exactly these.
-        kept = {name: getattr(self, name) for name in self._kept}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
 
 
 class QuantizedLinear(_PackedLinear):

@@ -31,18 +31,19 @@ __all__ = [
     "refusal",
     "round_linear",
     "sharing_input",
+    "whole_number",
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
 UNTRAINED = "a scratch model is trained after the transform, and packed weights cannot be trained"
 
 
-def _whole(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
-ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
+WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]
+ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole_number)]
 
 
 class ImpliedDefaults(Options):
