@@ -56,7 +56,7 @@ class ActivationGrid:
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
         """The nearest points, in x's type."""
-        return ActivationQuantizer(self)(x)
+        return ActivationQuantizer(self).forward(x)
 
 
 class ActivationQuantizer(KeptTypes):

@@ -64,7 +64,6 @@ KINDS = {
 }
 """All kinds of sites, in the order in which they are computed."""
 
-_FROM_NORM = ("attn_in", "ffn_in")
 _NORMS = {
     "llama": ("input_layernorm", "post_attention_layernorm"),
     "opt": ("self_attn_layer_norm", "final_layer_norm"),
@@ -72,9 +71,9 @@ _NORMS = {
     "bert": ("attention.output.LayerNorm", "output.LayerNorm"),
 }
 _EMBEDDING_NORMS = ("bert.embeddings.LayerNorm", "embeddings.LayerNorm")
+_GPT2_DROPOUT = ("transformer.drop", "drop")
 _GATE = "mlp.act_fn"
-_SITES = "activation_sites"
-_ATTENTION = "activation_sites"
+_SITES = "activation_sites"  # the children of an attention, and the name of the swapped attention
 _CHILD = {"input": "at_input", "in_place": "at_input", "output": "at_output"}
 
 Where = Literal["input", "in_place", "output", "attention"]
@@ -118,10 +117,12 @@ def activation_sites(model: nn.Module) -> list[Site]:
         sites += [Site("embedding_sum", None, name, "input"), Site("embedding_norm", None, name, "output")]
     for index, (prefix, _) in enumerate(blocks):
         if not is_post:
-            # What a block reads is what the one before it sums up. Every block has its own, so that
-            # all blocks are alike and are compiled once.
-            kind, owner = ("ffn_sum", index - 1) if index else ("embedding_sum", None)
-            sites.append(Site(kind, owner, prefix, "input"))
+            # What a block's first norm reads is what the block before it summed up.
+            norm = f"{prefix}.{_NORMS[anatomy.family][0]}"
+            if index:
+                sites.append(Site("ffn_sum", index - 1, norm, "in_place"))
+            else:
+                sites.append(_embedding_sum(model, anatomy, norm))
         sites += _block_sites(anatomy, index, prefix, is_post)
     if not is_post:
         final = _existing(model, anatomy.final_norm)
@@ -130,6 +131,14 @@ def activation_sites(model: nn.Module) -> list[Site]:
     if head is not None:
         sites.append(Site("logits", None, head[0], "output"))
     return sites
+
+
+def _embedding_sum(model: nn.Module, anatomy: Anatomy, first_norm: str) -> Site:
+    """Where the first block's input is made; only OPT's sum leaves no module of its own."""
+    if anatomy.family == "opt":
+        return Site("embedding_sum", None, first_norm, "in_place")
+    candidates = anatomy.embedding if anatomy.family == "llama" else _GPT2_DROPOUT
+    return Site("embedding_sum", None, _existing(model, candidates), "output")
 
 
 def _block_sites(anatomy: Anatomy, index: int, prefix: str, is_post: bool) -> Iterator[Site]:
@@ -163,7 +172,7 @@ def inputs_of_linears(model: nn.Module, sites: Sequence[Site]) -> dict[str, Site
     """The site that each linear layer inside the blocks reads, by the layer's full name."""
     anatomy = anatomy_of(model)
     found = {(site.kind, site.block): site for site in sites}
-    reads = {}
+    reads: dict[str, Site] = {}
     for index, (prefix, _) in enumerate(blocks_of(model)):
         if anatomy.residual_reads_norm:
             attn_in = found["block_out", index - 1] if index else found["embedding_norm", None]
@@ -203,7 +212,7 @@ def at_sites(model: nn.Module, modules: Mapping[Site, nn.Module]) -> list[Remova
     """
     handles = []
     inside: dict[str, nn.ModuleDict] = {}
-    for site, module in modules.items():
+    for site, module in _alike(model, modules).items():
         host = model.get_submodule(site.module)
         if site.where == "attention":
             if not hasattr(host, _SITES):
@@ -220,11 +229,31 @@ def at_sites(model: nn.Module, modules: Mapping[Site, nn.Module]) -> list[Remova
             hook = _replace_input if site.where == "input" else _replace_input_in_place
             handles.append(host.register_forward_pre_hook(hook))
     implementation = str(getattr(model.config, "_attn_implementation", ""))
-    if inside and implementation != f"harness_{_ATTENTION}":
+    if inside and implementation != f"harness_{_SITES}":
         if implementation.startswith("harness_"):
             raise NotApplicable("the attention was already changed by another step of the chain")
-        swap_attention(model, _ATTENTION, _attend, mask="eager")
+        swap_attention(model, _SITES, _attend, mask="eager")
     return handles
+
+
+def _alike(model: nn.Module, modules: Mapping[Site, nn.Module]) -> dict[Site, nn.Module]:
+    """The modules, with identities where one block has a module and another has none.
+
+    The compiler reuses the code of a block for the next without looking at hooks, but looks at the modules
+    that the hooks call: where all blocks have the same hooks, different modules get code of their own.
+    """
+    prefixes = [prefix for prefix, _ in blocks_of(model)]
+    places = {(site.module, site.where == "output") for site in modules}
+    result = dict(modules)
+    for site in modules:
+        home = next((p for p in prefixes if site.module.startswith(f"{p}.")), None)
+        if home is None or site.where == "attention":
+            continue
+        for prefix in prefixes:
+            name = prefix + site.module.removeprefix(home)
+            if (name, site.where == "output") not in places:
+                result[Site("", prefixes.index(prefix), name, site.where)] = nn.Identity()
+    return result
 
 
 def _replace_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -232,7 +261,7 @@ def _replace_input(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _replace_input_in_place(module: Any, args: tuple[Any, ...]) -> None:
-    # The sum was made by the block a moment ago, and its residual branch reads the same memory.
+    # The sum was made a moment ago, and the residual branch reads the same memory.
     args[0].copy_(module.at_input(args[0]))
 
 
@@ -318,7 +347,7 @@ def put_for_now(model: nn.Module, modules: Mapping[Site, nn.Module]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-        for site in modules:
+        for site in _alike(model, modules):
             host = model.get_submodule(site.module)
             child = _SITES if site.where == "attention" else _CHILD[site.where]
             if hasattr(host, child):
