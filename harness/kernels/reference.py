@@ -32,6 +32,8 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     padded with zeros. int32 cannot overflow below 133,152 columns (127 * 127 * columns < 2^31).
     """
     rows, out = a.shape[0], b.shape[0]
+    if a.shape[1] == 1:  # torch takes the strides of a single column for those of a wider matrix
+        a, b = functional.pad(a, (0, 1)), functional.pad(b, (0, 1))
     if a.is_cuda:
         a = functional.pad(a, (0, -a.shape[1] % _CUDA_MULTIPLE, 0, 32 - rows if rows < _CUDA_MIN_ROWS else 0))
         b = functional.pad(b, (0, -b.shape[1] % _CUDA_MULTIPLE, 0, -out % _CUDA_MULTIPLE))
