@@ -13,6 +13,7 @@ OPTIONS_FOR_TINY_MODELS = {
     "llm-compressor": {"group_size": 32},
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},
+    "peg": {"groups": 8},  # 6 do not divide a width of 128
 }
 
 

@@ -12,13 +12,14 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from harness.nn.codebook_weight import SCALE_BLOCK, CodebookWeight, Outliers, ScaleCodes
+from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import PLANES, choose_tile, pack_matrix, packed_columns, unpack_matrix
-from harness.nn.quantized import PackedLinear, PackedModule
+from harness.nn.quantized import PackedLinear
 
 __all__ = ["CodebookLinear", "PackedCodebook"]
 
 
-class PackedCodebook(PackedModule):
+class PackedCodebook(KeptTypes):
     """A matrix [rows, columns] of packed places in a table: what linear layers and embeddings share.
 
     Args:

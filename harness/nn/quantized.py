@@ -16,6 +16,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable
 from harness.kernels import int8, weight_only
+from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import (
     PLANES,
     PackedWeight,
@@ -25,34 +26,18 @@ from harness.nn.packing import (
 )
 from harness.nn.quantizer import QuantizedWeight
 
-__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "PackedModule", "QuantizedLinear"]
+__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear"]
 
 ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
 
 
-class PackedModule(nn.Module):
-    """A module whose stored numbers keep their types, whatever type the model around it takes."""
-
-    simulated = False
-    _kept: tuple[str, ...] = ()  # floating-point buffers whose type is part of the quantization
-
-    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PackedModule:
-        # model.to(dtype) must not round the scales: codes were chosen for exactly these.
-        kept = {name: getattr(self, name) for name in self._kept}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in kept.items():
-            after = getattr(self, name)
-            if before is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
-
-
-class PackedLinear(PackedModule):
+class PackedLinear(KeptTypes):
     """A packed module in the place of an `nn.Linear`: its sizes, and inputs of any number of dimensions."""
 
     in_features: int
     out_features: int
     bits: int
+    simulated = False
 
     def _flat(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """``run`` on x [..., in] as [rows, in], its result [rows, out] as [..., out]."""

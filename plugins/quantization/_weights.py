@@ -32,20 +32,20 @@ __all__ = [
     "refusal",
     "round_linear",
     "sharing_input",
-    "whole",
+    "whole_number",
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
 UNTRAINED = "a scratch model is trained after the transform, and packed weights cannot be trained"
 
 
-def whole(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """A whole number where a text spells one: what the command line gives."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole)]
-ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole)]
+WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]
+ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole_number)]
 
 
 class ImpliedDefaults(Options):

@@ -47,7 +47,7 @@ from ._weights import (
     quantizable,
     refusal,
     round_linear,
-    whole,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["METHOD", "RtnOptions"]
 
 
-RtnBits = Annotated[Literal[2, 3, 4, 8, 16], BeforeValidator(whole)]
+RtnBits = Annotated[Literal[2, 3, 4, 8, 16], BeforeValidator(whole_number)]
 
 
 class RtnOptions(ImpliedDefaults):
