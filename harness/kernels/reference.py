@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn import functional
 
 from harness.nn.packing import PackedWeight, unpack_weight
 
-__all__ = ["dequantize", "int8_linear", "int8_matmul", "weight_only_linear"]
+__all__ = ["NormKind", "dequantize", "int8_linear", "int8_matmul", "normalize", "weight_only_linear"]
+
+NormKind = Literal["layer", "rms", "rms-unit-offset"]
+"""LayerNorm; RMSNorm that rounds to the input's type before the gain (Llama); RMSNorm that multiplies by one
+plus its gain in float32 (Gemma)."""
 
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA needs more than 16 rows
 _CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
@@ -57,3 +63,22 @@ def int8_linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
+
+
+def normalize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    kind: NormKind,
+) -> torch.Tensor:
+    """What a norm of this kind makes of x [..., d], rounded to x's type where the models' norms round."""
+    if kind == "layer":
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    values = x.float()
+    values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    assert weight is not None
+    if kind == "rms":
+        return weight * values.to(x.dtype)
+    return (values * (1.0 + weight.float())).to(x.dtype)
