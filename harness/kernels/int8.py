@@ -42,7 +42,7 @@ def normalize_quantize(
     eps: float,
     kind: reference.NormKind,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm and the rounding of its output to int8, as `quantize_tokens` gives it: the one place to fuse both.
+    """A norm and the rounding of its output to int8, as `quantize_tokens` gives it: the place to fuse them.
 
     Args:
         x: [..., d]. weight, bias: [d] or None.

@@ -272,9 +272,7 @@ class Int8Linear(_PackedLinear):
         if (input_scale is not None) != (a_gran == "per-tensor-static"):
             raise ConfigError("a calibrated input scale belongs to a_gran=per-tensor-static alone")
         out, in_features = weight.codes.shape
-        layer = cls(
-            in_features, out, bits=weight.bits, a_gran=a_gran, bias=bias is not None, device="meta"
-        )
+        layer = cls(in_features, out, bits=weight.bits, a_gran=a_gran, bias=bias is not None, device="meta")
         if weight.bits == 8:
             layer.codes = _centred(weight.codes, 8)
         else:

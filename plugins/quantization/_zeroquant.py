@@ -84,8 +84,8 @@ class BlockPacker:
             rows = model.get_submodule(name).out_features
             if layout.w_groups != -1 and rows % layout.w_groups:
                 raise NotApplicable(
-                    f"w_groups {layout.w_groups} does not divide the {rows} rows of {name}; choose a divisor, "
-                    "or -1 for one scale per row"
+                    f"w_groups {layout.w_groups} does not divide the {rows} rows of {name}; "
+                    "choose a divisor, or -1 for one scale per row"
                 )
         anatomy = anatomy_of(model)
         sites = () if anatomy.residual_reads_norm else norm_sites(model)
