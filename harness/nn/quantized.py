@@ -356,7 +356,7 @@ class Int8Linear(_PackedLinear):
 
 def _centred(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes of a symmetric grid as int8 around zero."""
-    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
 def _bias(out_features: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:

@@ -44,7 +44,7 @@ class ZeroQuantOptions(ZeroQuantLayout):
 
 
 @torch.no_grad()
-def transform(model: nn.Module, options: ZeroQuantOptions, context: Context) -> nn.Module:
+def transform(model: nn.Module, options: ZeroQuantLayout, context: Context) -> nn.Module:
     packer = BlockPacker.of(model, options)
     blocks = blocks_of(model)
     fused = 0

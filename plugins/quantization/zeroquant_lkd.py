@@ -76,7 +76,6 @@ class Distilled:
     rounded_mse: float
     best_mse: float
     parameters: dict[str, torch.Tensor] | None
-    steps: int
     diverged: bool = False
 
 
@@ -99,8 +98,9 @@ def distill(
     """
     trained = {name: p.requires_grad_() for name, p in student.named_parameters() if p.is_floating_point()}
     start = best_mse = _error(student, inputs, targets)
+    diverged = Distilled(start, start, None, diverged=True)
     if not math.isfinite(start):
-        return Distilled(start, start, None, 0, diverged=True)
+        return diverged
     best: dict[str, torch.Tensor] | None = None
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
     order: list[int] = []
@@ -110,28 +110,35 @@ def distill(
         try:
             with torch.enable_grad():
                 loss = functional.mse_loss(run_block(student, inputs[index]), targets[index].float())
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            optimizer.step()
-            on_step(targets[index][..., 0].numel())
-            error = 0.0 if order and step + 1 < iters else _error(student, inputs, targets)
         except NumericalFailure:  # a weight that is not finite cannot be rounded
-            error = math.nan
-        if not math.isfinite(error) or not bool(loss.isfinite()):
-            return Distilled(start, start, None, step + 1, diverged=True)
-        if (not order or step + 1 == iters) and error < best_mse:
+            return diverged
+        if not bool(loss.isfinite()):
+            return diverged
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        on_step(targets[index][..., 0].numel())
+        if order and step + 1 < iters:
+            continue
+        error = _error(student, inputs, targets)
+        if not math.isfinite(error):
+            return diverged
+        if error < best_mse:
             best_mse = error
             best = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    return Distilled(start, best_mse, best, iters)
+    return Distilled(start, best_mse, best)
 
 
 @torch.no_grad()
 def _error(student: nn.Module, inputs: Sequence[BlockInput], targets: Sequence[torch.Tensor]) -> float:
     """Mean squared error over all batches; NaN where a weight is not finite."""
-    total = sum(
-        functional.mse_loss(run_block(student, item), target.float(), reduction="sum").double()
-        for item, target in zip(inputs, targets, strict=True)
-    )
+    try:
+        total = sum(
+            functional.mse_loss(run_block(student, item), target.float(), reduction="sum").double()
+            for item, target in zip(inputs, targets, strict=True)
+        )
+    except NumericalFailure:
+        return math.nan
     return float(total) / sum(target.numel() for target in targets)
 
 

@@ -189,6 +189,13 @@ def test_a_block_that_diverges_is_rounded_as_it_was():
     assert same_state(model, rounded("llama", w_bits_ffn=2))
 
 
+def test_weights_that_are_not_finite_name_their_layer():
+    model = tiny_model("opt")
+    model.model.decoder.layers[1].fc2.weight.data[3, 3] = torch.nan
+    with pytest.raises(NumericalFailure, match=r"layers\.1\.fc2: .*NaN"):
+        transformed(model, **QUICK)
+
+
 def test_steps_that_do_not_help_are_not_kept():
     model, records, _ = transformed(tiny_model("llama"), **{**QUICK, "lr": 1.0})
     assert records["lkd_error_ratio"] == 1
