@@ -148,15 +148,22 @@ class Context:
 
     # --- calibration --------------------------------------------------------------------------
 
-    def blocks(self, model: nn.Module, batches: Sequence[torch.Tensor] | None = None) -> Iterator[Block]:
+    def blocks(
+        self,
+        model: nn.Module,
+        batches: Sequence[torch.Tensor] | None = None,
+        *,
+        from_originals: bool = False,
+    ) -> Iterator[Block]:
         """The blocks in order with captured inputs; see `harness.nn.blocks`.
 
         Args:
             batches: token ids [batch, seq_len]; by default `calibration_batches()`.
+            from_originals: every block sees the inputs that the blocks before gave before they were changed.
         """
         batches = self.calibration_batches() if batches is None else batches
         total = self.info.num_layers
-        for block in iterate_blocks(model, batches, self.device):
+        for block in iterate_blocks(model, batches, self.device, from_originals=from_originals):
             self.report_progress("blocks", block.index, total)
             yield block
         self.report_progress("blocks", total, total)

@@ -14,6 +14,7 @@ OPTIONS_FOR_TINY_MODELS = {
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},
     "peg": {"groups": 8},  # 6 do not divide a width of 128
+    "zeroquant-lkd": {"iters": 4},
 }
 
 

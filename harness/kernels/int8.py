@@ -8,12 +8,65 @@ from harness.kernels import reference
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE, quantize_activation
 
-__all__ = ["choose", "linear"]
+__all__ = ["choose", "choose_norm", "linear", "linear_of_codes", "normalize_quantize", "quantize_tokens"]
 
 
 def choose(device: torch.device) -> str:
     """The name of the kernel that `linear` runs on this device."""
     return "triton w8a8" if has_triton(device) else "_int_mm"
+
+
+def choose_norm(device: torch.device) -> str:
+    """The name of what `normalize_quantize` runs on this device."""
+    return "norm, triton w8a8 quantize" if has_triton(device) else "norm + quantize"
+
+
+def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [..., d] and float32 scales [..., 1] of x [..., d], one scale per token.
+
+    Traced by torch.compile it is plain torch, which the compiler puts into one kernel with what made x.
+    """
+    if torch.compiler.is_compiling() or not has_triton(x.device) or x.numel() == 0:
+        return quantize_activation(x)
+    from harness.kernels import triton_int8
+
+    codes, scale = triton_int8.quantize_tokens(x.reshape(-1, x.shape[-1]))
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def normalize_quantize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    kind: reference.NormKind,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm and the rounding of its output to int8, as `quantize_tokens` gives it: the place to fuse them.
+
+    Args:
+        x: [..., d]. weight, bias: [d] or None.
+        kind: see `harness.kernels.reference.NormKind`.
+
+    Bit for bit what the norm and `quantize_tokens` make one after the other.
+    """
+    return quantize_tokens(reference.normalize(x, weight, bias, eps=eps, kind=kind))
+
+
+def linear_of_codes(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The second half of `linear`, for codes int8 [rows, in] and scales [rows, 1] that are known already.
+
+    For torch.compile the whole is one operator, ``torch.ops.harness.int8_linear_of_codes``.
+    """
+    run = _operator_of_codes if torch.compiler.is_compiling() else _linear_of_codes
+    return run(codes, scale, weight, weight_scale, bias, dtype)
 
 
 def linear(
@@ -48,7 +101,7 @@ def _linear(
 ) -> torch.Tensor:
     if not has_triton(x.device):
         codes, scale = quantize_activation(x, scale, per_token=per_token)
-        return reference.int8_linear(codes, scale, weight, weight_scale, bias, x.dtype)
+        return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
     from harness.kernels import triton_int8
 
     if scale is None and per_token:
@@ -58,7 +111,22 @@ def _linear(
             scale = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1) / 127
             scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
         codes = triton_int8.quantize_to(x, scale)
-    return triton_int8.matmul(codes, scale, weight, weight_scale, bias, x.dtype)
+    return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
+
+
+def _linear_of_codes(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if not has_triton(codes.device):
+        return reference.int8_linear(codes, scale, weight, weight_scale, bias, dtype)
+    from harness.kernels import triton_int8
+
+    return triton_int8.matmul(codes, scale, weight, weight_scale, bias, dtype)
 
 
 _operator = torch.library.custom_op("harness::int8_linear", _linear, mutates_args=())
@@ -74,3 +142,20 @@ def _(
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_operator_of_codes = torch.library.custom_op(
+    "harness::int8_linear_of_codes", _linear_of_codes, mutates_args=()
+)
+
+
+@_operator_of_codes.register_fake
+def _(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn import functional
 
 from harness.nn.packing import PackedWeight, unpack_weight
 from harness.nn.quantizer import Grid
 
-__all__ = ["dequantize", "int8_linear", "int8_matmul", "quantize_columns", "weight_only_linear"]
+__all__ = [
+    "NormKind",
+    "dequantize",
+    "int8_linear",
+    "int8_matmul",
+    "normalize",
+    "quantize_columns",
+    "weight_only_linear",
+]
+
+NormKind = Literal["layer", "rms", "rms-unit-offset"]
+"""LayerNorm; RMSNorm that rounds to the input's type before the gain (Llama); RMSNorm that multiplies by one
+plus its gain in float32 (Gemma)."""
 
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA needs more than 16 rows
 _CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
@@ -83,3 +97,22 @@ def quantize_columns(
         errors[j] = (rest[j] - grid.decode(codes[j], rest.dtype)) / root[j, j]
         rest[j + 1 :] -= torch.outer(root[j, j + 1 :], errors[j])
     return codes.t(), errors.t()
+
+
+def normalize(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    kind: NormKind,
+) -> torch.Tensor:
+    """What a norm of this kind makes of x [..., d], rounded to x's type where the models' norms round."""
+    if kind == "layer":
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    values = x.float()
+    values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + eps)
+    assert weight is not None
+    if kind == "rms":
+        return weight * values.to(x.dtype)
+    return (values * (1.0 + weight.float())).to(x.dtype)

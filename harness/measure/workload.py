@@ -32,6 +32,7 @@ from harness.measure.linears import is_embedding_like, is_linear_like
 from harness.measure.meter import Measured
 from harness.measure.storage import bytes_per_tensor, own_tensors, tensors_in
 from harness.nn.anatomy import anatomy_of, blocks_of
+from harness.nn.quantized_tokens import QuantizedTokens
 
 __all__ = ["PhaseWork", "Work", "cache_of", "cache_read_bytes", "counted", "visible_pairs", "work_of"]
 
@@ -95,7 +96,8 @@ def counted(model: nn.Module) -> Iterator[Counter]:
     seen: set[int] = set()
 
     def linear_ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        kinds = (torch.Tensor, QuantizedTokens)
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, kinds)]
         if inputs:
             counter.linear_flops += 2.0 * inputs[0].numel() * _size(module, "out_features")
         if id(module) not in seen:

@@ -19,7 +19,7 @@ from torch import nn
 from harness.errors import NotApplicable
 from harness.nn.anatomy import blocks_of
 
-__all__ = ["Block", "BlockInput", "iterate_blocks"]
+__all__ = ["Block", "BlockInput", "iterate_blocks", "run_block"]
 
 
 _MASKED_APART = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
@@ -37,18 +37,22 @@ class BlockInput:
 
 @dataclass(slots=True)
 class Block:
-    """A block under calibration. Change `module` in place (replace its children) between steps."""
+    """A block under calibration. Change `module` in place (replace its children) between steps.
+
+    `outputs` are what the block gave before any change, one per calibration batch, where they are kept.
+    """
 
     index: int
     name: str  # full name in the model
     module: nn.Module
     inputs: list[BlockInput]
     is_advanced: bool = False  # `inputs` are the block's outputs by now
+    outputs: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def run(self) -> list[torch.Tensor]:
         """The block's outputs [batch, tokens, d], one per calibration batch, as it is now."""
-        return [_call(self.module, item) for item in self.inputs]
+        return [run_block(self.module, item) for item in self.inputs]
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -58,7 +62,7 @@ class Block:
         one unchanged does it before the first.
         """
         for item in self.inputs:
-            item.hidden = _call(self.module, item)
+            item.hidden = run_block(self.module, item)
         self.is_advanced = True
 
     @torch.no_grad()
@@ -97,7 +101,7 @@ class Block:
                     wanted.update(names)
                 calls.clear()
                 with suppress(_SeenAll):
-                    hidden = _call(self.module, item)
+                    hidden = run_block(self.module, item)
                     if advance:
                         item.hidden = hidden
         finally:
@@ -107,7 +111,11 @@ class Block:
 
 
 def iterate_blocks(
-    model: nn.Module, batches: Sequence[torch.Tensor], device: torch.device | None = None
+    model: nn.Module,
+    batches: Sequence[torch.Tensor],
+    device: torch.device | None = None,
+    *,
+    from_originals: bool = False,
 ) -> Iterator[Block]:
     """Yield the blocks in order with the inputs that the blocks before them, as changed, produce.
 
@@ -115,6 +123,7 @@ def iterate_blocks(
         model: a decoder or encoder of a known family.
         batches: token ids [batch, tokens], int64; each is one step.
         device: where the blocks run; by default where the model is.
+        from_originals: the inputs are what the blocks before produced as they were; `Block.outputs` is kept.
 
     Raises:
         NotApplicable: an unknown architecture, or one whose blocks differ in their attention masks.
@@ -127,11 +136,17 @@ def iterate_blocks(
         inputs = [_first_inputs(model, blocks[0][1], batch.to(device)) for batch in batches]
         for index, (name, module) in enumerate(blocks):
             block = Block(index, name, module, inputs)
+            if from_originals:
+                block.outputs = block.run()
             yield block
             if index + 1 < len(blocks) and not block.is_advanced:
                 # The module may have been replaced as a whole: look it up again.
                 block.module = model.get_submodule(name)
-                block.advance()
+                if block.outputs is None:
+                    block.advance()
+                else:
+                    for item, hidden in zip(inputs, block.outputs, strict=True):
+                        item.hidden = hidden
 
 
 def _require_equal_masks(model: nn.Module) -> None:
@@ -143,7 +158,8 @@ def _require_equal_masks(model: nn.Module) -> None:
         )
 
 
-def _call(module: nn.Module, item: BlockInput) -> torch.Tensor:
+def run_block(module: nn.Module, item: BlockInput) -> torch.Tensor:
+    """What a block gives for one batch, [batch, tokens, d]; gradients as the caller has them."""
     output = module(item.hidden, *item.args, **item.kwargs)
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, torch.Tensor)

@@ -21,9 +21,12 @@ from harness.nn.packing import (
     PLANES,
     PackedWeight,
     choose_tile,
+    pack_matrix,
     pack_weight,
     packed_columns,
+    unpack_matrix,
 )
+from harness.nn.quantized_tokens import QuantizedTokens
 from harness.nn.quantizer import QuantizedWeight
 
 __all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear"]
@@ -186,10 +189,13 @@ class Int8Linear(PackedLinear):
     """A linear layer that multiplies int8 activations with int8 weights, exactly, in int32 (W8A8).
 
     A scale may leave an integer product only where it is constant along the summed columns: weights
-    have one scale per row or one in all, activations one per token or one in all.
+    have one scale per row, per group of rows or one in all, activations one per token or one in all.
+    Weights of fewer bits (W4A8) are stored packed and unpacked to int8 for the product.
 
     Args:
         in_features, out_features: as of `nn.Linear`.
+        bits: of a stored weight: 2, 3, 4 or 8.
+        row_groups: so many groups of consecutive rows share a weight scale; -1: every row has its own.
         per_tensor: one weight scale for the whole matrix.
         a_gran: ``per-token`` and ``per-tensor-dynamic`` find the scale in the input itself,
             ``per-tensor-static`` uses `input_scale`, found by calibration.
@@ -200,7 +206,6 @@ class Int8Linear(PackedLinear):
     scales: torch.Tensor
     input_scale: torch.Tensor | None
     bias: nn.Parameter | None
-    bits = 8
     a_bits = 8
     group_size = -1
     sym = True
@@ -211,6 +216,8 @@ class Int8Linear(PackedLinear):
         in_features: int,
         out_features: int,
         *,
+        bits: int = 8,
+        row_groups: int = -1,
         per_tensor: bool = False,
         a_gran: ActivationScale = "per-token",
         bias: bool = False,
@@ -218,10 +225,18 @@ class Int8Linear(PackedLinear):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if bits not in PLANES:
+            raise ConfigError(f"weights are stored in {sorted(PLANES)} bits, not {bits}")
         self.in_features, self.out_features, self.a_gran = in_features, out_features, a_gran
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.bits, self.tile = bits, choose_tile(in_features, -1)
+        if bits == 8:
+            codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        else:
+            tiles = packed_columns(in_features) // self.tile
+            codes = torch.zeros(tiles, out_features, self.tile * bits // 8, dtype=torch.uint8, device=device)
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", torch.ones(1 if per_tensor else out_features, device=device))
+        scales = 1 if per_tensor else out_features if row_groups == -1 else row_groups
+        self.register_buffer("scales", torch.ones(scales, device=device))
         is_static = a_gran == "per-tensor-static"
         self.register_buffer("input_scale", torch.ones(1, device=device) if is_static else None)
         self.bias = _bias(out_features, dtype, device) if bias else None
@@ -234,25 +249,33 @@ class Int8Linear(PackedLinear):
         *,
         a_gran: ActivationScale = "per-token",
         input_scale: torch.Tensor | None = None,
+        row_groups: int = -1,
     ) -> Int8Linear:
-        """Store a symmetric 8-bit matrix [out, in] with one scale per row or in all.
+        """Store a symmetric matrix [out, in] with one scale per row, per group of rows or in all.
+
+        Args:
+            row_groups: the groups that `quantize_row_groups` was asked for; -1: a scale for each row.
 
         Raises:
             NotApplicable: groups along the columns, or zero points, which no int8 product can apply.
             ConfigError: `input_scale` missing for ``per-tensor-static``, or given for another.
         """
-        if weight.bits != 8 or not weight.sym or weight.scale.shape[1] != 1:
+        if not weight.sym or weight.scale.shape[1] != 1:
             raise NotApplicable(
-                "an int8 product needs symmetric 8-bit weights with one scale per row: scales or "
+                "an int8 product needs symmetric weights with one scale per row: scales or "
                 f"zero points that vary along the columns cannot leave the sum (bits={weight.bits}, "
                 f"sym={weight.sym}, group_size={weight.group_size})"
             )
         if (input_scale is not None) != (a_gran == "per-tensor-static"):
             raise ConfigError("a calibrated input scale belongs to a_gran=per-tensor-static alone")
         out, in_features = weight.codes.shape
-        layer = cls(in_features, out, a_gran=a_gran, bias=bias is not None, device="meta")
-        layer.codes = (weight.codes.to(torch.int16) - 128).to(torch.int8)
-        layer.scales = weight.scale[:, 0].float().contiguous()
+        layer = cls(in_features, out, bits=weight.bits, a_gran=a_gran, bias=bias is not None, device="meta")
+        if weight.bits == 8:
+            layer.codes = _centred(weight.codes, 8)
+        else:
+            layer.codes = pack_matrix(weight.codes, weight.bits, layer.tile)
+        scale = weight.scale[:, 0] if row_groups == -1 else weight.scale.view(row_groups, -1)[:, 0]
+        layer.scales = scale.float().contiguous()
         if input_scale is not None:
             layer.input_scale = input_scale.detach().float().view(1).to(layer.codes.device)
         if bias is not None:
@@ -262,7 +285,8 @@ class Int8Linear(PackedLinear):
     @property
     def kernel_name(self) -> str:
         """The kernel that the forward pass runs on this device, for any number of rows."""
-        return int8.choose(self.codes.device)
+        product = int8.choose(self.codes.device)
+        return product if self.bits == 8 else f"unpack, {product}"
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """As `kernel_name`: it depends neither on the rows nor on their type."""
@@ -270,32 +294,66 @@ class Int8Linear(PackedLinear):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in] that the codes stand for."""
-        return (self.codes.float() * self.scales[:, None]).to(dtype)
+        return (self.int8_codes().float() * self.row_scales()[:, None]).to(dtype)
+
+    def int8_codes(self) -> torch.Tensor:
+        """The codes as the product reads them, int8 [out, in]: unpacked where fewer bits are stored."""
+        if self.bits == 8:
+            return self.codes
+        codes = unpack_matrix(self.codes, self.bits, self.tile)[:, : self.in_features]
+        return _centred(codes, self.bits).contiguous()
+
+    def row_scales(self) -> torch.Tensor:
+        """The weight scales as the product reads them, float32 [out], or [1] for one in all."""
+        groups = self.scales.numel()
+        if groups in (1, self.out_features):
+            return self.scales
+        return self.scales[:, None].expand(-1, self.out_features // groups).reshape(-1)
 
     def dense_weight(self) -> torch.Tensor:
         """As `dequantize`: what is counted when the zeros of a layer are counted."""
         return self.dequantize()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [..., out] for x [..., in], in x's type."""
-        return self._flat(x, self._multiply)
+    def forward(self, x: torch.Tensor | QuantizedTokens) -> torch.Tensor:
+        """y [..., out] for x [..., in], in x's type; x may be quantized already, one scale per token.
+
+        Raises:
+            ConfigError: x is quantized and this layer has one activation scale for all tokens.
+        """
+        if isinstance(x, torch.Tensor):
+            return self._flat(x, self._multiply)
+        if self.a_gran != "per-token":
+            raise ConfigError(f"a layer with a_gran={self.a_gran} cannot take tokens quantized one by one")
+        scale, dtype = x.scale.reshape(-1, 1), x.dtype
+        return self._flat(x.codes, lambda codes: self._multiply_codes(codes, scale, dtype)).to(dtype)
+
+    def _multiply_codes(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return int8.linear_of_codes(codes, scale, self.int8_codes(), self.row_scales(), self.bias, dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return int8.linear(
             x,
-            self.codes,
-            self.scales,
+            self.int8_codes(),
+            self.row_scales(),
             self.bias,
             per_token=self.a_gran == "per-token",
             scale=self.input_scale,
         )
 
     def extra_repr(self) -> str:
-        weights = "per-tensor" if self.scales.numel() < self.out_features else "per-channel"
+        groups = self.scales.numel()
+        weights = "per-channel" if groups == self.out_features else f"{groups} row groups"
+        weights = "per-tensor" if groups == 1 < self.out_features else weights
+        bits = "" if self.bits == 8 else f"bits={self.bits}, "
         return (
-            f"{self.in_features}, {self.out_features}, weights={weights}, "
+            f"{self.in_features}, {self.out_features}, {bits}weights={weights}, "
             f"activations={self.a_gran}, bias={self.bias is not None}"
         )
+
+
+def _centred(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes of a symmetric grid as int8 around zero."""
+    return (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
 
 
 def _bias(out_features: int, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Parameter:

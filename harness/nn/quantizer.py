@@ -32,6 +32,7 @@ __all__ = [
     "least_error_grid",
     "padded_to_groups",
     "quantize_activation",
+    "quantize_row_groups",
     "quantize_weight",
     "round_up",
     "search_grid",
@@ -315,20 +316,40 @@ def quantize_weight(
     return QuantizedWeight(codes, grid.scale, grid.zero, bits, group_size, in_features)
 
 
+def quantize_row_groups(weight: torch.Tensor, *, bits: int, row_groups: int) -> QuantizedWeight:
+    """Round a matrix [out, in] symmetrically; `out / row_groups` consecutive rows share a float32 scale.
+
+    Such a scale is constant along the summed columns, so it can leave an integer product. As many groups
+    as rows give the numbers of `quantize_weight` with one scale per row. The result has a scale for every
+    row, [out, 1].
+
+    Raises:
+        ConfigError: the groups do not divide the rows, or `bits` outside 2 to 8.
+        NumericalFailure: the matrix has NaN or infinite values.
+    """
+    out, columns = weight.shape
+    if row_groups < 1 or out % row_groups:
+        raise ConfigError(f"{row_groups} row groups do not divide {out} rows")
+    grouped = weight.detach().float().reshape(row_groups, -1)
+    grid = find_grid(grouped, bits=bits, sym=True)
+    scale = grid.scale.repeat_interleave(out // row_groups, 0)
+    return QuantizedWeight(grid.encode(grouped).view(out, columns), scale, None, bits, -1, columns)
+
+
 def quantize_activation(
     x: torch.Tensor, scale: torch.Tensor | None = None, *, per_token: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 of activations [tokens, features] with their scales, float32.
+    """Symmetric int8 of activations [..., tokens, features] with their scales, float32.
 
     Values are multiplied by the reciprocal of the scale, as the kernels do, so that both agree bit
     for bit.
 
     Args:
         scale: a scale [1] found by calibration (values beyond it are clipped); by default it follows
-            from these very values, per token ([tokens, 1]) or for all of them ([1]).
+            from these very values, per token ([..., tokens, 1]) or for all of them ([1]).
 
     Returns:
-        int8 [tokens, features] in -127 to 127, and the scale. NaN in a token becomes a NaN scale.
+        int8 [..., tokens, features] in -127 to 127, and the scale. NaN in a token becomes a NaN scale.
     """
     x = x.float()
     if scale is None:

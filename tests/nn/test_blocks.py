@@ -54,6 +54,17 @@ def test_chained_blocks_equal_the_full_forward_pass(model, batches):
     assert seen == [name for name, _ in blocks_of(model)]
 
 
+@torch.no_grad()
+def test_blocks_may_read_what_the_originals_gave(model, batches):
+    inputs = [block.inputs[1].hidden.clone() for block in iterate_blocks(model, batches)]
+    outputs = [block.run()[1] for block in iterate_blocks(model, batches)]
+    for block in iterate_blocks(model, batches, from_originals=True):
+        assert torch.equal(block.inputs[1].hidden, inputs[block.index])
+        assert torch.equal(block.outputs[1], outputs[block.index])
+        for parameter in block.module.parameters():
+            parameter.zero_()
+
+
 def test_a_changed_block_changes_the_inputs_of_the_next(model, batches):
     untouched = [block.inputs[0].hidden.clone() for block in iterate_blocks(model, batches)]
     second = None

@@ -219,7 +219,7 @@ def test_nan_reaches_the_output_of_its_token():
     [
         {"bits": 8, "sym": True, "group_size": 16},
         {"bits": 8, "sym": False},
-        {"bits": 4, "sym": True},
+        {"bits": 4, "sym": True, "group_size": 16},
     ],
 )
 def test_scales_that_cannot_leave_the_sum_are_refused(form):
