@@ -101,6 +101,7 @@ class Context:
         steps: int | None = None,
         lr: float | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
+        lr_multiples: Mapping[nn.Parameter, float] | None = None,
         on_step: Callable[[int, nn.Module], None] | None = None,
         seq_len: int | None = None,
         batch_size: int | None = None,
@@ -113,6 +114,7 @@ class Context:
             steps: by default the sweep's `--train-steps`; 0 trains nothing. Models with random weights
                 (`shape:`) are never trained.
             parameters: what to train; by default every parameter that requires a gradient.
+            lr_multiples: for parameters whose rate is another multiple of `lr` than 1.
             on_step: called after each optimiser step (apply masks, update schedules).
 
         Raises:
@@ -128,6 +130,7 @@ class Context:
             self.generator("training"),
             loss=loss,
             parameters=parameters,
+            lr_multiples=lr_multiples,
             on_step=on_step,
             progress=lambda done, total: self.report_progress("train", done, total),
         )

@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedWeight",
     "find_grid",
     "group_grid",
+    "group_scale_dtype",
     "padded_to_groups",
     "quantize_activation",
     "quantize_weight",
@@ -143,14 +144,15 @@ def find_grid(
     reach, steps = (torch.maximum(-low, high), 2 ** (bits - 1) - 1) if sym else (high - low, 2**bits - 1)
     scale = reach / steps
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scale = round_up(scale, scale_dtype or _group_scale_dtype(scale))
+    scale = round_up(scale, scale_dtype or group_scale_dtype(scale))
     if sym:
         return Grid(bits, scale, None)
     zero = torch.round(-low / scale.float()).clamp_(0, 2**bits - 1)
     return Grid(bits, scale, zero.to(torch.uint8))
 
 
-def _group_scale_dtype(scale: torch.Tensor) -> torch.dtype:
+def group_scale_dtype(scale: torch.Tensor) -> torch.dtype:
+    """The type in which scales of groups are stored: float16, or bfloat16 where that cannot hold them."""
     fits = scale.numel() == 0 or bool(
         (scale.min() >= _FP16_SMALLEST_NORMAL) & (scale.max() <= torch.finfo(torch.float16).max)
     )

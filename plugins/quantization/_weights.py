@@ -31,18 +31,20 @@ __all__ = [
     "refusal",
     "round_linear",
     "sharing_input",
+    "whole",
 ]
 
 Ragged = Literal["raise", "pad", "skip"]
 UNTRAINED = "a scratch model is trained after the transform, and packed weights cannot be trained"
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """A number written as a text, as a number: for options of a few allowed integers."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
-ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
+WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole)]
+ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole)]
 
 
 class ImpliedDefaults(Options):
