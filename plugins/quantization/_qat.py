@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -33,8 +34,9 @@ class TrainedOptions(ImpliedDefaults):
     w_gran: Literal["per-channel", "per-group"] = Field("per-channel", description="what shares a step")
     group_size: int = Field(-1, ge=-1, description="input columns per step; -1: one per output row")
     learn_scale: bool = Field(True, description="learn the steps (LSQ); else they cover the weights' range")
+    scale_init: Literal["mse", "lsq"] = Field("mse", description="where learned steps begin")
     lr: float | None = Field(None, gt=0, description="peak learning rate; by default the training loop's")
-    scale_lr_mult: float = Field(1.0, gt=0, description="of lr, for the steps")
+    scale_lr_mult: float = Field(1.0, gt=0, description="of lr / sqrt(Q_p), for the steps of the grid")
     steps: int | None = Field(None, ge=0, description="training steps; by default the sweep's")
 
     @model_validator(mode="before")
@@ -92,8 +94,13 @@ def trained_and_packed(
         loss=loss,
         steps=options.steps,
         lr=options.lr,
+        # Adam divides by the size of a gradient and so cancels LSQ's 1 / sqrt(N * Q_p). What that factor is
+        # for, steps that move no faster than weights relative to their size, the rate must do: a step
+        # is some 2 / sqrt(Q_p) of a mean weight.
         lr_multiples={
-            layer.scale: options.scale_lr_mult for layer in layers.values() if layer.scale is not None
+            layer.scale: options.scale_lr_mult / math.sqrt(layer.highest)
+            for layer in layers.values()
+            if layer.scale is not None
         },
         on_step=keep_positive,
     )
@@ -116,6 +123,7 @@ def _faked(model: nn.Module, name: str, options: TrainedOptions) -> FakeQuantLin
             group_size=options.group_size,
             a_bits=options.a_bits,
             learn_scale=options.learn_scale,
+            scale_init=options.scale_init,
         ),
     )
 

@@ -15,9 +15,10 @@ Needs: training tokens; encoders a head and a mask token (the task is to predict
 
 Knobs: `bits` (16: plain fine-tuning, the control that says what the steps alone do); `a_bits`;
 `w_gran` and `group_size` (one step per output row, or per group of input columns); `learn_scale`
-(steps are learned, begun at 2 mean|w| / sqrt(Q_p); else they cover the range of the weights, as
-rounding to nearest does); `lr`; `scale_lr_mult`; `steps` (the sweep's budget where left out; 0
-rounds on the initial grid).
+(steps are learned; else they cover the range of the weights, as rounding to nearest does);
+`scale_init` (where learned steps begin: mse, least squared error, which a short training needs; lsq, the
+paper's 2 mean|w| / sqrt(Q_p), Q_p the largest integer); `lr`; `scale_lr_mult` (rate of the learned steps,
+in units of lr / sqrt(Q_p)); `steps` (the sweep's budget where left out; 0 rounds on the initial grid).
 
 Hurts: without a real training budget or the training text; all master weights, gradients and moments
 are float32, so it takes some 16 bytes per parameter to train. At 8 bits rounding is as good.

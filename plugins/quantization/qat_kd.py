@@ -15,8 +15,8 @@ sampled from the teacher itself (generated; decoders only): a first token at ran
 the largest probability, the rest drawn from the teacher's distribution. No true tokens with `lam` 0.
 
 Knobs: those of qat, which are `bits` (16: plain distillation from itself, which changes nothing),
-`a_bits`, `w_gran`, `group_size`, `learn_scale`, `lr`, `scale_lr_mult`, `steps`; and `T`, `beta`, `lam`,
-`data`, `samples` (sequences that the teacher generates).
+`a_bits`, `w_gran`, `group_size`, `learn_scale`, `scale_init`, `lr`, `scale_lr_mult`, `steps`; and `T`,
+`beta`, `lam`, `data`, `samples` (sequences that the teacher generates).
 
 Hurts: takes the memory of qat and the teacher's beside it. A teacher that is itself not fully trained
 is no better than the text: there the true tokens (qat) win.
@@ -127,7 +127,7 @@ def _data(
     teacher: nn.Module, options: QatKdOptions, context: Context
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """From a batch of the training text to the batch to train on, of the same shape."""
-    generator = context.generator("qat-kd")
+    generator = context.generator("qat-kd batches")
     if options.data == "random":
         vocab_size = context.info.vocab_size
         return lambda tokens: torch.randint(vocab_size, tokens.shape, generator=generator).to(tokens.device)
@@ -136,7 +136,9 @@ def _data(
     length = min(context.settings.seq_len, context.info.max_positions)
     pool = context.cache(
         {"generated": [options.samples, length, _GREEDY_TOKENS]},
-        lambda: teacher_samples(teacher, options.samples, length, generator, context.device),
+        lambda: teacher_samples(
+            teacher, options.samples, length, context.generator("teacher samples"), context.device
+        ),
     )
 
     def draw(tokens: torch.Tensor) -> torch.Tensor:
