@@ -102,6 +102,7 @@ class Context:
         lr: float | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
         lr_multiples: Mapping[nn.Parameter, float] | None = None,
+        weight_decay: float | None = None,
         on_step: Callable[[int, nn.Module], None] | None = None,
         seq_len: int | None = None,
         batch_size: int | None = None,
@@ -115,6 +116,7 @@ class Context:
                 (`shape:`) are never trained.
             parameters: what to train; by default every parameter that requires a gradient.
             lr_multiples: for parameters whose rate is another multiple of `lr` than 1.
+            weight_decay: by default the loop's; 0 where weights must not be pulled from where they are.
             on_step: called after each optimiser step (apply masks, update schedules).
 
         Raises:
@@ -122,7 +124,9 @@ class Context:
         """
         if self.info.synthetic:
             steps = 0  # random weights are timed and weighed as they are: training them says nothing
-        settings = self.settings.replaced(steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size)
+        settings = self.settings.replaced(
+            steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size, weight_decay=weight_decay
+        )
         report = train(
             model,
             self.training_source,

@@ -31,11 +31,11 @@ class TrainedOptions(ImpliedDefaults):
         4, description="bits of a weight; 16: as it is, the control with the same steps"
     )
     a_bits: ActivationBits = Field(16, description="bits of an activation; 16: as it is")
-    w_gran: Literal["per-channel", "per-group"] = Field("per-channel", description="what shares a step")
     group_size: int = Field(-1, ge=-1, description="input columns per step; -1: one per output row")
+    w_gran: Literal["per-channel", "per-group"] = Field("per-channel", description="what shares a step")
     learn_scale: bool = Field(True, description="learn the steps (LSQ); else they cover the weights' range")
     scale_init: Literal["mse", "lsq"] = Field("mse", description="where learned steps begin")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; by default the training loop's")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate; small models and 2 bits want 5e-4")
     scale_lr_mult: float = Field(1.0, gt=0, description="of lr / sqrt(Q_p), for the steps of the grid")
     steps: int | None = Field(None, ge=0, description="training steps; by default the sweep's")
 
@@ -64,6 +64,8 @@ def trained_and_packed(
     options: TrainedOptions,
     context: Context,
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None,
+    *,
+    weight_decay: float | None = None,
 ) -> nn.Module:
     """Train all weights through the grid of the linear layers inside the blocks, then pack those.
 
@@ -102,11 +104,14 @@ def trained_and_packed(
             for layer in layers.values()
             if layer.scale is not None
         },
+        weight_decay=weight_decay,
         on_step=keep_positive,
     )
     while layers:
         name, layer = layers.popitem()
         replace_module(model, name, _named(name, layer.packed))
+    if not report.steps:
+        return model
     context.record("training_loss", report.final_loss, "nats", "mean of the last tenth")
     if options.learn_scale and names:
         context.record("clamped_steps", int(hits), "1", "learned steps that had to be kept above zero")

@@ -120,7 +120,7 @@ def transform(model: nn.Module, options: QatKdOptions, context: Context) -> nn.M
             target = outputs_of(teacher, inputs)
         return imitation_loss(outputs_of(student, inputs), target, labels, options)
 
-    return trained_and_packed(model, options, context, loss)
+    return trained_and_packed(model, options, context, loss, weight_decay=0.0)  # it pulls off the teacher
 
 
 def _data(

@@ -15,6 +15,7 @@ from harness.nn.fake_quant import (
     learned_step,
     lsq_gradient_scale,
     lsq_initial_scale,
+    nearest_initial_scale,
     straight_through,
 )
 from harness.nn.quantized import Int8Linear, QuantizedLinear
@@ -76,7 +77,9 @@ def test_a_layer_hands_both_gradients_on(group_size):
     upstream = torch.randn(7, 24, generator=torch.Generator().manual_seed(2))
     layer(x).backward(upstream)
     width = 64 if group_size == -1 else group_size
-    steps = (layer.weight / layer.scale.half().float().view(24, -1, 1).expand(-1, -1, width).flatten(1)).detach()
+    steps = (
+        layer.weight / layer.scale.half().float().view(24, -1, 1).expand(-1, -1, width).flatten(1)
+    ).detach()
     to_weight = upstream.t() @ x
     inside = (steps > -4) & (steps < 3)
     slope = torch.where(inside, steps.round() - steps, steps.clamp(-4, 3))
@@ -119,7 +122,9 @@ def test_the_nearest_initial_step_is_the_best_of_a_brute_force_search():
         errors = {}
         for percent in range(21, 101):
             candidate = row.abs().max() * percent / 100
-            errors[candidate] = float(((row / candidate).round().clamp(-2, 1) * candidate - row).square().sum())
+            errors[candidate] = float(
+                ((row / candidate).round().clamp(-2, 1) * candidate - row).square().sum()
+            )
         assert float(step) == pytest.approx(float(min(errors, key=errors.get)), rel=1e-6)
 
 
@@ -160,9 +165,7 @@ def test_at_8_bits_the_grid_is_symmetric():
 )
 def test_the_packed_layer_computes_what_was_trained(bits, group_size, a_bits, learn_scale):
     layer = _moved(
-        FakeQuantLinear(
-            _linear(), bits=bits, group_size=group_size, a_bits=a_bits, learn_scale=learn_scale
-        )
+        FakeQuantLinear(_linear(), bits=bits, group_size=group_size, a_bits=a_bits, learn_scale=learn_scale)
     )
     packed = layer.packed()
     assert isinstance(packed, Int8Linear if a_bits == 8 else QuantizedLinear)

@@ -40,7 +40,10 @@ def test_equal_predictions_have_no_gradient_at_all():
 
 def test_hidden_states_are_compared_relative_to_the_teachers():
     student, teacher = ([scale * _normal(2, 3, 4, seed=s) for scale in (1, 10)] for s in (0, 1))
-    expected = sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(student, teacher, strict=True)) / 2
+    expected = (
+        sum(float((a - b).square().mean() / b.square().mean()) for a, b in zip(student, teacher, strict=True))
+        / 2
+    )
     assert float(hidden_state_loss(student, teacher)) == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ConfigError, match="1 layers of width 4, the teacher 0 of width 4"):
         hidden_state_loss(student, teacher[:1])

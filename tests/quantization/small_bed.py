@@ -1,6 +1,7 @@
 """A tiny model that has really learnt something, in seconds: a noisy chain of tokens.
 
-Two tokens decide the next by a random table with probability 0.8, else any of 16 follows. Rounding to 2 bits visibly damages what was learnt, and a few steps can repair it.
+Two tokens decide the next by a random table with probability 0.8, else any of 16 follows. Rounding to 2
+bits visibly damages what was learnt, and a few steps can repair it.
 """
 
 from __future__ import annotations
