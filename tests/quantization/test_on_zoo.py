@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness_plugins.quantization import gptq, rtn, smoothquant
+from harness_plugins.quantization import awq, gptq, rtn, smoothquant
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -185,3 +185,21 @@ def test_smoothing_before_gptq_repairs_outliers_for_it_too(zoo):
     chained = gptq.METHOD.transform(smoothed, gptq.METHOD.options.parse({"group_size": -1}), context)
     rise = zoo.loss(chained, 8) - zoo.original_loss(8)
     assert rise <= 0.7 * zoo.rise(rtn.METHOD, bits=4, group_size=-1, outliers=True)
+
+
+@pytest.mark.slow
+def test_awq_protects_the_weights_that_outliers_read(zoo):
+    """To be measured."""
+    options = {"bits": 4, "group_size": 16, "outliers": True}
+    rounding, scaled = zoo.rise(rtn.METHOD, **options), zoo.rise(awq.METHOD, samples=32, **options)
+    print(f"\n4 bits, outliers: rounding {rounding:.4f}, awq {scaled:.4f}")
+    assert scaled <= 0.5 * rounding
+
+
+@pytest.mark.slow
+def test_awq_without_outliers_is_no_worse_than_rounding(zoo):
+    """To be measured."""
+    rounding = zoo.rise(rtn.METHOD, bits=2, group_size=16)
+    scaled = zoo.rise(awq.METHOD, bits=2, group_size=16, samples=32)
+    print(f"\n2 bits: rounding {rounding:.4f}, awq {scaled:.4f}")
+    assert scaled <= 1.02 * rounding
