@@ -101,6 +101,8 @@ class Context:
         steps: int | None = None,
         lr: float | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
+        lr_multiples: Mapping[nn.Parameter, float] | None = None,
+        weight_decay: float | None = None,
         on_step: Callable[[int, nn.Module], None] | None = None,
         seq_len: int | None = None,
         batch_size: int | None = None,
@@ -113,6 +115,8 @@ class Context:
             steps: by default the sweep's `--train-steps`; 0 trains nothing. Models with random weights
                 (`shape:`) are never trained.
             parameters: what to train; by default every parameter that requires a gradient.
+            lr_multiples: for parameters whose rate is another multiple of `lr` than 1.
+            weight_decay: by default the loop's; 0 where weights must not be pulled from where they are.
             on_step: called after each optimiser step (apply masks, update schedules).
 
         Raises:
@@ -120,7 +124,9 @@ class Context:
         """
         if self.info.synthetic:
             steps = 0  # random weights are timed and weighed as they are: training them says nothing
-        settings = self.settings.replaced(steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size)
+        settings = self.settings.replaced(
+            steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size, weight_decay=weight_decay
+        )
         report = train(
             model,
             self.training_source,
@@ -128,6 +134,7 @@ class Context:
             self.generator("training"),
             loss=loss,
             parameters=parameters,
+            lr_multiples=lr_multiples,
             on_step=on_step,
             progress=lambda done, total: self.report_progress("train", done, total),
         )

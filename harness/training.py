@@ -6,7 +6,7 @@ Comparisons between methods that train are fair only if nothing but the method d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,13 +103,15 @@ def train(
     *,
     loss: Loss | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
+    lr_multiples: Mapping[nn.Parameter, float] | None = None,
     on_step: Callable[[int, nn.Module], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainReport:
     """Train `model` in place and leave it in eval mode.
 
     Master weights are float32 while training (a float16 or bfloat16 model is cast back at the end);
-    on CUDA the forward pass runs under bfloat16 autocast.
+    on CUDA the forward pass runs under bfloat16 autocast. `lr_multiples`: of the rate, for parameters that
+    need another one (1 for all others).
 
     Raises:
         NumericalFailure: the loss is not finite, or rose above twice its start.
@@ -126,7 +128,7 @@ def train(
         parameter.data = parameter.data.float()
     for parameter in frozen:
         parameter.requires_grad_(False)
-    optimizer = _optimizer(trained, settings, fused=device.type == "cuda")
+    optimizer = _optimizer(trained, settings, lr_multiples or {}, fused=device.type == "cuda")
     compute_loss = loss or causal_loss
     batches = training_batches(source, settings.batch_size, settings.seq_len, generator)
     losses: list[float] = []
@@ -135,7 +137,7 @@ def train(
         with _own_randomness(generator, device):
             for step in range(settings.steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * lr_factor(step, settings)
+                    group["lr"] = group["lr_multiple"] * settings.lr * lr_factor(step, settings)
                 tokens = next(batches).to(device)
                 with _autocast(device, original_dtypes.values()):
                     value = compute_loss(model, tokens)
@@ -175,15 +177,26 @@ def _trainable(model: nn.Module, parameters: Iterable[nn.Parameter] | None) -> l
     return trained
 
 
-def _optimizer(trained: list[nn.Parameter], settings: TrainSettings, *, fused: bool) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def _optimizer(
+    trained: list[nn.Parameter],
+    settings: TrainSettings,
+    lr_multiples: Mapping[nn.Parameter, float],
+    *,
+    fused: bool,
+) -> torch.optim.AdamW:
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in sorted(trained, key=lambda each: each.ndim < 2):  # matrices first
+        key = (parameter.ndim >= 2, lr_multiples.get(parameter, 1.0))
+        groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {
+                "params": members,
+                "weight_decay": settings.weight_decay if is_matrix else 0.0,
+                "lr_multiple": multiple,
+            }
+            for (is_matrix, multiple), members in groups.items()
+        ],
         lr=settings.lr,
         betas=(0.9, 0.95),
         fused=fused,

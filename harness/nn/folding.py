@@ -15,17 +15,52 @@ import torch
 from torch import nn
 
 from harness.errors import NotApplicable, NumericalFailure
-from harness.nn.anatomy import Anatomy, NormSite
+from harness.nn.anatomy import Anatomy, NormSite, anatomy_of, norm_sites
 
 __all__ = [
+    "POST_NORM",
     "divide_rows",
     "linears_of",
     "multiply_columns",
+    "require_foldable_norms",
+    "require_unchanged",
     "scale_norm_site",
     "scale_up_down",
     "scale_value_output",
     "value_channels",
 ]
+
+POST_NORM = (
+    "the residual branch reads the output of the norms (post-norm), so a scale cannot be folded into them"
+)
+
+
+def require_foldable_norms(model: nn.Module) -> tuple[NormSite, ...]:
+    """The norms of a block that a scale can be folded into.
+
+    Raises:
+        NotApplicable: there is none, because the residual branch reads them too.
+    """
+    sites = norm_sites(model)
+    if not sites or anatomy_of(model).residual_reads_norm:
+        raise NotApplicable(POST_NORM)
+    return sites
+
+
+def require_unchanged(before: list[torch.Tensor], after: list[torch.Tensor], name: str) -> None:
+    """Folding must not change a block; it would where something else reads a norm as well.
+
+    Raises:
+        NotApplicable: the outputs differ by more than rounding.
+    """
+    for old, new in zip(before, after, strict=True):
+        tolerance = 1e-3 if old.dtype == torch.float32 else 5e-2
+        difference = float((new - old).float().norm() / old.float().norm().clamp(min=1e-30))
+        if not difference <= tolerance:
+            raise NotApplicable(
+                f"smoothing changes what {name} computes (by {difference:.1e}): "
+                "something beside the known layers reads its norms"
+            )
 
 
 def linears_of(block: nn.Module, names: Iterable[str], where: str) -> list[nn.Linear]:

@@ -29,6 +29,7 @@ __all__ = [
     "QuantizedWeight",
     "find_grid",
     "group_grid",
+    "group_scale_dtype",
     "least_error_grid",
     "padded_to_groups",
     "quantize_activation",
@@ -164,14 +165,15 @@ def _covering_grid(
     # By a tensor: on CUDA torch divides by a Python number through its reciprocal, an ulp off.
     scale = reach / torch.full_like(reach, steps)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scale = round_up(scale, scale_dtype or _group_scale_dtype(scale))
+    scale = round_up(scale, scale_dtype or group_scale_dtype(scale))
     if sym:
         return Grid(bits, scale, None)
     zero = torch.round(-low / scale.float()).clamp_(0, 2**bits - 1)
     return Grid(bits, scale, zero.to(torch.uint8))
 
 
-def _group_scale_dtype(scale: torch.Tensor) -> torch.dtype:
+def group_scale_dtype(scale: torch.Tensor) -> torch.dtype:
+    """The type in which scales of groups are stored: float16, or bfloat16 where that cannot hold them."""
     fits = scale.numel() == 0 or bool(
         (scale.min() >= _FP16_SMALLEST_NORMAL) & (scale.max() <= torch.finfo(torch.float16).max)
     )

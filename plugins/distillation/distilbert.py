@@ -24,12 +24,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch.nn import functional as F
 
-from harness import ConfigError, Method, NotApplicable, Options, Paper, hookimpl
+from harness import ConfigError, Method, Options, Paper, hookimpl
 from harness.nn.anatomy import blocks_of
+from harness.nn.losses import (
+    Outputs,
+    cosine_loss,
+    outputs_of,
+    prediction_task,
+    soft_target_loss,
+    task_loss,
+)
 
-from ._losses import Outputs, TokenMasking, cosine_loss, outputs_of, soft_target_loss
 from ._student import (
     checked_map,
     drop_token_types_and_pooler,
@@ -39,8 +45,7 @@ from ._student import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    import torch
     from torch import nn
 
     from harness import Context, ModelInfo
@@ -88,18 +93,15 @@ def triple_loss(
     student: Outputs, teacher: Outputs, labels: torch.Tensor, options: DistilBertOptions
 ) -> torch.Tensor:
     """The loss of the paper; `labels` [batch, tokens] are -100 where nothing is to be predicted."""
-    task = F.cross_entropy(
-        student.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-    ) / (labels != -100).sum().clamp(min=1)
     return (
         options.a_ce * soft_target_loss(student.logits, teacher.logits, options.T)
-        + options.a_task * task
+        + options.a_task * task_loss(student.logits, labels)
         + options.a_cos * cosine_loss(student.hidden, teacher.hidden)
     )
 
 
 def transform(model: nn.Module, options: DistilBertOptions, context: Context) -> nn.Module:
-    corrupt = _corruption(model, context)
+    corrupt = prediction_task(model, context)
     keep_layers(model, layers_to_keep(len(blocks_of(model)), options))
     if options.init == "random":
         model = reinitialised(model, context.generator("student"))
@@ -118,18 +120,6 @@ def transform(model: nn.Module, options: DistilBertOptions, context: Context) ->
     report = context.train(model, loss=loss, steps=options.steps, lr=options.lr)
     context.record("distillation_loss", report.final_loss, "nats", "mean of the last tenth")
     return model
-
-
-def _corruption(
-    model: nn.Module, context: Context
-) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """From tokens to (inputs, labels): masked tokens for an encoder, shifted ones for a decoder."""
-    if context.info.kind == "decoder":
-        return lambda tokens: (tokens, F.pad(tokens[:, 1:], (0, 1), value=-100))
-    output: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if output is None:
-        raise NotApplicable("the encoder has no head for masked tokens to be trained with")
-    return TokenMasking.of(context.tokenizer, context.info.vocab_size, context.generator("masking"))
 
 
 def applies(info: ModelInfo, options: DistilBertOptions) -> str | None:

@@ -30,7 +30,10 @@ from harness import Method, NotApplicable, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, norm_sites
 from harness.nn.blocks import Block
 from harness.nn.folding import (
+    POST_NORM,
     linears_of,
+    require_foldable_norms,
+    require_unchanged,
     scale_norm_site,
     scale_up_down,
     scale_value_output,
@@ -79,9 +82,7 @@ def smoothing_scale(activation_peak: torch.Tensor, weight_peak: torch.Tensor, al
 @torch.no_grad()
 def transform(model: nn.Module, options: SmoothQuantOptions, context: Context) -> nn.Module:
     names, _ = quantizable(model, group_size=-1, ragged="raise", targets=None)
-    sites = norm_sites(model)
-    if not sites or anatomy_of(model).residual_reads_norm:
-        raise NotApplicable(_POST_NORM)
+    require_foldable_norms(model)
     config: Any = model.config
     if options.up_down and context.info.family != "llama" and config.activation_function != "relu":
         raise NotApplicable("up_down needs a gated FFN or ReLU: no scale passes through this activation")
@@ -92,7 +93,7 @@ def transform(model: nn.Module, options: SmoothQuantOptions, context: Context) -
         sample = Block(block.index, block.name, block.module, block.inputs[:1])
         before = sample.run()
         _smooth(block, model, options, getattr(config, "head_dim", None) or context.info.head_dim)
-        _check_unchanged(before, sample.run(), block.name)
+        require_unchanged(before, sample.run(), block.name)
         if is_static:
             inside = [n.removeprefix(f"{block.name}.") for n in names if n.startswith(f"{block.name}.")]
             found = observe_clips(block, inside, "absmax")
@@ -156,30 +157,13 @@ def _column_peaks(block: Block, names: tuple[str, ...]) -> torch.Tensor:
     return torch.stack([layer.weight.float().abs().amax(0) for layer in layers]).amax(0)
 
 
-def _check_unchanged(before: list[torch.Tensor], after: list[torch.Tensor], name: str) -> None:
-    """Folding must not change a block; it would where something else reads a norm as well."""
-    for old, new in zip(before, after, strict=True):
-        tolerance = 1e-3 if old.dtype == torch.float32 else 5e-2
-        difference = float((new - old).float().norm() / old.float().norm().clamp(min=1e-30))
-        if not difference <= tolerance:
-            raise NotApplicable(
-                f"smoothing changes what {name} computes (by {difference:.1e}): "
-                "something beside the known layers reads its norms"
-            )
-
-
-_POST_NORM = (
-    "the residual branch reads the output of the norms (post-norm), so a scale cannot be folded into them"
-)
-
-
 def applies(info: ModelInfo, options: SmoothQuantOptions) -> str | None:
     if info.family == "other":
         return f"architecture {info.model_type!r} is not known"
     if info.scratch:
         return UNTRAINED
     if info.family == "bert":
-        return _POST_NORM
+        return POST_NORM
     if info.family == "gpt2" and (options.vo or options.up_down):
         return "vo and up_down need a separate value projection and a ReLU or gated FFN; GPT-2 has neither"
     return None

@@ -55,6 +55,15 @@ def test_only_the_given_parameters_move(tiny_llama):
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 
 
+def test_a_multiple_of_the_rate_moves_its_parameter_alone(tiny_llama):
+    """The first step of Adam has the size of the rate, whatever the gradient."""
+    settings = TrainSettings(steps=1, lr=1e-3, batch_size=4, seq_len=16, weight_decay=0.0)
+    first, second = (layer.input_layernorm.weight for layer in tiny_llama.model.layers)
+    train(tiny_llama, _source(), settings, _generator(), lr_multiples={second: 0.25})
+    torch.testing.assert_close((first - 1).abs().amax(), torch.tensor(1e-3), rtol=1e-3, atol=0)
+    torch.testing.assert_close((second - 1).abs().amax(), torch.tensor(2.5e-4), rtol=1e-3, atol=0)
+
+
 def test_on_step_sees_every_step(tiny_llama):
     seen = []
     train(tiny_llama, _source(), SETTINGS, _generator(), on_step=lambda step, model: seen.append(step))

@@ -8,13 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness_plugins.distillation._losses import (
-    Outputs,
-    TokenMasking,
-    cosine_loss,
-    outputs_of,
-    soft_target_loss,
-)
 from harness_plugins.distillation._student import (
     drop_token_types_and_pooler,
     keep_layers,
@@ -33,6 +26,7 @@ from harness.errors import ConfigError, NotApplicable
 from harness.measure.generation import decode_logits_match
 from harness.models.info import info_from_config
 from harness.nn.anatomy import blocks_of
+from harness.nn.losses import Outputs, TokenMasking, cosine_loss, outputs_of, soft_target_loss
 from harness.testing import make_context, tiny_model
 from harness.training import TrainSettings
 

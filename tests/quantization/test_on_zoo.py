@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness_plugins.quantization import gobo, gptq, hqq, nf4, rtn, smoothquant, zeroquant, zeroquant_lkd
+from harness_plugins.quantization import (
+    awq,
+    gobo,
+    gptq,
+    hqq,
+    nf4,
+    rtn,
+    smoothquant,
+    zeroquant,
+    zeroquant_lkd,
+)
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -251,3 +261,21 @@ def test_layer_by_layer_distillation_recovers_a_fifth_of_what_2_bits_lose(zoo, d
     rounding = zoo.rise(zeroquant.METHOD, every=16, w_bits_ffn=2)
     distilled = zoo.rise(zeroquant_lkd.METHOD, every=16, w_bits_ffn=2, iters=100, lr=2e-4, data=data)
     assert distilled <= 0.8 * rounding
+
+
+@pytest.mark.slow
+def test_awq_protects_the_weights_that_outliers_read(zoo):
+    """To be measured."""
+    options = {"bits": 4, "group_size": 16, "outliers": True}
+    rounding, scaled = zoo.rise(rtn.METHOD, **options), zoo.rise(awq.METHOD, samples=32, **options)
+    print(f"\n4 bits, outliers: rounding {rounding:.4f}, awq {scaled:.4f}")
+    assert scaled <= 0.5 * rounding
+
+
+@pytest.mark.slow
+def test_awq_without_outliers_is_no_worse_than_rounding(zoo):
+    """To be measured."""
+    rounding = zoo.rise(rtn.METHOD, bits=2, group_size=16)
+    scaled = zoo.rise(awq.METHOD, bits=2, group_size=16, samples=32)
+    print(f"\n2 bits: rounding {rounding:.4f}, awq {scaled:.4f}")
+    assert scaled <= 1.02 * rounding
