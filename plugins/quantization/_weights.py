@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNTRAINED",
     "ActivationBits",
+    "EmbeddingBits",
     "ImpliedDefaults",
     "Ragged",
     "WeightBits",
@@ -43,6 +44,7 @@ def _whole(value: Any) -> Any:
 
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
 ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
+EmbeddingBits = Annotated[Literal[4, 8, 16], BeforeValidator(_whole)]
 
 
 class ImpliedDefaults(Options):
