@@ -15,6 +15,7 @@ OPTIONS_FOR_TINY_MODELS = {
     "gqa": {"groups": 2},
     "peg": {"groups": 8},  # 6 do not divide a width of 128
     "zeroquant-lkd": {"iters": 4},
+    "q-bert": {"n_subsets": 2, "power_iters": 3},
 }
 
 

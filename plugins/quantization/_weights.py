@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "UNTRAINED",
     "ActivationBits",
+    "EmbeddingBits",
     "ImpliedDefaults",
     "Ragged",
     "WeightBits",
@@ -46,6 +47,7 @@ def whole_number(value: Any) -> Any:
 
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]
 ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole_number)]
+EmbeddingBits = Annotated[Literal[4, 8, 16], BeforeValidator(whole_number)]
 
 
 class ImpliedDefaults(Options):
