@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from harness.errors import HarnessError
-from harness.evaluate.crew import Crew
+from harness.evaluate.crew import ALONE, Crew
 from harness.evaluate.plan import Row, ancestor_mask
 from harness.evaluate.windows import device_of, logits_of
 
@@ -113,32 +114,44 @@ def forward(model: nn.Module, batch: Batch, way: Way) -> torch.Tensor:
     return logits[0]
 
 
-def choose_way(model: nn.Module, rows: Sequence[Row], chains: Sequence[Row]) -> tuple[Way, str]:
+def choose_way(
+    model: nn.Module, rows: Sequence[Row], chains: Callable[[], Sequence[Row]], crew: Crew = ALONE
+) -> tuple[Way, str]:
     """The first way that gives, on these rows, what plain calls give; and why better ones do not.
 
     Args:
         rows: forking rows, longest first, or none; the longest and one of middle size are tried.
-        chains: the same requests as plain rows.
+        chains: makes plain rows of the same requests; asked only where no tree will do.
+        crew: tries with several calls at once. What fails so is tried again with one after the other.
 
     Raises:
         torch.cuda.OutOfMemoryError, MemoryError: a single row does not fit.
     """
     reasons: list[str] = []
     for way in _WAYS:
-        tried = _extremes([row for row in rows if not row.is_chain]) if way.tree else _extremes(chains)
-        if not tried or not _is_understood(model, way):
+        if not _is_understood(model, way):
             continue
-        try:
-            wrong = _difference(model, way, tried)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except _REFUSALS as error:
-            wrong = " ".join(str(error).split())[:120] or type(error).__name__
+        tried = _extremes([row for row in rows if not row.is_chain] if way.tree else chains())
+        if not tried:
+            continue
+        wrong = _wrong(model, way, tried, crew)
+        if wrong is not None and crew.workers > 1:
+            wrong = _wrong(model, way, tried, ALONE)
         if wrong is None:
-            return way, "; ".join(dict.fromkeys(reasons))
+            return way, "" if way.tree else "; ".join(dict.fromkeys(reasons))
         if way.tree:
             reasons.append(f"shared prefixes are computed again for each request: {wrong}")
     return PLAIN, "; ".join(dict.fromkeys(reasons))
+
+
+def _wrong(model: nn.Module, way: Way, rows: Sequence[Row], crew: Crew) -> str | None:
+    """What is wrong with the way on these rows, an error of the model's included, or None."""
+    try:
+        return _difference(model, way, rows, crew)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def agrees_with_itself(model: nn.Module, rows: Sequence[Row], way: Way, crew: Crew) -> bool:
@@ -190,7 +203,7 @@ def _extremes(rows: Sequence[Row]) -> list[Row]:
     return list({id(row): row for row in chosen}.values())
 
 
-def _difference(model: nn.Module, way: Way, rows: Sequence[Row]) -> str | None:
+def _difference(model: nn.Module, way: Way, rows: Sequence[Row], crew: Crew) -> str | None:
     """What is wrong with the way on these rows in one padded batch, or None.
 
     The measure is the root mean square difference of log-probabilities from plain calls on one branch
@@ -200,19 +213,16 @@ def _difference(model: nn.Module, way: Way, rows: Sequence[Row]) -> str | None:
     """
     device = device_of(model)
     branches = [branch for row in rows for branch in _branches(row)]
-    alone = torch.cat([_log_probabilities(model, [chain], PLAIN, device) for chain, _ in branches])
+    plain = [(model, [branch], PLAIN, device) for branch, _ in branches]
+    in_this_way, *one_by_one = crew.all(_log_probabilities, [(model, rows, way, device), *plain])
     places = [place for number, nodes in _numbered(rows) for place in _places(rows, number, nodes)]
-    found = _log_probabilities(model, rows, way, device)[places]
+    found, alone = in_this_way[places], torch.cat(one_by_one)
     error, allowed = _rms(found - alone), _BASE_ERROR.get(_dtype_of(model), _HALF_PRECISION_ERROR)
     if error <= allowed:
         return None
-    chains = [chain for chain, _ in branches]
-    together = torch.cat(
-        [
-            _log_probabilities(model, chains[first : first + len(rows)], PLAIN, device)
-            for first in range(0, len(chains), len(rows))
-        ]
-    )
+    chains = [branch for branch, _ in branches]
+    batched = [chains[first : first + len(rows)] for first in range(0, len(chains), len(rows))]
+    together = torch.cat(crew.all(_log_probabilities, [(model, each, PLAIN, device) for each in batched]))
     allowed = min(max(allowed, _NOISE_FACTOR * _rms(together - alone)), _LARGEST_ERROR)
     if error <= allowed:
         return None
@@ -234,14 +244,14 @@ def _branches(row: Row) -> list[tuple[Row, list[int]]]:
     found = []
     for last in dict.fromkeys(chosen):
         nodes = _ancestors(row, last)
-        chain = Row(
+        branch = Row(
             tokens=[row.tokens[node] for node in nodes],
             depths=list(range(len(nodes))),
             segments=[(0, len(nodes), -1)],
             pairs=[(place, 0) for place, node in enumerate(nodes) if node in scored],
         )
-        if chain.pairs:
-            found.append((chain, [nodes[place] for place, _ in chain.pairs]))
+        if branch.pairs:
+            found.append((branch, [nodes[place] for place, _ in branch.pairs]))
     return found
 
 
@@ -315,7 +325,7 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     """What the model computes in: its first floating-point tensor's type."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):  # lazily: it is asked for every batch
         if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
             return tensor.dtype
     return torch.float32
