@@ -7,15 +7,15 @@ other programs. Batches are independent, so each thread takes one from end to en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Crew", "crew_for"]
+__all__ = ["ALONE", "Crew", "crew_for"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,22 @@ class Crew:
             return partial(function, *arguments)
         return self._pool.submit(function, *arguments).result
 
+    @property
+    def under_way(self) -> int:
+        """How many calls to have begun: one more than there are workers, so that none waits for the next."""
+        return self.workers + (self._pool is not None)
+
+    def all(self, function: Callable[..., T], each: Sequence[tuple[object, ...]]) -> list[T]:
+        """The results for all arguments, in order; the first exception only when every call has ended."""
+        if self._pool is None:
+            return [function(*arguments) for arguments in each]
+        begun = [self._pool.submit(function, *arguments) for arguments in each]
+        wait(begun)
+        return [future.result() for future in begun]
+
+
+ALONE = Crew(None, 1)
+
 
 @contextmanager
 def crew_for(device: torch.device) -> Iterator[Crew]:
@@ -41,7 +57,7 @@ def crew_for(device: torch.device) -> Iterator[Crew]:
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
-        yield Crew(None, 1)
+        yield ALONE
         return
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(threads, "scoring", initializer=torch.set_num_threads, initargs=(1,))

@@ -9,10 +9,9 @@ used, and the reason is kept for the record's note.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,17 @@ import torch
 from torch import nn
 
 from harness.errors import HarnessError
-from harness.evaluate.crew import Crew
+from harness.evaluate.crew import ALONE, Crew
 from harness.evaluate.plan import Row, ancestor_mask
+from harness.evaluate.selection import head_of, last_ffn, only_selected
 from harness.evaluate.windows import device_of, logits_of
 
 __all__ = ["PLAIN", "Batch", "Way", "agrees_with_itself", "choose_way", "forward", "make_batch", "sent"]
 
 _PROBED_BRANCHES = 3  # of a row, compared with plain calls
+_VECTOR = 16
+_LARGEST_PADDING = 1 / 32  # of the tokens, for aligned keys: about what they save at the least
+_LARGEST_TAIL = 0.9  # of the places scored: above, to pick them out costs more than it saves
 _NOISE_FACTOR = 3.0  # how much more than the model's own noise a way may differ
 _LARGEST_ERROR = 0.2  # nats, root mean square, whatever the noise
 _BASE_ERROR = {torch.float32: 1e-4, torch.float64: 1e-8}  # nats, root mean square
@@ -38,18 +41,22 @@ class Way:
     """How rows are given to the model.
 
     `tree`: rows may fork, told by a mask and positions; `lean`: without a cache, which nothing here
-    reads; `select`: the head computes only the positions that are asked for.
+    reads; `select`: the head computes only the positions that are asked for; `tail`: so does the FFN of
+    the last block.
     """
 
     tree: bool
     lean: bool
     select: bool
+    tail: bool = False
 
 
 PLAIN = Way(tree=False, lean=False, select=False)
 _WAYS = (
+    Way(tree=True, lean=True, select=True, tail=True),
     Way(tree=True, lean=True, select=True),
     Way(tree=True, lean=False, select=True),
+    Way(tree=False, lean=True, select=True, tail=True),
     Way(tree=False, lean=True, select=True),
     Way(tree=False, lean=False, select=True),
 )
@@ -70,14 +77,9 @@ class Batch:
 
 
 def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
-    """Right-pad the rows to one width and send them to the device.
-
-    On a GPU the width of forking rows is a multiple of 8: its attention kernels want aligned masks.
-    """
-    width = max(len(row.tokens) for row in rows)
+    """Right-pad the rows to one width and send them to the device."""
     forks = any(not row.is_chain for row in rows)
-    if forks and device.type == "cuda":
-        width = -(-width // 8) * 8
+    width = _width(max(len(row.tokens) for row in rows), device, forks)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     selected = []
@@ -94,6 +96,21 @@ def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
     )
 
 
+def _width(longest: int, device: torch.device, forks: bool) -> int:
+    """How wide a batch is made for its longest row; wider only where positions are given (it forks).
+
+    On a GPU it is a multiple of 8: its attention kernels want aligned masks. On a CPU, whose attention
+    takes what is left over of a vector one by one, a multiple of 16 floats where that is near: 127 keys
+    cost 30 % more than 128.
+    """
+    if not forks:
+        return longest
+    if device.type == "cuda":
+        return -(-longest // 8) * 8
+    aligned = -(-longest // _VECTOR) * _VECTOR
+    return aligned if aligned - longest <= longest * _LARGEST_PADDING else longest
+
+
 @torch.inference_mode()
 def forward(model: nn.Module, batch: Batch, way: Way) -> torch.Tensor:
     """Logits [n, vocab] of the selected places."""
@@ -106,48 +123,64 @@ def forward(model: nn.Module, batch: Batch, way: Way) -> torch.Tensor:
     if not way.select:
         logits = logits_of(model, batch.tokens, **arguments)
         return logits.flatten(0, 1)[batch.selected]
-    with _only_selected(_head_of(model), batch):
+    head, ffn = head_of(model), last_ffn(model) if way.tail else None
+    assert head is not None
+    with only_selected(head, ffn, batch.tokens.shape, batch.selected):
         logits = logits_of(model, batch.tokens, **arguments)
     if logits.shape[:2] != (1, len(batch.selected)):
         raise ValueError(f"the logits have the shape {tuple(logits.shape)}")
     return logits[0]
 
 
-def choose_way(model: nn.Module, rows: Sequence[Row], chains: Sequence[Row]) -> tuple[Way, str]:
+def choose_way(
+    model: nn.Module, rows: Sequence[Row], chains: Callable[[], Sequence[Row]], crew: Crew = ALONE
+) -> tuple[Way, str]:
     """The first way that gives, on these rows, what plain calls give; and why better ones do not.
 
     Args:
         rows: forking rows, longest first, or none; the longest and one of middle size are tried.
-        chains: the same requests as plain rows.
+        chains: makes plain rows of the same requests; asked only where no tree will do.
+        crew: tries with several calls at once. What fails so is tried again with one after the other.
 
     Raises:
         torch.cuda.OutOfMemoryError, MemoryError: a single row does not fit.
     """
     reasons: list[str] = []
     for way in _WAYS:
-        tried = _extremes([row for row in rows if not row.is_chain]) if way.tree else _extremes(chains)
-        if not tried or not _is_understood(model, way):
+        if not _is_understood(model, way):
             continue
-        try:
-            wrong = _difference(model, way, tried)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except _REFUSALS as error:
-            wrong = " ".join(str(error).split())[:120] or type(error).__name__
+        of_kind = [row for row in rows if not row.is_chain] if way.tree else chains()
+        if not of_kind or (way.tail and _scored_share(of_kind) > _LARGEST_TAIL):
+            continue
+        tried = _extremes(of_kind)
+        wrong = _wrong(model, way, tried, crew)
+        if wrong is not None and crew.workers > 1 and not way.tail:
+            wrong = _wrong(model, way, tried, ALONE)
         if wrong is None:
-            return way, "; ".join(dict.fromkeys(reasons))
+            return way, "" if way.tree else "; ".join(dict.fromkeys(reasons))
         if way.tree:
             reasons.append(f"shared prefixes are computed again for each request: {wrong}")
     return PLAIN, "; ".join(dict.fromkeys(reasons))
 
 
+def _wrong(model: nn.Module, way: Way, rows: Sequence[Row], crew: Crew) -> str | None:
+    """What is wrong with the way on these rows, an error of the model's included, or None."""
+    try:
+        return _difference(model, way, rows, crew)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except _REFUSALS as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def agrees_with_itself(model: nn.Module, rows: Sequence[Row], way: Way, crew: Crew) -> bool:
     """Whether batches that are computed at once come out as one after another.
 
-    A module that keeps something of its input between two calls may mix up threads.
+    A module that keeps something of its input between two calls may mix up threads. It does so with
+    rows of any length, so the longest third is spared.
     """
     device = device_of(model)
-    made = [make_batch([row], device) for row in _extremes(rows)]
+    made = [make_batch([row], device) for row in _extremes(rows[len(rows) // 3 :])]
     one_by_one = [forward(model, batch, way) for batch in made]
     tried = [index % len(made) for index in range(2 * crew.workers)] if made else []
     at_once = [crew.submit(forward, model, made[index], way) for index in tried]
@@ -190,7 +223,11 @@ def _extremes(rows: Sequence[Row]) -> list[Row]:
     return list({id(row): row for row in chosen}.values())
 
 
-def _difference(model: nn.Module, way: Way, rows: Sequence[Row]) -> str | None:
+def _scored_share(rows: Sequence[Row]) -> float:
+    return sum(len(row.scored_nodes) for row in rows) / sum(len(row.tokens) for row in rows)
+
+
+def _difference(model: nn.Module, way: Way, rows: Sequence[Row], crew: Crew) -> str | None:
     """What is wrong with the way on these rows in one padded batch, or None.
 
     The measure is the root mean square difference of log-probabilities from plain calls on one branch
@@ -200,19 +237,16 @@ def _difference(model: nn.Module, way: Way, rows: Sequence[Row]) -> str | None:
     """
     device = device_of(model)
     branches = [branch for row in rows for branch in _branches(row)]
-    alone = torch.cat([_log_probabilities(model, [chain], PLAIN, device) for chain, _ in branches])
+    plain = [(model, [branch], PLAIN, device) for branch, _ in branches]
+    in_this_way, *one_by_one = crew.all(_log_probabilities, [(model, rows, way, device), *plain])
     places = [place for number, nodes in _numbered(rows) for place in _places(rows, number, nodes)]
-    found = _log_probabilities(model, rows, way, device)[places]
+    found, alone = in_this_way[places], torch.cat(one_by_one)
     error, allowed = _rms(found - alone), _BASE_ERROR.get(_dtype_of(model), _HALF_PRECISION_ERROR)
     if error <= allowed:
         return None
-    chains = [chain for chain, _ in branches]
-    together = torch.cat(
-        [
-            _log_probabilities(model, chains[first : first + len(rows)], PLAIN, device)
-            for first in range(0, len(chains), len(rows))
-        ]
-    )
+    chains = [branch for branch, _ in branches]
+    batched = [chains[first : first + len(rows)] for first in range(0, len(chains), len(rows))]
+    together = torch.cat(crew.all(_log_probabilities, [(model, each, PLAIN, device) for each in batched]))
     allowed = min(max(allowed, _NOISE_FACTOR * _rms(together - alone)), _LARGEST_ERROR)
     if error <= allowed:
         return None
@@ -234,14 +268,14 @@ def _branches(row: Row) -> list[tuple[Row, list[int]]]:
     found = []
     for last in dict.fromkeys(chosen):
         nodes = _ancestors(row, last)
-        chain = Row(
+        branch = Row(
             tokens=[row.tokens[node] for node in nodes],
             depths=list(range(len(nodes))),
             segments=[(0, len(nodes), -1)],
             pairs=[(place, 0) for place, node in enumerate(nodes) if node in scored],
         )
-        if chain.pairs:
-            found.append((chain, [nodes[place] for place, _ in chain.pairs]))
+        if branch.pairs:
+            found.append((branch, [nodes[place] for place, _ in branch.pairs]))
     return found
 
 
@@ -278,33 +312,9 @@ def _is_understood(model: nn.Module, way: Way) -> bool:
     parameters = inspect.signature(model.forward).parameters
     wanted = [name for name, needed in (("use_cache", way.lean),) if needed]
     wanted += ["attention_mask", "position_ids"] if way.tree else []
-    return all(name in parameters for name in wanted) and (not way.select or _head_of(model) is not None)
-
-
-def _head_of(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-@contextmanager
-def _only_selected(head: nn.Module | None, batch: Batch) -> Iterator[None]:
-    """Give the head the selected places only, as one row [1, n, hidden]; in this thread."""
-    assert head is not None
-    shape, thread = batch.tokens.shape, threading.get_ident()
-
-    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        mine = threading.get_ident() == thread
-        if not mine or not arguments or arguments[0].shape[:2] != shape:
-            return None
-        chosen = arguments[0].flatten(0, 1).index_select(0, batch.selected)
-        return (chosen.unsqueeze(0), *arguments[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
+    if not all(name in parameters for name in wanted):
+        return False
+    return (not way.select or head_of(model) is not None) and (not way.tail or last_ffn(model) is not None)
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -315,7 +325,7 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     """What the model computes in: its first floating-point tensor's type."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):  # lazily: it is asked for every batch
         if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
             return tensor.dtype
     return torch.float32

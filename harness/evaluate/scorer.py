@@ -12,12 +12,13 @@ import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 from torch import nn
 
-from harness.evaluate.crew import Crew, crew_for
+from harness.evaluate.crew import ALONE, Crew, crew_for
 from harness.evaluate.forward import Batch, Way, agrees_with_itself, choose_way, forward, make_batch, sent
 from harness.evaluate.plan import Limits, Query, Row, batches, plan_rows
 from harness.evaluate.windows import CHUNK_BYTES, LOGIT_BYTES, device_of
@@ -75,16 +76,15 @@ def score_queries(model: nn.Module, queries: Sequence[Query], limits: Limits) ->
     """
     _keep_heap()
     device = device_of(model)
-    chains = plan_rows(queries, limits, share=False)
     trees = plan_rows(queries, limits, share=True)
+    chains = cache(lambda: plan_rows(queries, limits, share=False))
     with crew_for(device) as crew:
-        way, note = choose_way(model, trees, chains)
-        rows = trees if way.tree else chains
+        way, note = choose_way(model, trees, chains, crew)
+        rows = trees if way.tree else chains()
         if crew.workers == 1 or agrees_with_itself(model, rows, way, crew):
             parts = _run(model, queries, rows, way, limits, crew)
         else:
-            crew = Crew(None, 1)
-            parts = _run(model, queries, rows, way, limits, crew)
+            parts = _run(model, queries, rows, way, limits, ALONE)
             note = "; ".join((note, "one batch at a time: batches at once change each other")).strip("; ")
     return Scores(*parts.sums(), way, note or None)
 
@@ -92,7 +92,7 @@ def score_queries(model: nn.Module, queries: Sequence[Query], limits: Limits) ->
 def _run(
     model: nn.Module, queries: Sequence[Query], rows: list[Row], way: Way, limits: Limits, crew: Crew
 ) -> _Parts:
-    """Score the rows, longest first, with as many batches under way as there are workers."""
+    """Score the rows, longest first; every worker has a batch, and one more is ready for whoever is done."""
     device = device_of(model)
     limits = _shared(limits, sum(len(row.tokens) for row in rows), way, crew.workers)
     parts = _Parts(len(queries))
@@ -100,7 +100,7 @@ def _run(
     under_way: deque[tuple[list[Row], Callable[[], _Scored]]] = deque()
     done = 0
     while waiting or under_way:
-        while waiting and len(under_way) < crew.workers:
+        while waiting and len(under_way) < crew.under_way:
             batch = waiting.popleft()
             under_way.append((batch, crew.submit(_pair_scores, model, batch, way, device)))
         batch, result = under_way.popleft()
@@ -188,11 +188,9 @@ def _scored(logits: torch.Tensor, at: torch.Tensor, targets: torch.Tensor) -> _S
     if logits.device.type == "cpu":
         # numpy's is more than ten times as fast; both give the first of equal ones.
         likeliest = torch.from_numpy(logits.numpy().argmax(-1))
-        largest = logits.gather(1, likeliest[:, None]).squeeze(1)
     else:
-        largest, likeliest = logits.max(-1)
-    log_normaliser = (logits - largest[:, None]).exp_().sum(-1).log_() + largest
-    return logits[at, targets] - log_normaliser[at], likeliest[at] == targets
+        likeliest = logits.max(-1).indices
+    return logits.log_softmax(-1)[at, targets], likeliest[at] == targets
 
 
 class _Parts:

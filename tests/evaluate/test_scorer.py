@@ -20,7 +20,7 @@ from harness.models.info import info_from_config
 
 from .conftest import VOCAB, make_llama
 
-BEST = Way(tree=True, lean=True, select=True)
+BEST = Way(tree=True, lean=True, select=True, tail=True)
 
 
 def choices(seed=0, contexts=12, longest=40, vocab=VOCAB):
@@ -133,7 +133,7 @@ def test_attention_that_does_not_honour_a_tree_is_found_out(kind):
 
     model.model.forward = forward
     scores = score_queries(model, choices(), limits_of(model))
-    assert scores.way == Way(tree=False, lean=True, select=True)
+    assert scores.way == Way(tree=False, lean=True, select=True, tail=True)
     assert "shared prefixes are computed again for each request" in scores.note
     assert ("only padding masks, please" in scores.note) == (kind == "refuses")
     check(model, choices(), scores)
