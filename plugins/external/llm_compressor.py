@@ -116,13 +116,15 @@ def _known_by_path(model: nn.Module) -> Iterator[None]:
 
 
 def applies(info: ModelInfo, options: LlmCompressorOptions) -> str | None:
+    if absent := absence("llmcompressor", "llm-compressor"):
+        return absent
     if info.kind == "encoder":
         return "llm-compressor traces decoders, not encoders"
     if options.scheme == "smoothquant" and info.family != "llama":
         return "llm-compressor's SmoothQuant knows the norms of Llama-like models"
     if options.scheme == "gptq" and info.hidden_size % options.group_size:
         return f"group_size {options.group_size} does not divide the hidden size {info.hidden_size}"
-    return absence("llmcompressor", "llm-compressor") or unfit(info)
+    return unfit(info)
 
 
 METHOD = Method(
