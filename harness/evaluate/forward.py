@@ -154,7 +154,7 @@ def choose_way(
             continue
         tried = _extremes(of_kind)
         wrong = _wrong(model, way, tried, crew)
-        if wrong is not None and crew.workers > 1 and not way.tail:
+        if wrong is not None and crew.workers > 1:
             wrong = _wrong(model, way, tried, ALONE)
         if wrong is None:
             return way, "" if way.tree else "; ".join(dict.fromkeys(reasons))
