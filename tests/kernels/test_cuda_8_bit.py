@@ -77,7 +77,9 @@ def test_outlier_columns_are_captured_and_follow_the_data():
 
 def test_nothing_asks_the_host():
     layers = [
-        OutlierInt8Linear.from_float(torch.randn(64, 128, device="cuda"), columns=torch.arange(3, device="cuda")),
+        OutlierInt8Linear.from_float(
+            torch.randn(64, 128, device="cuda"), columns=torch.arange(3, device="cuda")
+        ),
         Fp8Linear.from_float(torch.randn(64, 128, device="cuda")),
     ]
     x = torch.randn(32, 128, device="cuda", dtype=torch.bfloat16)

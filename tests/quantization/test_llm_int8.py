@@ -100,7 +100,9 @@ def test_columns_that_calibration_finds_are_kept(weights, w_scale_over):
     (record,) = context.records
     kept = [0 if each.kept is None else each.kept.shape[0] for each in layers_of(model).values()]
     assert record.metric == "calibration_outlier_column_share"
-    assert record.value == pytest.approx(sum(kept) / sum(each.in_features for each in layers_of(model).values()))
+    assert record.value == pytest.approx(
+        sum(kept) / sum(each.in_features for each in layers_of(model).values())
+    )
     assert f"most in one layer: {max(kept)}" in record.note
 
 

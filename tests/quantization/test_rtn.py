@@ -78,7 +78,10 @@ def test_labels_leave_out_what_is_implied(label):
         ({"a_bits": 8}, "a_bits=8 needs bits=8"),
         ({"bits": 16}, "bits=16 and a_bits=16 change nothing"),
         ({"bits": 16, "a_bits": 16}, "bits=16 and a_bits=16 change nothing"),
-        ({"bits": 16, "a_bits": 8, "group_size": 64}, "bits=16 leaves the weights as they are, so group_size"),
+        (
+            {"bits": 16, "a_bits": 8, "group_size": 64},
+            "bits=16 leaves the weights as they are, so group_size",
+        ),
         ({"bits": 16, "a_bits": 8, "sym": False}, "bits=16 leaves the weights as they are, so sym"),
         ({"bits": 8, "a_bits": 8, "group_size": 64}, "cannot leave an integer product"),
         ({"bits": 8, "a_bits": 8, "sym": False}, "a_bits=8 needs bits=8, sym=true"),
