@@ -21,6 +21,10 @@ class _Options(Options):
     bits: int = Field(4, ge=1)
 
 
+class _SomeOptions(Options):
+    targets: str | None = None
+
+
 def _identity(model, options, context):
     return model
 
@@ -37,6 +41,10 @@ METHODS = {
     "taught": _method("taught", needs=["teacher"]),
     "gpu": _method("gpu", needs=["cuda"]),
     "encoders": _method("encoders", needs=["encoder"]),
+    "packs": _method("packs", family="quantization"),
+    "packs-too": _method("packs-too", family="quantization"),
+    "prepares": _method("prepares", family="quantization", leaves_layers=lambda options: options.bits == 4),
+    "some": Method(name="some", options=_SomeOptions, transform=_identity, family="quantization"),
     "picky": _method("picky", applies=lambda info, options: "not today" if options.bits == 3 else None),
 }
 
@@ -174,6 +182,32 @@ def test_skips_are_explained_before_anything_is_loaded(method, model, reason):
     for cell in variant.cells:
         assert cell.decision.status is Status.NOT_APPLICABLE
         assert reason in cell.decision.reason
+
+
+@pytest.mark.parametrize(
+    ("chain", "refused"),
+    [
+        ("packs+packs-too", True),
+        ("packs+plain+packs-too", True),
+        ("prepares:bits=3+packs", True),  # told to quantize by itself
+        ("some+packs", True),
+        ("plain+packs", False),
+        ("packs+plain", False),
+        ("baseline+packs", False),
+        ("prepares+packs", False),
+        ("some:targets=mlp+packs", False),
+    ],
+)
+def test_a_quantizer_after_a_quantizer_is_refused_before_anything_is_loaded(chain, refused):
+    variant = build_grid(_inputs(chains=(chain,))).variants[-1]
+    reasons = {cell.decision and cell.decision.reason for cell in variant.cells}
+    if not refused:
+        assert reasons == {None}
+        return
+    (reason,) = reasons
+    names = [step.method.name for step in variant.chain.steps if step.method.family == "quantization"]
+    assert reason.startswith(f"{names[1]}: {names[0]} comes before it and quantizes every linear layer")
+    assert {cell.decision.status for cell in variant.cells} == {Status.NOT_APPLICABLE}
 
 
 def test_random_weights_refuse_accuracy_but_not_speed():

@@ -246,7 +246,7 @@ def test_tokens_of_zeros_and_values_that_are_no_numbers(fixed):
 
 
 def test_a_column_of_nan_takes_no_slot_from_an_outlier():
-    x, weight = small()
+    x, _ = small()
     x[1, 5] = float("nan")
     parts = split_fixed(x, 6.0, 2)
     assert sorted(parts.columns.tolist()) == [3, 17]

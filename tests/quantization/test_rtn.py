@@ -9,9 +9,11 @@ from harness_plugins.quantization.rtn import METHOD, RtnOptions
 
 from harness.chain import parse_chain
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
+from harness.nn.rounded_input import RoundedInputLinear
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -53,6 +55,8 @@ def test_defaults_follow_from_the_bits():
         "rtn:bits=4:group_size=-1:sym=true",
         "rtn:bits=8:a_bits=8:w_gran=per-tensor:a_gran=per-tensor-static:calib_method=mse",
         "rtn:group_size=-1:w_gran=per-tensor",
+        "rtn:bits=16:a_bits=8",
+        "rtn:bits=16:a_bits=8:a_gran=per-tensor-dynamic",
     ],
 )
 def test_labels_leave_out_what_is_implied(label):
@@ -72,6 +76,13 @@ def test_labels_leave_out_what_is_implied(label):
         ({"group_size": -2}, "group_size"),
         ({"w_gran": "per-tensor", "group_size": 64}, "contradict"),
         ({"a_bits": 8}, "a_bits=8 needs bits=8"),
+        ({"bits": 16}, "bits=16 and a_bits=16 change nothing"),
+        ({"bits": 16, "a_bits": 16}, "bits=16 and a_bits=16 change nothing"),
+        (
+            {"bits": 16, "a_bits": 8, "group_size": 64},
+            "bits=16 leaves the weights as they are, so group_size",
+        ),
+        ({"bits": 16, "a_bits": 8, "sym": False}, "bits=16 leaves the weights as they are, so sym"),
         ({"bits": 8, "a_bits": 8, "group_size": 64}, "cannot leave an integer product"),
         ({"bits": 8, "a_bits": 8, "sym": False}, "a_bits=8 needs bits=8, sym=true"),
         ({"bits": 8, "a_gran": "per-tensor-static"}, "needs a_bits=8"),
@@ -212,6 +223,80 @@ def test_the_head_on_request(apply, logits):
         apply(METHOD, tiny_model("llama"), include_lm_head=True, bits=8)
     with pytest.raises(NotApplicable, match="no linear output head"):
         apply(METHOD, tiny_model("encoder"), include_lm_head=True, untie=True, bits=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("a_gran", ["per-token", "per-tensor-dynamic", "per-tensor-static"])
+def test_activations_only(apply, logits, weights, family, a_gran):
+    model = tiny_model(family)
+    original, before = logits(model), weights(model)
+    model = apply(METHOD, model, bits=16, a_bits=8, a_gran=a_gran)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RoundedInputLinear)}
+    assert layers.keys() == before.keys()
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+    assert 0 < float((logits(model) - original).norm() / original.norm()) < 0.1
+
+
+@pytest.mark.parametrize("a_gran", ["per-token", "per-tensor-dynamic", "per-tensor-static"])
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (2, 3, 48), (0, 48)])
+def test_activations_only_is_the_product_of_the_rounded_input(a_gran, shape):
+    linear = torch.nn.Linear(48, 20)
+    given = torch.tensor([0.05]) if a_gran == "per-tensor-static" else None
+    layer = RoundedInputLinear.from_linear(linear, a_gran=a_gran, input_scale=given)
+    x = torch.randn(shape) * 3
+    scale = given
+    if scale is None and x.numel():
+        scale = (x.abs().amax(-1, keepdim=True) if a_gran == "per-token" else x.abs().amax()) / 127
+    rounded = x if scale is None or not x.numel() else torch.round(x / scale).clamp(-127, 127) * scale
+    expected = torch.nn.functional.linear(rounded.double(), linear.weight.double(), linear.bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    empty = RoundedInputLinear(48, 20, a_gran=a_gran, bias=True)
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x))
+    assert f"activations={a_gran}" in repr(layer)
+
+
+def test_the_simulated_form_says_so():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    model = METHOD.transform(model, options(bits=16, a_bits=8), make_context(model))
+    effect = measure_effect(before, model)
+    changed = [each for each in effect.effects if each.changed]
+    assert effect.simulated
+    assert {(each.dtype, each.stored_bits_per_weight) for each in changed} == {("float32", 32.0)}
+    assert {each.kernel for each in changed} == {"quantize+dequantize+matmul"}
+    assert all(each.bytes_after == each.bytes_before for each in changed)
+    with pytest.raises(ConfigError, match="per-tensor-static alone"):
+        RoundedInputLinear.from_linear(torch.nn.Linear(4, 4), a_gran="per-tensor-static")
+
+
+def test_a_tied_head_may_have_its_input_rounded(apply, logits):
+    model = apply(METHOD, tiny_model("llama"), include_lm_head=True, bits=16, a_bits=8)
+    assert isinstance(model.lm_head, RoundedInputLinear)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_finer_granularities_are_closer(apply, weights, bits, sym):
+    """Every granularity of the weights at every width, on weights with heavy tails."""
+
+    def model() -> torch.nn.Module:
+        made = tiny_model("llama")
+        generator = torch.Generator().manual_seed(0)
+        for _, linear in block_linears(made):
+            linear.weight.data *= torch.randn(linear.weight.shape[0], 1, generator=generator).exp()
+            linear.weight.data *= torch.randn(linear.weight.shape, generator=generator).exp()
+        return made
+
+    before, errors = weights(model()), []
+    for form in ({"w_gran": "per-tensor"}, {"w_gran": "per-channel"}, {"group_size": 64}, {"group_size": 32}):
+        layers = quantized_layers(apply(METHOD, model(), bits=bits, sym=sym, **form))
+        squares = [float((layers[name].dequantize() - weight).norm()) ** 2 for name, weight in before.items()]
+        errors.append(sum(squares))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0]
 
 
 # --- what it refuses ------------------------------------------------------------------------------
