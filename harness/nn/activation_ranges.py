@@ -69,10 +69,8 @@ def observe_ranges(
     keep = momentum if method == "running" else None
 
     def see(site: Site, x: torch.Tensor) -> None:
-        values = x.float().reshape(-1, x.shape[-1]) if site in per_dimension else x.float().reshape(-1, 1)
-        low, high = values.amin(0), values.amax(0)
-        if site not in per_dimension:
-            low, high = low[0], high[0]
+        low, high = x.reshape(-1, x.shape[-1]).aminmax(dim=0) if site in per_dimension else x.aminmax()
+        low, high = low.float(), high.float()
         before = found.setdefault(site, ActivationRange(low, high))
         before.elements += x.numel()
         if keep is None:

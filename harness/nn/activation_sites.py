@@ -35,6 +35,8 @@ __all__ = [
     "at_sites",
     "inputs_of_linears",
     "observe_sites",
+    "put_for_now",
+    "run",
 ]
 
 IN_ATTENTION = ("query", "key", "value", "scores", "probs")

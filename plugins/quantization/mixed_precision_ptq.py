@@ -9,8 +9,9 @@ Kinds of tensors chosen by `policy` get `hi_bits` instead of `a_bits`: the resid
 few dimensions tens of times wider than the rest, and one 8-bit range leaves nothing for those.
 
 A linear layer multiplies int8 with int8 (codes of 16 bits in two products). No kernel adds, normalises or
-attends in 8 or 16 bits: those tensors are rounded and stay floats, which is simulated, and a 16-bit
-one holds in bfloat16 what bfloat16 can.
+attends in 8 or 16 bits: those tensors are rounded and stay floats, which is simulated, and a 16-bit one
+holds in bfloat16 what bfloat16 can. Weights outside the blocks stay as they are, and so does what a BERT
+computes after its last block but for its logits.
 
 Needs: calibration tokens.
 
@@ -134,7 +135,14 @@ def mixed_precision(
         record: gets what was found: ``record(name, value, unit, note)``.
     """
     sites = activation_sites(model)
-    ranges = observe_ranges(model, sites, batches, method=options.range, momentum=options.momentum)
+    ranges = observe_ranges(
+        model,
+        sites,
+        batches,
+        method=options.range,
+        momentum=options.momentum,
+        bits=min(options.a_bits, 16),
+    )
     shares = _shares(ranges)
     if options.sites is not None:
         chosen = tuple(kind for kind in options.sites if kind in shares)

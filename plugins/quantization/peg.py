@@ -113,7 +113,7 @@ def per_embedding_groups(model: nn.Module, options: PegOptions, batches: Sequenc
 
 
 def _shared_orders(sites: Sequence[Site], options: PegOptions) -> list[list[Site]]:
-    """The grouped sites of each block, those with one order together."""
+    """The grouped sites of each block, those with one order together: all as wide as the residual stream."""
     found: dict[tuple[int | None, str], list[Site]] = {}
     for site in sites:
         if site.block is None or site.kind in IN_ATTENTION:

@@ -22,7 +22,9 @@ from harness_plugins.quantization import (
     gptq,
     hqq,
     llm_int8,
+    mixed_precision_ptq,
     nf4,
+    peg,
     rtn,
     smoothquant,
     zeroquant,
@@ -320,3 +322,30 @@ def test_awq_without_outliers_is_no_worse_than_rounding(zoo):
     scaled = zoo.rise(awq.METHOD, bits=2, group_size=16, samples=32)
     print(f"\n2 bits: rounding {rounding:.4f}, awq {scaled:.4f}")
     assert scaled <= 1.02 * rounding
+
+
+@pytest.mark.slow
+def test_groups_of_dimensions_repair_planted_outliers(zoo):
+    """Own weights, every tensor at 8 bits, calibrated on 16 windows of 512.
+
+    Measured, opt / llama: 1 group 1.73 / 1.36, 2 1.24 / .585, 4 .911 / .237, 8 .752 / .109, 16 .635 / .053;
+    8 unsorted .746 / .384. The opt model has wide dimensions of its own that matter, and sorting puts those
+    beside the planted ones: there it gains nothing.
+    """
+    settings = {"outliers": True, "samples": 16, "seq_len": 512, "bits": 16, "sites": "all"}
+    rises = [zoo.rise(peg.METHOD, groups=groups, **settings) for groups in (1, 2, 4, 8, 16)]
+    assert rises == sorted(rises, reverse=True)
+    assert rises[-1] <= 0.5 * rises[0]
+    if zoo.original.config.model_type == "llama":
+        assert rises[3] <= 0.6 * zoo.rise(peg.METHOD, groups=8, permute=False, **settings)
+
+
+@pytest.mark.slow
+def test_the_search_finds_planted_outliers_where_the_paper_does_not_look(zoo):
+    """They are behind the norms.
+
+    Measured, opt / llama: the paper's tensors at 16 bits 1.02 / .283, searched .114 / .023.
+    """
+    settings = {"outliers": True, "samples": 16, "bits": 16}
+    paper = zoo.rise(mixed_precision_ptq.METHOD, **settings)
+    assert zoo.rise(mixed_precision_ptq.METHOD, policy="search", **settings) <= 0.3 * paper
