@@ -298,12 +298,24 @@ def test_smoothing_before_gptq_repairs_outliers_for_it_too(zoo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["train", "random"])
-def test_layer_by_layer_distillation_recovers_a_fifth_of_what_2_bits_lose(zoo, data):
-    """MEASURED"""
+def test_layer_by_layer_distillation_recovers_a_fifth_of_what_2_bits_lose(zoo):
+    """Measured, opt / llama, attention 8 and FFN 2 bits: rounding 4.28 / 5.95, distilled on text 2.34 / 3.44,
+    on random tokens 2.92 / 3.53. At 3 bits opt goes from .296 to .169, with the defaults (4) .060 to .031."""
     rounding = zoo.rise(zeroquant.METHOD, every=16, w_bits_ffn=2)
-    distilled = zoo.rise(zeroquant_lkd.METHOD, every=16, w_bits_ffn=2, iters=100, lr=2e-4, data=data)
-    assert distilled <= 0.8 * rounding
+    rises = {}
+    for data in ("train", "random"):
+        model = copy.deepcopy(zoo.original)
+        context = make_context(
+            model, tokens=zoo.calibration, calibration_samples=64, calibration_len=128, has_teacher=False
+        )
+        written = {"w_bits_ffn": 2, "iters": 100, "lr": 2e-4, "data": data}
+        model = zeroquant_lkd.METHOD.transform(model, zeroquant_lkd.METHOD.options.parse(written), context)
+        found = {record.metric: record.value for record in context.records}
+        assert found["lkd_error_ratio"] <= 0.7  # of the blocks' squared error, at least 30 % less
+        rises[data] = zoo.loss(model, 16) - zoo.original_loss(16)
+        assert rises[data] <= 0.8 * rounding
+    # Not to .01 nats, as where 2 bits lose .08: here they lose hundreds of times the noise.
+    assert abs(rises["train"] - rises["random"]) <= 0.2 * rounding
 
 
 @pytest.mark.slow
