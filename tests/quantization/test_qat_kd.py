@@ -66,8 +66,9 @@ def test_at_16_bits_the_student_is_its_teacher_and_nothing_moves(beta):
 # --- the data ---------------------------------------------------------------------------------------
 
 
-def test_the_teacher_generates_as_its_full_forward_pass_would():
-    teacher = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_the_teacher_generates_as_its_full_forward_pass_would(family):
+    teacher = tiny_model(family)
     found = teacher_samples(teacher, 3, 12, torch.Generator().manual_seed(7), torch.device("cpu"))
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(256, (3, 1), generator=generator)
