@@ -197,7 +197,8 @@ def test_awq_protects_the_weights_that_outliers_read(zoo):
 
 @pytest.mark.slow
 def test_awq_without_outliers_is_no_worse_than_rounding(zoo):
-    """Measured, opt / llama, 2 bits in groups of 16: .590 / .601 (rounding .711 / .772; unclipped .720 / .723)."""
+    """Measured, opt / llama, 2 bits in groups of 16: .590 / .601 (rounding .711 / .772; without clipping
+    .720 / .723)."""
     rounding = zoo.rise(rtn.METHOD, bits=2, group_size=16)
     scaled = zoo.rise(awq.METHOD, bits=2, group_size=16, samples=32)
     assert scaled <= 1.02 * rounding

@@ -114,7 +114,7 @@ def test_generated_text_is_made_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("data", ["train", "random", "generated"])
 def test_imitation_recovers_what_rounding_costs(data):
-    """Measured after 40 steps: 1.483 before, 1.718 rounded; train 1.55, random 1.57, generated 1.56."""
+    """Measured after 40 steps: 1.483 before, 1.718 rounded; train 1.55, random 1.56, generated 1.56."""
     original, model = held_out_loss(learnt_model()), learnt_model()
     rounded = rtn.METHOD.options.parse({"bits": 2, "group_size": -1})
     rise = held_out_loss(rtn.METHOD.transform(model, rounded, context_for(model))) - original
