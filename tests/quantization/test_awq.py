@@ -154,7 +154,7 @@ def test_clipping_pads_a_ragged_group():
 def test_queries_and_keys_are_never_clipped(apply):
     kinds = {}
     for clip in (True, False):
-        model = apply(METHOD, tiny_model("llama", layers=1), bits=2, clip=clip)
+        model = apply(METHOD, tiny_model("llama", layers=1), bits=2, clip=clip, n_grid=2)
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLinear):
                 kinds.setdefault(name.rpartition(".")[2], []).append(module.dequantize())
@@ -238,9 +238,9 @@ def test_before_another_method_it_only_scales(apply, logits):
 
 
 def test_quantize_overrides_the_place_in_the_chain(apply):
-    model = apply(METHOD, tiny_model("llama"), last_in_chain=False, quantize=True)
+    model = apply(METHOD, tiny_model("llama"), last_in_chain=False, quantize=True, n_grid=2)
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
-    model = apply(METHOD, tiny_model("llama"), last_in_chain=True, quantize=False)
+    model = apply(METHOD, tiny_model("llama"), last_in_chain=True, quantize=False, n_grid=2)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
@@ -253,7 +253,7 @@ def test_groups_that_do_not_divide():
     for ragged, layers in (("pad", 14), ("skip", 2)):
         model = tiny_model("llama")
         context = make_context(model)
-        options = AwqOptions(group_size=256 if ragged == "skip" else 96, ragged=ragged)
+        options = AwqOptions(group_size=256 if ragged == "skip" else 96, ragged=ragged, n_grid=2)
         model = METHOD.transform(model, options, context)
         assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == layers
         skipped = [record.value for record in context.records if record.metric == "skipped_layers"]
@@ -293,7 +293,7 @@ def test_post_norm_opt_is_refused(apply):
 
 def test_a_quantized_model_is_refused(apply):
     with pytest.raises(NotApplicable, match="quantized already"):
-        apply(METHOD, apply(METHOD, tiny_model("gpt2")))
+        apply(METHOD, apply(METHOD, tiny_model("gpt2"), n_grid=2))
 
 
 @pytest.mark.parametrize(

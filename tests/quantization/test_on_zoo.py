@@ -320,19 +320,18 @@ def test_layer_by_layer_distillation_recovers_a_fifth_of_what_2_bits_lose(zoo):
 
 @pytest.mark.slow
 def test_awq_protects_the_weights_that_outliers_read(zoo):
-    """To be measured."""
+    """Measured, opt / llama, 4 bits in groups of 16: .035 / .009 (rounding .074 / .055)."""
     options = {"bits": 4, "group_size": 16, "outliers": True}
     rounding, scaled = zoo.rise(rtn.METHOD, **options), zoo.rise(awq.METHOD, samples=32, **options)
-    print(f"\n4 bits, outliers: rounding {rounding:.4f}, awq {scaled:.4f}")
     assert scaled <= 0.5 * rounding
 
 
 @pytest.mark.slow
 def test_awq_without_outliers_is_no_worse_than_rounding(zoo):
-    """To be measured."""
+    """Measured, opt / llama, 2 bits in groups of 16: .590 / .601 (rounding .711 / .772; without clipping
+    .720 / .723)."""
     rounding = zoo.rise(rtn.METHOD, bits=2, group_size=16)
     scaled = zoo.rise(awq.METHOD, bits=2, group_size=16, samples=32)
-    print(f"\n2 bits: rounding {rounding:.4f}, awq {scaled:.4f}")
     assert scaled <= 1.02 * rounding
 
 

@@ -118,13 +118,13 @@ def test_the_stored_bits_are_those_of_rounding(bits, group_size, theory):
 
 
 def test_training_repairs_what_rounding_breaks():
-    """Measured: 1.483 before, 1.718 rounded to 2 bits, 1.56 after 80 steps, 1.49 trained without rounding."""
+    """Measured: 1.483 before, 1.718 rounded to 2 bits, 1.56 after 60 steps, 1.48 trained without rounding."""
     original = held_out_loss(learnt_model())
     losses = {}
     for name, values in {"qat": {"bits": 2}, "control": {"bits": 16}}.items():
         model = learnt_model()
         context = context_for(model)
-        losses[name] = held_out_loss(METHOD.transform(model, _options(steps=80, lr=1e-3, **values), context))
+        losses[name] = held_out_loss(METHOD.transform(model, _options(steps=60, lr=1e-3, **values), context))
     model = learnt_model()
     rounded = rtn.METHOD.transform(
         model, rtn.METHOD.options.parse({"bits": 2, "group_size": -1}), context_for(model)
@@ -132,6 +132,15 @@ def test_training_repairs_what_rounding_breaks():
     rise = held_out_loss(rounded) - original
     assert losses["qat"] <= original + 0.5 * rise
     assert losses["control"] <= original + 0.2 * rise
+
+
+@pytest.mark.parametrize("values", [{"bits": 2, "steps": 15}, {"bits": 8, "a_bits": 8, "steps": 2}])
+def test_half_precision_models_are_trained_in_float32_and_come_back_in_half(values):
+    model = learnt_model().to(torch.bfloat16)
+    context = context_for(model)
+    result = METHOD.transform(model, _options(lr=1e-3, **values), context)
+    assert {parameter.dtype for parameter in result.parameters()} == {torch.bfloat16}
+    assert held_out_loss(result) <= 1.68  # measured 1.63 at 2 bits, where plain rounding leaves it at 1.72
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -142,7 +151,7 @@ def test_masked_language_models_learn_to_fill_gaps():
 
     model = tiny_model("bert")
     tokens = 5 + torch.arange(4000) % 7
-    settings = TrainSettings(steps=25, lr=3e-3, batch_size=8, seq_len=32)
+    settings = TrainSettings(steps=25, lr=3e-3, batch_size=4, seq_len=16)
     context = make_context(model, tokens=tokens, tokenizer=TinyTokenizer, settings=settings)
     losses = []
     train = context.train

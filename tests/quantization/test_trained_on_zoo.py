@@ -52,6 +52,8 @@ def _divergence(name: str, model: nn.Module) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_training_through_the_grid_closes_half_the_gap(name):
+    """Measured, llama / opt: 3.205 / 3.350 before, 6.259 / 6.066 rounded, 3.572 / 3.668 trained (88 % each),
+    control 3.300 / 3.398."""
     share = _recovered(name, qat.METHOD, bits=2, lr=5e-4)
     control = _loss(name, qat.METHOD, bits=16, lr=5e-4)
     rounded = _loss(name, rtn.METHOD, bits=2, group_size=-1)
@@ -65,6 +67,7 @@ def test_training_through_the_grid_closes_half_the_gap(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_imitation_recovers_more_than_half_and_stays_nearer_to_the_teacher(name):
+    """Measured, llama / opt: 92 % each; KL to the teacher .481 / .315, trained on true tokens .669 / .543."""
     share = _recovered(name, qat_kd.METHOD, bits=2, lr=5e-4)
     imitated = _divergence(name, _made(name, qat_kd.METHOD, bits=2, lr=5e-4))
     trained = _divergence(name, _made(name, qat.METHOD, bits=2, lr=5e-4))
@@ -76,6 +79,7 @@ def test_imitation_recovers_more_than_half_and_stays_nearer_to_the_teacher(name)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_random_tokens_recover_less_than_text_but_a_third(name):
+    """Measured, llama / opt: 71 % / 70 %, text 92 % each."""
     share = _recovered(name, qat_kd.METHOD, bits=2, lr=5e-4, data="random")
     from_text = _recovered(name, qat_kd.METHOD, bits=2, lr=5e-4)
     print(f"\n{name}: random {share:.0%}, text {from_text:.0%}")
