@@ -12,7 +12,7 @@ METHODS = dict(load_plugins().methods)
 OPTIONS_FOR_TINY_MODELS = {
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},
-    "q-bert": {"n_subsets": 2, "power_iters": 3},
+    "q-bert": {"n_subsets": 1, "power_iters": 2},
 }
 
 
