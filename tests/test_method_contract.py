@@ -14,8 +14,8 @@ OPTIONS_FOR_TINY_MODELS = {
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},
     "peg": {"groups": 8},  # 6 do not divide a width of 128
+    "q-bert": {"n_subsets": 1, "power_iters": 2},
     "zeroquant-lkd": {"iters": 4},
-    "q-bert": {"n_subsets": 2, "power_iters": 3},
 }
 
 

@@ -59,6 +59,7 @@ class Embedder:
         self._budget = limits_for(info, self._device, batch_size).batch_tokens
         self._longest = min(info.max_positions, tokenizer.model_max_length)
         self._options: dict[str, bool] | None = None  # of the call; found out by the first one
+        self._dtype = torch.float32  # of the hidden states; as well
 
     def tokens(self, sentences: Sequence[str]) -> list[list[int]]:
         """Token ids of each sentence, with the tokenizer's special ones, cut at the model's longest input.
@@ -126,12 +127,6 @@ class Embedder:
         rounding = _ROUNDING.get(self._dtype, _HALF_PRECISION_ROUNDING)
         return float(cosine_distance(together, alone).max()) <= rounding
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        tensors = (*self._model.parameters(), *self._model.buffers())
-        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-        return next((kind for kind in kinds if kind not in _ROUNDING), torch.float32)
-
     def _pooled(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """Mean hidden states of a batch, float32 [sentences, width] on the CPU."""
         width = max(map(len, ids))
@@ -154,6 +149,7 @@ class Embedder:
                 return self._states(tokens, mask)
         states = output.hidden_states[-1] if self._options else output.last_hidden_state
         assert isinstance(states, torch.Tensor)
+        self._dtype = states.dtype
         return states
 
 

@@ -28,7 +28,7 @@ class IntegerLinear(QuantizedLinear):
     @property
     def kernel_name(self) -> str:
         """What the forward pass runs, for any number of rows."""
-        return "unpack, torch._int_mm"
+        return "unpack, _int_mm"
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """As `kernel_name`: it depends neither on the rows nor on their type."""

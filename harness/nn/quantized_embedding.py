@@ -43,6 +43,8 @@ class QuantizedEmbedding(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=rows.codes.device), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.numel() == 0:
+            return self.like.new_empty(*tokens.shape, self.embedding_dim)
         flat = tokens.reshape(-1)
         packed, zeros = self.rows.codes.index_select(1, flat), self.rows.zeros
         assert zeros is not None

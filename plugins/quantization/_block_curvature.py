@@ -106,6 +106,7 @@ def block_eigenvalues(
                 )
                 of_block.append(top.value)
                 unconverged += not top.converged
+                del value, gradient, product  # the graph: one at a time
             found.append(of_block)
             done(index + 1)
     norm = statistics.fmean(square**0.5 for square in squares)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_more_groups_never_round_worse(bits):
         float(torch.linalg.vector_norm(quantize_in_row_groups(w, bits=bits, sizes=sizes).dequantize() - w))
         for sizes in (row_group_sizes(768, groups) for groups in (1, 2, 4, 8, 16, 32, 64, 128, 256, 768))
     ]
-    assert all(finer <= coarser for coarser, finer in zip(errors, errors[1:], strict=False))
+    assert all(finer <= coarser for coarser, finer in pairwise(errors))
     assert errors[-1] < 0.7 * errors[0]
 
 
