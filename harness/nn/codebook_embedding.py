@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from harness.errors import ConfigError
 from harness.nn.anatomy import anatomy_of, find
 from harness.nn.codebook import PackedCodebook
 from harness.nn.codebook_weight import CodebookWeight
@@ -29,8 +30,7 @@ class CodebookEmbedding(PackedCodebook):
         most_outliers: the largest number of outliers in a row; so many are looked at for every token.
         dtype: the type of the output.
 
-    The others are those of `PackedCodebook`. Scales are not supported: nothing stores embeddings in
-    groups so far.
+    The others are those of `PackedCodebook`; there are no scales.
     """
 
     like: torch.Tensor
@@ -63,8 +63,13 @@ class CodebookEmbedding(PackedCodebook):
 
     @classmethod
     def from_weight(cls, weight: CodebookWeight, dtype: torch.dtype) -> CodebookEmbedding:
-        """Pack a matrix [num_embeddings, embedding_dim] without scales."""
-        assert weight.scales is None
+        """Pack a matrix [num_embeddings, embedding_dim].
+
+        Raises:
+            ConfigError: the matrix has scales.
+        """
+        if weight.scales is not None:
+            raise ConfigError("a packed embedding has no groups: a lookup takes the table's values")
         rows, device = weight.codes.shape[0], weight.codes.device
         layer = cls(rows, weight.in_features, bits=weight.bits, device="meta")
         layer._store(weight)

@@ -161,7 +161,7 @@ def unpack_matrix(packed: torch.Tensor, bits: int, tile: int) -> torch.Tensor:
         return words.transpose(-1, -2).flatten(-2)
 
     tiles = _join_planes(packed, bits, unpack)  # [tiles, out, tile]
-    return tiles.transpose(0, 1).reshape(tiles.shape[1], -1)
+    return tiles.transpose(0, 1).reshape(tiles.shape[1], tiles.shape[0] * tile)
 
 
 def _pad_last(fields: torch.Tensor) -> torch.Tensor:

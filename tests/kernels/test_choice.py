@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,6 +58,10 @@ def test_layouts_that_triton_cannot_read_fall_back():
     # A 3-bit tile of 16 columns has no whole word of its upper plane.
     narrow = packed(3, (8, 48), group_size=16)
     assert weight_only.choose(narrow, 1, torch.bfloat16) == "dequantize+matmul"
+    # Zero points that are no whole numbers are not packed.
+    free = packed(4, group_size=128)
+    free = replace(free, zeros=torch.zeros(2, 64, dtype=torch.float16))
+    assert weight_only.choose(free, 1, torch.bfloat16) == "dequantize+matmul"
     # Groups of 12 columns straddle the tiles.
     assert weight_only.choose(packed(4, (8, 48), group_size=12), 1, torch.bfloat16) == "dequantize+matmul"
     assert weight_only.choose(packed(group_size=128), 1, torch.float64) == "dequantize+matmul"

@@ -19,6 +19,7 @@ from harness.measure.workload import (
     visible_pairs,
     work_of,
 )
+from harness.nn.codebook_embedding import CodebookEmbedding
 from harness.nn.quantized import QuantizedLinear
 from harness.records import Record, Scenario
 from tests.measure.models import tiny_grouped, tiny_mistral
@@ -129,6 +130,16 @@ def test_packed_weights_count_as_they_are_stored():
     assert counter.linear_flops == 2 * 3 * 128 * 32
     stored = sum(b.numel() * b.element_size() for b in layer.buffers())
     assert counter.weight_bytes == stored < 128 * 32
+
+
+def test_a_packed_embedding_reads_the_rows_that_it_looks_up():
+    embedding = CodebookEmbedding(100, 64, bits=4, outliers=5, most_outliers=1)
+    with counted(embedding) as counter:
+        embedding(torch.tensor([[3, 7, 99]]))
+    stored = sum(b.numel() * b.element_size() for b in embedding.buffers())
+    assert stored == 100 * 32 + 16 * 4 + 5 * 8
+    assert counter.weight_bytes == 3 * stored // 100
+    assert counter.linear_flops == 0
 
 
 def test_the_hooks_go_even_where_the_model_fails():
