@@ -77,7 +77,7 @@ def test_what_gaussian_weights_lose():
 
 @pytest.mark.parametrize("kind", ["gaussian", "student"])
 def test_scales_in_8_bits_cost_next_to_nothing(kind):
-    """Measured below 1e-6 on Gaussian weights, 5e-5 on Student's t with four degrees of freedom."""
+    """Measured -3e-6 on Gaussian weights, 7e-5 on Student's t with four degrees of freedom."""
     original = gaussian()
     if kind == "student":
         chi = sum(gaussian().roll(shift, 1).square() for shift in (7, 99, 311, 500)) / 4

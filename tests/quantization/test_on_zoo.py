@@ -169,13 +169,6 @@ def test_more_bits_for_the_table_lose_less(zoo):
     assert rises[4] < zoo.rise(gobo.METHOD, bits=4, embeddings=True) < rises[3]
 
 
-@pytest.mark.slow
-def test_adapters_win_back_what_4_bits_cost(zoo):
-    """Trained on the text that the models were trained on."""
-    plain = zoo.rise(nf4.METHOD)
-    assert zoo.rise(nf4.METHOD, lora_r=8, steps=100) < plain
-
-
 def test_w8a8_is_nearly_free_without_outliers(zoo):
     """Measured, opt / llama: per token .0033 / .0019, per tensor .0058 / .0085, static .0104 / .0117."""
     assert zoo.rise(rtn.METHOD, bits=8, a_bits=8) <= 0.01
