@@ -205,6 +205,7 @@ def test_zeroquant_is_nearly_free_at_8_bits(zoo):
     assert rise < w4a8 <= 0.1
 
 
+@pytest.mark.slow
 def test_what_each_half_of_w8a8_costs(zoo):
     """Measured, opt / llama: weights alone -.0002 / -.0001, activations alone .0045 / .0015, both .0032 /
     .0014; with outliers .009 / .004, .428 / .177, .410 / .171: the activations are what breaks."""
@@ -233,6 +234,7 @@ def test_outlier_columns_in_16_bits_repair_what_they_break(zoo):
     assert zoo.rise(llm_int8.METHOD) <= 0.005
 
 
+@pytest.mark.slow
 def test_float8_does_not_mind_outliers(zoo):
     """Measured, opt / llama, one scale per tensor: .064 / .008, with outliers .063 / .003 (int8 per token
     .410 / .171); one per row .050 / .001 and .061 / .004."""
