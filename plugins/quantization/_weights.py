@@ -23,6 +23,7 @@ __all__ = [
     "UNTRAINED",
     "ActivationBits",
     "ImpliedDefaults",
+    "Int8Bits",
     "Ragged",
     "WeightBits",
     "pack_float_weight",
@@ -43,6 +44,7 @@ def _whole(value: Any) -> Any:
 
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(_whole)]
 ActivationBits = Annotated[Literal[8, 16], BeforeValidator(_whole)]
+Int8Bits = Annotated[Literal[8], BeforeValidator(_whole)]
 
 
 class ImpliedDefaults(Options):
