@@ -24,6 +24,7 @@ __all__ = [
     "ActivationBits",
     "EmbeddingBits",
     "ImpliedDefaults",
+    "Int8Bits",
     "Ragged",
     "WeightBits",
     "leaves_layers",
@@ -48,6 +49,7 @@ def whole_number(value: Any) -> Any:
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]
 ActivationBits = Annotated[Literal[8, 16], BeforeValidator(whole_number)]
 EmbeddingBits = Annotated[Literal[4, 8, 16], BeforeValidator(whole_number)]
+Int8Bits = Annotated[Literal[8], BeforeValidator(whole_number)]
 
 
 class ImpliedDefaults(Options):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options, Paper
@@ -15,7 +15,7 @@ from harness.nn.quantized_tokens import QuantizingNorm, quantize_input_once
 from harness.nn.quantizer import quantize_row_groups
 from harness.nn.surgery import replace_module
 
-from ._weights import WeightBits, quantizable, refusal
+from ._weights import Int8Bits, WeightBits, quantizable, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,17 +37,13 @@ PAPER = Paper(
 )
 
 
-def _whole(value: object) -> object:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
 class ZeroQuantLayout(Options):
     """How a block is stored and multiplied; the methods differ in how they find its weights."""
 
     w_bits_attn: WeightBits = Field(8, description="bits of a weight of the attention")
     w_bits_ffn: WeightBits = Field(8, description="bits of a weight of the FFN; 4: W4A8")
     w_groups: int = Field(-1, ge=-1, description="groups of output rows with a scale; -1: one per row")
-    a_bits: Annotated[Literal[8], BeforeValidator(_whole)] = Field(8, description="bits of an activation")
+    a_bits: Int8Bits = Field(8, description="bits of an activation")
     fuse: bool = Field(True, description="quantize in the norm, once for all layers that read it")
 
     @field_validator("w_groups")

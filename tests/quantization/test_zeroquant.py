@@ -212,7 +212,7 @@ def test_row_groups_go_from_one_scale_to_one_per_row():
 
 
 def test_one_scale_per_token_where_tokens_differ():
-    """Measured: relative error per tensor .129, per token .0079; mean of the tokens' .44 and .0079."""
+    """Measured: relative error per tensor .136, per token .0074; mean of the tokens' .52 and .0077."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2048, 768, generator=generator)
     x = x * torch.randn(2048, 1, generator=generator).exp()
