@@ -24,7 +24,7 @@ Knobs: `lo_bits` and `hi_bits` first; then `groups`: more are finer, and free he
 
 Hurts: at 2 bits without training. The top eigenvalue says nothing of the others, nor of how far rounding
 moves the weights: on the bundled models the order of sensitivity is better than its reverse at 3/2 bits
-and worse at 4/3, so compare with other shares. Second derivatives take the memory of a gradient's graph. Models with
+and worse at 4/3. Second derivatives take the memory of a gradient's graph. Models with
 random weights (`shape:`) are not analysed: their first blocks get `hi_bits`.
 """
 
