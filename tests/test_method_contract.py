@@ -10,6 +10,7 @@ from harness.testing import TINY_FAMILIES, check_method
 METHODS = dict(load_plugins().methods)
 
 OPTIONS_FOR_TINY_MODELS = {
+    "bitsandbytes": {"scheme": "nf4"},  # the default needs CUDA
     "llm-compressor": {"group_size": 32},
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},

@@ -6,8 +6,8 @@ pip install 'transformer-harness[peers]'.
 Changes: every linear layer inside the blocks is stored by bitsandbytes' quantizers and multiplied by its
 kernels.
 
-Needs: nothing. On a CPU the library multiplies with dequantized weights; its int8 products and its
-decomposition run on CUDA only.
+Needs: llm-int8 a CUDA device: on a CPU the library rounds no activations and takes out no columns, whatever
+the threshold, which is not LLM.int8().
 
 Knobs: `scheme` (llm-int8: int8 with input columns beyond the threshold in 16 bit; nf4: 4-bit NormalFloat
 with blocks of 64 and scales that are quantized too) and `threshold` (of |x|, for llm-int8; 0 switches
@@ -74,6 +74,7 @@ METHOD = Method(
     paper="Dettmers et al. (2022). LLM.int8(), as bitsandbytes has it. arXiv:2208.07339.",
     options=BitsandbytesOptions,
     transform=transform,
+    needs=lambda options: ("cuda",) if options.scheme == "llm-int8" else (),
     applies=applies,
 )
 
