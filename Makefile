@@ -4,8 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Test files run in so many processes at once: many tests wait for processes of their own.
-TEST_PROCESSES ?= 2
+# Tests run in so many processes at once: many of them wait for processes of their own.
+TEST_PROCESSES ?= 3
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -15,7 +15,7 @@ sweep: $(VENV)/.core
 	$(BIN)/harness sweep --methods gptq,smoothquant
 
 test: $(VENV)/.all debian-services
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup
 
 # Minutes of training and evaluation, for the claims that need them.
 test-slow: $(VENV)/.all debian-services

@@ -15,6 +15,20 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+# Of these folders the files share a server that takes seconds to start.
+TOGETHER = ("cli", "dashboard", "robustness", "store")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where tests run in several processes, those of one file, or of one of these folders, stay together."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder in TOGETHER else item.path.relative_to(config.rootpath).as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def _seeded(make, config):
     torch.manual_seed(0)
     return make(config).eval()
