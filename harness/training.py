@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.errors import ConfigError, NumericalFailure
+from harness.kernels.onednn import onednn_products
 from harness.tokens import TokenSource, training_batches
 
 __all__ = ["TrainReport", "TrainSettings", "causal_loss", "lr_factor", "train"]
@@ -139,7 +140,7 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr_multiple"] * settings.lr * lr_factor(step, settings)
                 tokens = next(batches).to(device)
-                with _autocast(device, original_dtypes.values()):
+                with _autocast(device, original_dtypes.values()), onednn_products(device):
                     value = compute_loss(model, tokens)
                 losses.append(_checked(float(value.detach()), losses, step))
                 optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,7 @@ from torch import nn
 from harness.errors import NotApplicable, NumericalFailure
 from harness.evaluate.scorer import is_out_of_memory, limits_for
 from harness.evaluate.windows import check_vocabulary, device_of
+from harness.kernels.onednn import onednn_products
 from harness.models.info import ModelInfo
 
 __all__ = ["Embedder", "Embeddings", "cosine_distance"]
@@ -142,7 +143,8 @@ class Embedder:
     def _states(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Last hidden states [sentences, width, d]; of a model with a head those before it."""
         masked = {} if mask is None else {"attention_mask": mask}
-        output = self._model(input_ids=tokens, **masked, **(self._options or {}))
+        with onednn_products(tokens.device):
+            output = self._model(input_ids=tokens, **masked, **(self._options or {}))
         if self._options is None:
             self._options = {} if hasattr(output, "last_hidden_state") else {"output_hidden_states": True}
             if self._options:

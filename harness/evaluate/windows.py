@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
+from harness.kernels.onednn import onednn_products
 
 if TYPE_CHECKING:
     from harness.evaluate.reference import ReferenceLogits
@@ -137,7 +138,8 @@ def logits_of(model: nn.Module, tokens: torch.Tensor, **arguments: Any) -> torch
     As little is said as possible: what the variant does by itself (its cache included) is what is
     timed, so it is what is scored. `arguments` are passed on; whoever gives any has tried them.
     """
-    output = model(tokens, **arguments)
+    with onednn_products(tokens.device):
+        output = model(tokens, **arguments)
     logits: torch.Tensor = output if isinstance(output, torch.Tensor) else output.logits
     return logits
 

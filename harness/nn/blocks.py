@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from harness.errors import NotApplicable
+from harness.kernels.onednn import onednn_products
 from harness.nn.anatomy import blocks_of
 
 __all__ = ["Block", "BlockInput", "iterate_blocks", "run_block"]
@@ -160,7 +161,8 @@ def _require_equal_masks(model: nn.Module) -> None:
 
 def run_block(module: nn.Module, item: BlockInput) -> torch.Tensor:
     """What a block gives for one batch, [batch, tokens, d]; gradients as the caller has them."""
-    output = module(item.hidden, *item.args, **item.kwargs)
+    with onednn_products(item.hidden.device):
+        output = module(item.hidden, *item.args, **item.kwargs)
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, torch.Tensor)
     return hidden
