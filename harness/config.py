@@ -21,7 +21,11 @@ LONGEST_S = 1e6  # more than eleven days; the operating system's waits overflow 
 
 
 class SweepConfig(BaseModel):
-    """The inputs of a sweep. Empty `models` and `tasks` mean the defaults for the machine."""
+    """The inputs of a sweep.
+
+    No `models`, and None for `tasks` and `prompt_lens`, mean the defaults for the machine; an empty list of
+    `tasks` scores nothing, an empty one of `prompt_lens` times nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -84,9 +88,14 @@ class SweepConfig(BaseModel):
 
     @field_validator("batch_sizes", "prompt_lens", "seeds", mode="before")
     @classmethod
-    def _integers(cls, value: Any) -> Any:
+    def _integers(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
-            return parse_int_list(value)
+            if info.field_name == "prompt_lens" and value.strip().lower() == "none":
+                return ()
+            found = parse_int_list(value)
+            if not found:  # an unset variable of the shell
+                raise ValueError("must be whole numbers separated by commas, not empty")
+            return found
         return (value,) if isinstance(value, int) else value
 
     @field_validator("seeds")
@@ -98,8 +107,10 @@ class SweepConfig(BaseModel):
 
     @field_validator("batch_sizes", "prompt_lens")
     @classmethod
-    def _positive(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and (not value or min(value) < 1 or max(value) > MOST):
+    def _positive(cls, value: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if value is None or (not value and info.field_name == "prompt_lens"):
+            return value
+        if not value or min(value) < 1 or max(value) > MOST:
             raise ValueError(f"must be a list of numbers of at least 1, and at most {MOST}")
         return value
 

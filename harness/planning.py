@@ -197,6 +197,8 @@ def _scenarios(info: ModelInfo, config: SweepConfig, device: str) -> tuple[Scena
         usual = LONG if device.startswith("cuda") else SHORT
         room = info.max_positions - (config.new_tokens if info.kind == "decoder" else 0)
         prompts = (max(1, min(usual, room)),)
+    if not prompts:
+        return ()
     return tuple(default_scenarios(info, config.batch_sizes, prompts, config.new_tokens))
 
 

@@ -32,7 +32,9 @@ def sweep(
         typer.Option(help="Tasks by name (bundled, your own, or lm-eval's); none for none."),
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Batch sizes to time, such as 1,8.")] = None,
-    prompt_lens: Annotated[str | None, typer.Option(help="Prompt lengths to time, in tokens.")] = None,
+    prompt_lens: Annotated[
+        str | None, typer.Option(help="Prompt lengths to time, in tokens; none to time nothing.")
+    ] = None,
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to decode in a timed run.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task.")] = None,
     eval_batch_size: Annotated[int | None, typer.Option(help="Full sequences scored at a time.")] = None,

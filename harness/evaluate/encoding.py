@@ -36,7 +36,10 @@ def tokenizer_identity(tokenizer: Any) -> str | None:
         return None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     flags = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
-    parts = [type(tokenizer).__qualname__, backend.to_str(), json.dumps([special, flags], sort_keys=True)]
+    # How the last call padded and cut stands before the tokens; here nothing is padded or cut.
+    whole: str = backend.to_str()
+    lasting = whole.partition('"added_tokens":')[2] or whole
+    parts = [type(tokenizer).__qualname__, lasting, json.dumps([special, flags], sort_keys=True)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -80,6 +80,18 @@ def test_a_sweep_fills_the_store_and_again_measures_nothing(harness, checkpoint)
     assert {row["sweep"] for row in newer} == {3}
 
 
+def test_nothing_is_timed_where_no_prompt_length_is_wanted(harness, checkpoint):
+    arguments = ("--plugin", PLUGIN, "--methods", "scale", "--models", checkpoint, "--tasks", "none")
+    done = harness("sweep", *arguments, "--prompt-lens", "none", "--device", "cpu")
+    assert done.code == 0, done.err
+    rows = harness("results", "--format", "json").rows
+    assert {row["method"] for row in rows} == {"baseline", "scale"}
+    assert {row["scenario"] for row in rows} == {"transform"}
+    unset = harness("sweep", *arguments, "--prompt-lens", "", "--device", "cpu")
+    assert unset.code == 2
+    assert "--prompt-lens: must be whole numbers separated by commas, not empty" in unset.err
+
+
 def test_every_failure_is_a_stored_result_and_the_others_go_on(harness, checkpoint):
     names = "raises,refuses,eats,hangs,dies,exits,nothing,wrong-type,hangs-later,scale"
     ran = harness(

@@ -98,6 +98,15 @@ def test_requests_are_tokenised_once_for_all_variants(tokenizer, tmp_path):
         encoder(same, cache).pairs(PAIRS[:2])
 
 
+def test_what_a_call_leaves_behind_is_not_in_the_key(tokenizer):
+    used = copy.deepcopy(tokenizer)
+    used.pad_token = used.eos_token
+    before, written = tokenizer_identity(used), used.backend_tokenizer.to_str()
+    used(list(TEXTS), padding=True, truncation=True, max_length=4)
+    assert used.backend_tokenizer.to_str() != written
+    assert tokenizer_identity(used) == before
+
+
 def test_everything_that_decides_the_tokens_is_in_the_key(tokenizer, tmp_path):
     cache = ContentCache(tmp_path)
     encoder(tokenizer, cache).pairs(PAIRS)
