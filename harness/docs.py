@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.quality_tables import update_quality_page
 from harness.reference_tables import update_readme
 
 __all__ = ["cli_page", "methods_page", "write_pages"]
@@ -84,3 +85,4 @@ if __name__ == "__main__":
     pages = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     write_pages(pages)
     update_readme(pages.resolve().parent)
+    update_quality_page(pages.resolve().parent)

@@ -14,10 +14,24 @@ from typing import Any
 
 from harness.errors import ConfigError
 
-__all__ = ["BEGIN", "END", "reference_files", "reference_section", "update_readme", "with_section"]
+__all__ = [
+    "BEGIN",
+    "END",
+    "QUALITY",
+    "heading",
+    "imported_rows",
+    "markdown_table",
+    "not_measured",
+    "reference_files",
+    "reference_section",
+    "update_readme",
+    "with_section",
+]
 
 BEGIN = "<!-- reference:begin (generated from reference/ by `make docs`; do not edit) -->"
 END = "<!-- reference:end -->"
+QUALITY = "quality-"
+"""How the files begin whose rows are in `docs/quality.md` and not in the README."""
 _BETWEEN = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), flags=re.DOTALL)
 
 _TIMES = (
@@ -52,17 +66,18 @@ def update_readme(root: Path) -> None:
     """
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    readme.write_text(with_section(text, reference_section(reference_files(root))), encoding="utf-8")
+    files = [file for file in reference_files(root) if not file.name.startswith(QUALITY)]
+    readme.write_text(with_section(text, reference_section(files)), encoding="utf-8")
 
 
-def with_section(readme: str, section: str) -> str:
+def with_section(readme: str, section: str, page: str = "the README") -> str:
     """The text with what stands between the markers replaced.
 
     Raises:
         ConfigError: the markers are missing, or are there twice.
     """
     if len(_BETWEEN.findall(readme)) != 1:
-        raise ConfigError(f"the README needs these two lines once: {BEGIN} and {END}")
+        raise ConfigError(f"{page} needs these two lines once: {BEGIN} and {END}")
     return _BETWEEN.sub(lambda _: f"{BEGIN}\n{section}\n{END}", readme)
 
 
@@ -74,7 +89,8 @@ def reference_section(files: Sequence[Path]) -> str:
     return "\n\n".join(_of_file(file) for file in files)
 
 
-def _of_file(file: Path) -> str:
+def imported_rows(file: Path) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The rows of a file as a store gives them, and the manifests of its sweeps."""
     from harness.cli.results import rows_of
     from harness.store import queries
     from harness.store.exchange_import import import_results
@@ -84,16 +100,25 @@ def _of_file(file: Path) -> str:
     with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder, "rows.db")) as store:
         import_results(store, [read_results(file)])
         rows = rows_of(queries.results(store))
-        manifests = queries.sweeps(store)["manifest"].tolist()
+        return rows, queries.sweeps(store)["manifest"].tolist()
+
+
+def _of_file(file: Path) -> str:
+    rows, manifests = imported_rows(file)
     methods = _methods(rows)
-    parts = [_heading(file, rows, manifests)]
+    parts = [heading(file, rows, manifests)]
     for metric, speedup, title in _TIMES:
         parts += _time_table(rows, methods, metric, speedup, title)
-    parts += [_fact_table(rows), *_not_measured(rows)]
+    parts += [_fact_table(rows), *not_measured(rows)]
     return "\n\n".join(parts)
 
 
-def _heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, Any]]) -> str:
+def heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, Any]], prefix: str = "") -> str:
+    """Where, with what and when a file's rows were measured.
+
+    Args:
+        prefix: leads from the page to the checkout's root.
+    """
     devices = _listed(row["device_name"] for row in rows)
     dtypes = _listed(row["dtype"] for row in rows)
     torch = _listed((manifest.get("versions") or {}).get("torch") for manifest in manifests)
@@ -103,9 +128,10 @@ def _heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, A
     modes = {str(row["mode"]).partition(",")[0] for row in rows if row["metric"] in dict(_times_only())}
     synthetic = sorted({row["model"] for row in rows if row["synthetic"]})
     note = f" {', '.join(synthetic)}: random weights, so speed and memory only." if synthetic else ""
+    timed = f"timed as {_listed(sorted(modes))}" if (modes := modes - {"None"}) else "nothing timed"
     return (
-        f"**{devices}**, {dtypes}, torch {torch}{when} (measuring version {measuring}, timed as "
-        f"{_listed(sorted(modes - {'None'}))}; [`reference/{file.name}`](reference/{file.name})).{note}"
+        f"**{devices}**, {dtypes}, torch {torch}{when} (measuring version {measuring}, {timed}; "
+        f"[`reference/{file.name}`]({prefix}reference/{file.name})).{note}"
     )
 
 
@@ -145,7 +171,10 @@ def _time_table(
         if any((model, shape, method, metric) in found for method in methods):
             lines.append([model, shape, *cells])
     return (
-        [f"{title}, with the speed-up over the baseline:", _table(["model", "shape", *methods], lines)]
+        [
+            f"{title}, with the speed-up over the baseline:",
+            markdown_table(["model", "shape", *methods], lines),
+        ]
         if lines
         else []
     )
@@ -171,11 +200,11 @@ def _fact_table(rows: Sequence[Row]) -> str:
                 line.setdefault(name, _value(row))
     names = sorted(columns, key=lambda name: columns[name])
     lines = [[model, method, *(line.get(n, "") for n in names)] for (model, method), line in variants.items()]
-    return "Size and quality:\n\n" + _table(["model", "method", *names], lines)
+    return "Size and quality:\n\n" + markdown_table(["model", "method", *names], lines)
 
 
-def _not_measured(rows: Sequence[Row]) -> list[str]:
-    """One line for each reason, with what it concerns."""
+def not_measured(rows: Sequence[Row]) -> list[str]:
+    """What has no result: one line for each reason, with what it concerns."""
     reasons: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
@@ -208,7 +237,8 @@ def _value(record: Row) -> str:
     return value_with_interval(record)
 
 
-def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose texts draw nothing."""
     head = [_row(columns), "|" + "---|" * len(columns)]
     return "\n".join([*head, *(_row(line) for line in lines)])
 

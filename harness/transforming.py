@@ -12,7 +12,7 @@ from torch import nn
 from harness.cache import ContentCache
 from harness.chain import Chain, Step
 from harness.context import Context
-from harness.errors import PluginError
+from harness.errors import NotApplicable, PluginError
 from harness.job import VariantJob
 from harness.measure.cost import PhaseCost
 from harness.measure.effect import Effect, measure_effect, snapshot
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.models.info import ModelInfo
     from harness.plugins import LoadedPlugins
 
-__all__ = ["MadeVariant", "load_original", "make_variant"]
+__all__ = ["MadeVariant", "load_original", "make_variant", "require_weights"]
 
 PROBE_TOKENS = 64
 
@@ -104,13 +104,26 @@ def make_variant(
 
 
 def load_original(job: VariantJob, plugins: LoadedPlugins) -> LoadedModel:
-    """The untouched model, by a plugin's `load_model` or by the harness."""
+    """The untouched model, by a plugin's `load_model` or by the harness.
+
+    Raises:
+        NotApplicable: weights of it were not loaded.
+    """
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     by_plugin = plugins.manager.hook.load_model(spec=job.model.spec, device=device, dtype=job.dtype)
-    if by_plugin is not None:
-        loaded: LoadedModel = by_plugin
-        return loaded
-    return load(job.model, device, dtype, job.seed)
+    loaded: LoadedModel
+    loaded = by_plugin if by_plugin is not None else load(job.model, device, dtype, job.seed)
+    require_weights(loaded.model, loaded.info.label)
+    return loaded
+
+
+def require_weights(model: nn.Module, label: str) -> None:
+    """Raise `NotApplicable` where a tensor has a shape and no values, as accelerate leaves it on offloading."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise NotApplicable(
+                f"{label}: {name} is on the meta device, without values; load the whole model into memory"
+            )
 
 
 def _apply(

@@ -171,6 +171,8 @@ def transform(model: nn.Module, options: ZeroQuantLkdOptions, context: Context) 
         from_originals = options.input_source == "fp"
         for block in context.blocks(model, _batches(options, context), from_originals=from_originals):
             targets = block.outputs or block.run()
+            if not all(bool(item.hidden.isfinite().all()) for item in block.inputs):
+                raise NumericalFailure(f"{block.name}: calibration activations are NaN or infinite")
             inputs = [_as_float32(item) for item in block.inputs]
             student = student_of(block.module, block.name, packer)
             result = distill(

@@ -92,6 +92,39 @@ def test_nothing_is_timed_where_no_prompt_length_is_wanted(harness, checkpoint):
     assert "--prompt-lens: must be whole numbers separated by commas, not empty" in unset.err
 
 
+def test_a_model_without_its_weights_is_not_applicable(harness, checkpoint, tmp_path):
+    """What accelerate leaves of a model that it keeps on disk: shapes on the meta device."""
+    (tmp_path / "hollow.py").write_text(
+        "from pathlib import Path\n"
+        "from harness import hookimpl\n"
+        "from harness.models.loading import describe, load\n"
+        "@hookimpl\n"
+        "def load_model(spec, device, dtype):\n"
+        "    import torch\n"
+        "    loaded = load(describe(spec), device, getattr(torch, dtype), 0)\n"
+        "    loaded.model.model.layers[1].mlp.to('meta')\n"
+        "    return loaded\n"
+    )
+    arguments = (
+        "--methods",
+        "rtn:group_size=32,gptq:group_size=32",
+        "--models",
+        checkpoint,
+        "--tasks",
+        "none",
+    )
+    done = harness("sweep", "--plugin", "hollow.py", *arguments, "--prompt-lens", "none", "--device", "cpu")
+    assert done.code == 0, done.err
+    rows = harness("results", "--format", "json").rows
+    assert len(rows) == 3
+    assert {row["status"] for row in rows} == {"not_applicable"}
+    (reason,) = {row["reason"] for row in rows}
+    assert reason.endswith(
+        "model.layers.1.mlp.gate_proj.weight is on the meta device, without values; "
+        "load the whole model into memory"
+    )
+
+
 def test_every_failure_is_a_stored_result_and_the_others_go_on(harness, checkpoint):
     names = "raises,refuses,eats,hangs,dies,exits,nothing,wrong-type,hangs-later,scale"
     ran = harness(
