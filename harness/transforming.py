@@ -118,7 +118,7 @@ def load_original(job: VariantJob, plugins: LoadedPlugins) -> LoadedModel:
 
 
 def require_weights(model: nn.Module, label: str) -> None:
-    """Raise `NotApplicable` where a tensor has a shape and no values, as accelerate leaves it on offloading."""
+    """Raise `NotApplicable` where a tensor has a shape and no values, as accelerate offloads it."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise NotApplicable(
