@@ -24,17 +24,21 @@ __all__ = ["PAGE", "quality_section", "update_quality_page"]
 
 PAGE = "docs/quality.md"
 
-_COLUMNS = (
-    (None, "stored_bits_per_weight", "bits/weight", ".3g"),
-    (None, "compression_ratio", "smaller", ".3gx"),
-    ("kjv", "token_perplexity", "perplexity", ".4g"),
-    ("kjv", "nll_rise", "rise of NLL (nats)", "+.3g"),
-    ("kjv", "mean_kl", "KL (nats)", ".2g"),
-    ("grammar", "acc", "accuracy (%)", "%"),
-    ("grammar", "acc_difference", "difference (points)", "+%"),
-    ("grammar", "flips", "flips (%)", "%"),
+_STORED = (("stored_bits_per_weight", "bits/weight", ".3g"), ("compression_ratio", "smaller", ".3gx"))
+_SCORED = (
+    ("token_perplexity", "perplexity", ".4g"),
+    ("nll_rise", "rise of NLL (nats)", "+.3g"),
+    ("mean_kl", "KL (nats)", ".2g"),
+    ("acc", "accuracy (%)", "%"),
+    ("acc_difference", "difference (points)", "+%"),
+    ("flips", "flips (%)", "%"),
+    ("spearman", "Spearman", ".4f"),
+    ("spearman_difference", "difference", "+.4f"),
+    ("embedding_distance", "embedding distance", ".2g"),
 )
+_LOSSES = (("nll_rise", 1.0), ("spearman_difference", -1.0), ("acc_difference", -1.0))
 
+Column = tuple[str | None, str, str, str]  # task, metric, label, form
 Row = Mapping[str, Any]
 
 
@@ -60,38 +64,50 @@ def _of_file(file: Path) -> str:
     rows, manifests = imported_rows(file)
     parts = [heading(file, rows, manifests, prefix="../")]
     for model in sorted({row["model"] for row in rows}):
-        variants = _variants([row for row in rows if row["model"] == model])
-        parts += [f"### {model}", markdown_table(_header(), [_line(each) for each in variants])]
+        of_model = [row for row in rows if row["model"] == model]
+        columns = _columns(of_model)
+        header = ["method", *(f"{task} {label}" if task else label for task, _, label, _ in columns)]
+        lines = [_line(variant, columns) for variant in _variants(of_model)]
+        parts += [f"### {model}", markdown_table(header, lines)]
     return "\n\n".join([*parts, *not_measured(rows)])
 
 
-def _variants(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """What is stored, then task by task what there is of it; perplexities first."""
+    there = {(row["task"], row["metric"]) for row in rows}
+    tasks = sorted({task for task, _ in there if task}, key=lambda task: ((task, "nll") not in there, task))
+    stored: list[Column] = [(None, *column) for column in _STORED]
+    scored: list[Column] = [(task, *column) for task in tasks for column in _SCORED]
+    return [column for column in (*stored, *scored) if column[:2] in there]
+
+
+def _variants(rows: Sequence[Row]) -> list[dict[Any, Row]]:
     """Records by (task, metric) of each variant that was scored: fewest bits last, then least loss first."""
-    found: dict[str, dict[Any, Any]] = {}
+    found: dict[str, dict[Any, Row]] = {}
     for row in rows:
-        variant = found.setdefault(row["method"], {"row": row})
+        variant = found.setdefault(row["method"], {})
+        variant[None, None] = row
         variant[row["task"], row["metric"]] = row
-    scored = [variant for variant in found.values() if ("kjv", "nll") in variant]
+    scored = [variant for variant in found.values() if any(task and metric for task, metric in variant)]
     return sorted(scored, key=_order)
 
 
-def _order(variant: Mapping[Any, Any]) -> tuple[bool, int, float]:
-    bits, rise = variant.get((None, "stored_bits_per_weight")), variant.get(("kjv", "nll_rise"))
-    return (
-        variant["row"]["family"] != "baseline",
-        -round(bits["value"]) if bits else 0,
-        rise["value"] if rise else 0.0,
+def _order(variant: Mapping[Any, Row]) -> tuple[bool, int, float]:
+    bits = variant.get((None, "stored_bits_per_weight"))
+    losses = (
+        sign * row["value"]
+        for metric, sign in _LOSSES
+        for (_, name), row in sorted(variant.items(), key=str)
+        if name == metric
     )
+    is_method = variant[None, None]["family"] != "baseline"
+    return is_method, -round(bits["value"]) if bits else 0, next(losses, 0.0)
 
 
-def _header() -> list[str]:
-    return ["method", *(f"{task} {label}" if task else label for task, _, label, _ in _COLUMNS)]
-
-
-def _line(variant: Mapping[Any, Any]) -> list[str]:
-    row = variant["row"]
+def _line(variant: Mapping[Any, Row], columns: Sequence[Column]) -> list[str]:
+    row = variant[None, None]
     name = f"{row['method']} (simulated)" if row["simulated"] else row["method"]
-    return [name, *(_cell(variant.get((task, metric)), form) for task, metric, _, form in _COLUMNS)]
+    return [name, *(_cell(variant.get((task, metric)), form) for task, metric, _, form in columns)]
 
 
 def _cell(record: Row | None, form: str) -> str:

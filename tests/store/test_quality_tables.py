@@ -91,6 +91,33 @@ def test_a_line_for_every_scored_variant_fewest_bits_last_and_least_loss_first(c
     assert "- zoo:m kjv: failed (NaN in the logits): broken" in section
 
 
+def test_an_encoder_has_columns_of_its_own(tmp_path):
+    about = {"model": "minilm", "device_name": "a CPU", "synthetic": False}
+    scored = {
+        "baseline": [Record("spearman", 0.8672, "1")],
+        "gobo": [
+            Record("spearman", 0.85, "1"),
+            Record("spearman_difference", -0.0172, "1", -0.02, -0.014),
+            Record("embedding_distance", 0.0123, "1"),
+        ],
+    }
+    with Store.open(tmp_path / "results.db") as store:
+        made = [make_variant(name, method=name, family=name, **about) for name in scored]
+        sweep = begin_sweep(store, *made, manifest=MANIFEST)
+        for name, records in scored.items():
+            result = make_result(f"{name}-stsb", name, records=tuple(records), items=())
+            store.write_cell(sweep, result, kind=CellKind.TASK, task="stsb", scenario=None)
+        (tmp_path / "reference").mkdir()
+        export_results(store, tmp_path / "reference" / f"{QUALITY}m.jsonl", Wanted())
+    rows = [line for line in quality_section(reference_files(tmp_path)).splitlines() if line.startswith("|")]
+    assert rows == [
+        "| method | stsb Spearman | stsb difference | stsb embedding distance |",
+        "|---|---|---|---|",
+        "| baseline | 0.8672 |  |  |",
+        "| gobo | 0.8500 | -0.0172 [-0.0200, -0.0140] | 0.012 |",
+    ]
+
+
 def test_the_page_and_not_the_readme_shows_them(checkout):
     (checkout / "docs").mkdir()
     for page in (checkout / PAGE, checkout / "README.md"):
