@@ -1,8 +1,7 @@
 """Figures from DataFrames. Pure: no store, no Streamlit.
 
-Colours are of Paul Tol's *muted* scheme (https://sro.sron.nl/~pault), which stays distinct under the
-common kinds of colour blindness; every family has a shape of its own as well, so that colour is never
-the only difference. A simulated or synthetic variant is drawn hollow.
+Every family has a shape of its own beside its colour (`harness.display`), so that colour is never the only
+difference. A simulated or synthetic variant is drawn hollow.
 """
 
 from __future__ import annotations
@@ -14,26 +13,27 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from harness.display import FAMILY_COLOURS, axis_title, better, scale
 from harness.method import FAMILIES
-
-from .metrics import axis_title, better, scale
+from harness.pareto import on_front
 
 __all__ = ["FAMILY_STYLES", "comparison", "format_value", "pareto", "pareto_front", "reading"]
 
-FAMILY_STYLES: dict[str, tuple[str, str]] = {
-    "baseline": ("#000000", "star"),
-    "quantization": ("#332288", "circle"),
-    "pruning": ("#CC6677", "square"),
-    "distillation": ("#117733", "diamond"),
-    "sparsity": ("#88CCEE", "triangle-up"),
-    "moe": ("#AA4499", "triangle-down"),
-    "attention": ("#DDCC77", "pentagon"),
-    "recurrence": ("#44AA99", "hexagon"),
-    "adaptive": ("#882255", "cross"),
-    "serving": ("#999933", "x"),
-    "external": ("#E69F00", "hourglass"),
-    "other": ("#777777", "bowtie"),
+_MARKERS = {
+    "baseline": "star",
+    "quantization": "circle",
+    "pruning": "square",
+    "distillation": "diamond",
+    "sparsity": "triangle-up",
+    "moe": "triangle-down",
+    "attention": "pentagon",
+    "recurrence": "hexagon",
+    "adaptive": "cross",
+    "serving": "x",
+    "external": "hourglass",
+    "other": "bowtie",
 }
+FAMILY_STYLES = {name: (colour, _MARKERS[name]) for name, colour in FAMILY_COLOURS.items()}
 """Colour and marker of each family."""
 
 _TEXT_COLOUR = "#31333F"
@@ -49,19 +49,8 @@ def pareto_front(frame: pd.DataFrame, x_better: str, y_better: str) -> pd.Series
         frame: columns ``x`` and ``y``, no NaN.
         x_better, y_better: ``lower`` or ``higher``.
     """
-    costs = pd.DataFrame(
-        {
-            "x": frame["x"] if x_better == "lower" else -frame["x"],
-            "y": frame["y"] if y_better == "lower" else -frame["y"],
-        }
-    ).sort_values(["x", "y"])
-    on_front = pd.Series(False, index=frame.index)
-    best_y, last_x = math.inf, math.nan
-    for index, x, y in costs.itertuples():
-        if y < best_y or (y == best_y and x == last_x):
-            on_front[index] = True
-            best_y, last_x = y, x
-    return on_front
+    found = on_front(list(zip(frame["x"], frame["y"], strict=True)), x_better, y_better)
+    return pd.Series(found, index=frame.index, dtype=bool)
 
 
 def pareto(

@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from harness.display import scale
 from harness.errors import HarnessError
 from harness.store import queries as stored
 from harness.store.store import Store
 
 from . import queries
 from .charts import format_value, reading
-from .metrics import scale
 from .queries import Filters, Stamp
 
 __all__ = [

@@ -21,14 +21,13 @@ import pandas as pd
 from sqlalchemy import func, select
 
 from harness.comparability import Conditions, differences, read_conditions, scope_of
+from harness.display import COUNTED, LEADING, better, column_name, order_key
 from harness.evaluate.definitions import Score, definitions
 from harness.evaluate.paired import paired_bootstrap_difference
 from harness.records import Status
 from harness.store import queries as stored
 from harness.store.store import Store
 from harness.store.tables import cells, records, sweeps
-
-from .metrics import COUNTED, LEADING, better, column_name, order_key
 
 __all__ = [
     "DELTA_COLUMNS",

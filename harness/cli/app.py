@@ -13,7 +13,19 @@ from collections.abc import Sequence
 
 import typer
 
-from harness.cli import catalog, compare, dashboard, doctor, exchange, new, results, scaling, sweep, why
+from harness.cli import (
+    catalog,
+    compare,
+    dashboard,
+    doctor,
+    exchange,
+    new,
+    report,
+    results,
+    scaling,
+    sweep,
+    why,
+)
 from harness.cli.output import clean
 from harness.errors import HarnessError
 
@@ -50,6 +62,7 @@ app.add_typer(_results, name="results")
 app.command("compare")(compare.compare)
 app.command("scaling")(scaling.scaling)
 app.command("why")(why.why)
+app.command("report")(report.report)
 app.command("dashboard")(dashboard.dashboard)
 app.command("new")(new.new)
 app.command("doctor")(doctor.doctor)

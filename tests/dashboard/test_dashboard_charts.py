@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("plotly")
 
-from harness_dashboard import charts, metrics, queries
+from harness_dashboard import charts, queries
 
+from harness import display
 from harness.method import FAMILIES
 from tests.dashboard.filling import HOSTILE, SMALL
 
@@ -200,14 +201,14 @@ def test_a_value_without_interval_has_no_bar(frame):
     ],
 )  # fmt: skip
 def test_units_are_easy_to_read(unit, values, shown):
-    factor, name = metrics.scale(unit, values)
+    factor, name = display.scale(unit, values)
     assert name == shown
     if name == "ms":
         assert factor == 1000
 
 
 def test_a_mebibyte_is_one():
-    factor, unit = metrics.scale("B", [3 * 2**20])
+    factor, unit = display.scale("B", [3 * 2**20])
     assert (3 * 2**20 * factor, unit) == (3.0, "MiB")
 
 
@@ -225,9 +226,9 @@ def test_a_mebibyte_is_one():
     ],
 )
 def test_directions(metric, unit, kind, direction):
-    assert metrics.better(metric, unit, kind) == direction
+    assert display.better(metric, unit, kind) == direction
 
 
 def test_axis_titles():
-    assert metrics.axis_title("a", "ms", "lower") == "a [ms] (lower is better)"
-    assert metrics.axis_title("a", "", None) == "a"
+    assert display.axis_title("a", "ms", "lower") == "a [ms] (lower is better)"
+    assert display.axis_title("a", "", None) == "a"

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 from harness.evaluate.metrics import metric_of
 
-__all__ = ["COUNTED", "LEADING", "axis_title", "better", "column_name", "order_key", "scale"]
+__all__ = [
+    "COUNTED",
+    "FAMILY_COLOURS",
+    "LEADING",
+    "axis_title",
+    "better",
+    "column_name",
+    "order_key",
+    "scale",
+]
 
 LEADING = (
     "weight_bytes",
@@ -32,6 +41,23 @@ LEADING = (
     "transform_s",
 )
 """The metrics that most questions are about, in the order in which tables and lists show them."""
+
+FAMILY_COLOURS = {
+    "baseline": "#000000",
+    "quantization": "#332288",
+    "pruning": "#CC6677",
+    "distillation": "#117733",
+    "sparsity": "#88CCEE",
+    "moe": "#AA4499",
+    "attention": "#DDCC77",
+    "recurrence": "#44AA99",
+    "adaptive": "#882255",
+    "serving": "#999933",
+    "external": "#E69F00",
+    "other": "#777777",
+}
+"""One colour for each family, everywhere: Paul Tol's muted scheme (https://sro.sron.nl/~pault), which stays
+distinct under the common kinds of colour blindness."""
 
 COUNTED = frozenset(
     {
