@@ -1,0 +1,48 @@
+"""What 2:4 costs the bundled models, and what retraining brings back, beside the same steps without zeros."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from harness_plugins.sparsity import nm_prune
+
+from harness.testing import make_context
+from harness.training import TrainSettings
+from tests.zoo_models import held_out_nll, training_tokens, zoo_model
+
+MODELS = ["llama-6m", "opt-4m"]
+_BUDGET = TrainSettings(steps=60, batch_size=8, seq_len=128)
+
+
+@cache
+def _nll(name: str, **options) -> float:
+    model = zoo_model(name)
+    if options:
+        context = make_context(
+            model, tokens=training_tokens(), settings=_BUDGET, calibration_samples=32, calibration_len=128
+        )
+        model = nm_prune.METHOD.transform(model, nm_prune.METHOD.options.parse(options), context)
+    return held_out_nll(model, windows=24)
+
+
+@cache
+def _dense_trained(name: str, steps: int, lr: float) -> float:
+    model = zoo_model(name)
+    make_context(model, tokens=training_tokens(), settings=_BUDGET).train(model, steps=steps, lr=lr)
+    return held_out_nll(model, windows=24)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_wider_groups_cost_less(name):
+    costs = [_nll(name, n=n, m=m) for n, m in ((4, 8), (2, 4), (1, 4))]
+    assert _nll(name) < costs[0] < costs[1] < costs[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_retraining_closes_the_gap_to_the_same_steps_without_zeros(name):
+    retrained, control = _nll(name, steps=60, lr=5e-4), _dense_trained(name, 60, 5e-4)
+    print(name, f"dense {_nll(name):.4f} one-shot {_nll(name, n=2):.4f} {retrained=:.4f} {control=:.4f}")
+    print({score: round(_nll(name, score=score), 4) for score in ("magnitude", "wanda", "sparsegpt")})
+    assert retrained < _nll(name, n=2)
