@@ -14,7 +14,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from harness.errors import NotApplicable, NumericalFailure
+from harness.kernels import bench
 from harness.kernels import semi_structured as kernel
+from harness.kernels.sparse_8_bit import prune_2_of_4
 from harness.nn.semi_structured import SemiStructuredLinear, compress_2_of_4, decompress_2_of_4
 from tests.nn.test_semi_structured import two_of_four
 
@@ -30,19 +33,19 @@ def library(monkeypatch):
     calls = SimpleNamespace(products=[], searches=0)
 
     def compress(weight):
-        values, meta = compress_2_of_4(weight)
-        return torch.cat([values, meta.view(weight.dtype)], 1)
+        values, meta = compress_2_of_4(weight.float())
+        return torch.cat([values.to(weight.dtype).view(torch.uint8), meta], 1).view(weight.dtype)
 
     def product(packed, dense, bias=None, alpha=None, out_dtype=None, transpose_result=False, **algorithm):
         in_features, rows = dense.shape
         assert packed.dtype == dense.dtype
-        assert rows % 8 == 0
+        assert rows % (8 if packed.element_size() == 2 else 16) == 0
         assert dense.t().is_contiguous()
         calls.products.append((rows, algorithm))
-        values, meta = packed.split([in_features // 2, in_features // 16], 1)
-        weight = decompress_2_of_4(values.contiguous(), meta.contiguous().view(torch.uint8))
-        y = functional.linear(dense.t(), weight, bias)
-        return y if transpose_result else y.t()
+        values, meta = packed[:, : in_features // 2], packed[:, in_features // 2 :]
+        weight = decompress_2_of_4(values.float(), meta.contiguous().view(torch.uint8))
+        y = functional.linear(dense.t().float(), weight, None if bias is None else bias.float())
+        return (y if transpose_result else y.t()).to(out_dtype or dense.dtype)
 
     def search(packed, dense, bias, alpha, out_dtype, transpose_result):
         assert transpose_result
@@ -177,6 +180,28 @@ def test_a_compiler_sees_one_operator(library):
     assert sum("semi_structured_linear" in name for name in seen) == 1
 
 
+@pytest.mark.parametrize("scheme", ["2:4-bf16", "2:4-bf16-default", "2:4-int8", "2:4-fp8"])
+def test_the_benchmark_times_only_what_is_right(library, scheme, monkeypatch):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layer = bench.SCHEMES[scheme](weight)
+    dense = prune_2_of_4(weight)
+    assert (dense.view(64, -1, 4) != 0).sum(-1).eq(2).all()
+    bench._check(scheme, layer, x, dense)
+    assert "cusparselt 2:4" in layer.kernel_for(9, x.dtype)
+    right = torch._cslt_sparse_mm
+    # As if the library mixed up two outputs: what it says of itself would not show it.
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: right(*a, **k).roll(1, 1))
+    with pytest.raises(NumericalFailure, match=f"{scheme} at"):
+        bench._check(scheme, layer, x, dense)
+
+
+@pytest.mark.parametrize("scheme", ["2:4-bf16", "2:4-int8", "2:4-fp8"])
+def test_the_benchmark_leaves_out_what_the_device_lacks(scheme):
+    with pytest.raises(NotApplicable, match="cuSPARSELt does not multiply"):
+        bench.SCHEMES[scheme](torch.randn(64, 256))
+
+
 def test_without_cuda_there_is_no_kernel():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int8):
         assert kernel.choose(torch.device("cpu"), dtype) == "decompress+matmul"
@@ -286,3 +311,22 @@ def test_a_compiled_layer_is_captured_too():
     with torch.inference_mode():
         compiled = torch.compile(layer, fullgraph=True, dynamic=False)
         assert rel_error(compiled(x), layer(x)) <= 1e-3
+
+
+@pytest.mark.gpu
+@needs_library
+@pytest.mark.parametrize("scheme", ["2:4-bf16", "2:4-bf16-default", "2:4-int8", "2:4-fp8"])
+def test_the_benchmark_times_every_scheme(scheme):
+    timing = bench.time_linear(scheme, 64, 4096, 4096, torch.device("cuda"))
+    assert 0 < timing.low_us <= timing.median_us <= timing.high_us
+    assert timing.kernel.startswith("cusparselt 2:4")
+
+
+@pytest.mark.gpu
+@needs_library
+def test_sparse_products_of_many_tokens_beat_the_dense_one():
+    device = torch.device("cuda")
+    dense, sparse = (
+        bench.time_linear(scheme, 4096, 4096, 11008, device).median_us for scheme in ("bf16", "2:4-bf16")
+    )
+    assert dense / sparse >= 1.15

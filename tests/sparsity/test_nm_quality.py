@@ -41,8 +41,17 @@ def test_wider_groups_cost_less(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_retraining_closes_the_gap_to_the_same_steps_without_zeros(name):
-    retrained, control = _nll(name, steps=60, lr=5e-4), _dense_trained(name, 60, 5e-4)
-    print(name, f"dense {_nll(name):.4f} one-shot {_nll(name, n=2):.4f} {retrained=:.4f} {control=:.4f}")
-    print({score: round(_nll(name, score=score), 4) for score in ("magnitude", "wanda", "sparsegpt")})
-    assert retrained < _nll(name, n=2)
+def test_retraining_closes_most_of_the_gap_to_the_same_steps_without_zeros(name):
+    """Measured, llama / opt: 3.205 / 3.350 dense, 4.301 / 4.475 one-shot, 3.557 / 3.618 after 60 steps of
+    8 x 128, control 3.300 / 3.397: 74 and 80 % of the gap."""
+    one_shot, control = _nll(name, n=2), _dense_trained(name, 60, 5e-4)
+    assert one_shot - _nll(name, steps=60, lr=5e-4) >= 0.65 * (one_shot - control)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_of_calibrated_inputs_cost_less_than_magnitudes(name):
+    """Measured, llama / opt: magnitude 4.301 / 4.475, wanda 4.077 / 4.098, sparsegpt 4.151 / 4.333."""
+    magnitude = _nll(name, n=2)
+    assert _nll(name, score="wanda") < magnitude
+    assert _nll(name, score="sparsegpt") < magnitude
