@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from harness_plugins.sparsity import nm_prune
+from harness_plugins.sparsity import channel_permute, nm_prune
 
 from harness.testing import make_context
 from harness.training import TrainSettings
@@ -55,3 +55,15 @@ def test_scores_of_calibrated_inputs_cost_less_than_magnitudes(name):
     magnitude = _nll(name, n=2)
     assert _nll(name, score="wanda") < magnitude
     assert _nll(name, score="sparsegpt") < magnitude
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_a_better_order_of_columns_costs_no_more(name):
+    model = zoo_model(name)
+    context = make_context(model)
+    options = channel_permute.METHOD.options.parse({"bounded_regressions": 10, "max_rows": 256})
+    model = channel_permute.METHOD.transform(model, options, context)
+    found = held_out_nll(model, windows=24)
+    print(name, {r.metric: round(r.value, 4) for r in context.records}, f"{found:.4f} {_nll(name, n=2):.4f}")
+    assert found <= _nll(name, n=2) + 0.01
