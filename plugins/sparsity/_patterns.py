@@ -79,6 +79,7 @@ def stores_compressed(options: PatternOptions, context: Context) -> bool:
 
 
 def needs_cuda(options: PatternOptions) -> tuple[str, ...]:
+    """As of `Method.needs`, where the options ask for the library's kernel."""
     return ("cuda",) if options.backend == "cusparselt" else ()
 
 
@@ -152,6 +153,7 @@ def record_left_dense(context: Context, left: Mapping[str, str]) -> None:
 
 
 def check_finite(name: str, weight: torch.Tensor) -> None:
+    """Raises `NumericalFailure`, naming the layer, where a weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
         raise NumericalFailure(f"{name}: weights are NaN or infinite")
 

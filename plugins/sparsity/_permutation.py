@@ -27,7 +27,7 @@ __all__ = ["Search", "bound", "groups_for", "kept_magnitude", "search_order"]
 
 _MOST_STRIPES = {2: 64, 3: 20}  # searched together, by the stripes of a group
 _MOST_PARTITIONS = 6435  # of two stripes of 8
-_CHUNK = 1 << 23  # elements of a temporary
+_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}  # elements of a temporary
 _NO_GAIN = 1e-6  # of what is kept: rounding
 
 
@@ -299,10 +299,8 @@ def _try(
     """Find the best move of some groups [len(problems), some] of some problems anew."""
     problem = problems[:, None].expand_as(groups).flatten()
     group = groups.flatten()
-    size = len(known.subsets) * known.m * x.shape[2]
-    for some, part in zip(
-        problem.split(max(1, _CHUNK // size)), group.split(max(1, _CHUNK // size)), strict=True
-    ):
+    at_once = max(1, _CHUNK.get(x.device.type, 1 << 23) // (len(known.subsets) * known.m * x.shape[2]))
+    for some, part in zip(problem.split(at_once), group.split(at_once), strict=True):
         columns = state.order[some[:, None], known.groups[part]]
         values = x[owners[some][:, None], columns]  # [some, group columns, rows]
         kept = _kept_by_subsets(values, known.subsets, search.n)  # [some, subsets]

@@ -145,6 +145,7 @@ def test_something_else_that_reads_the_channels_is_noticed():
         ({"sites": ["ffn", "ffn"]}, "each once"),
         ({"sites": ["head"]}, "sites"),
         ({"group_cols": 10}, "group_cols must be 8 or 12"),
+        ({"group_cols": 8, "strategy": "channel-swap"}, "belongs to strategy=stripe-groups"),
         ({"m": 16, "n": 8}, "use strategy=channel-swap"),
         ({"strategy": "best"}, "strategy"),
         ({"bounded_regressions": -1}, "bounded_regressions"),
@@ -180,3 +181,16 @@ def test_the_grid_knows_where_channels_cannot_move():
     assert "encoder" in METHOD.applies(bert, PermuteOptions(sites=("residual",)))
     assert METHOD.applies(opt, PermuteOptions(sites=("ffn", "vo", "qk", "residual"))) is None
     assert "hidden size" in METHOD.applies(llama, PermuteOptions(m=3, n=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_search_gains_as_much():
+    original, model = gqa_llama().cuda(), gqa_llama().cuda()
+    model, context = permuted(model, prune=False, sites=["ffn", "vo", "residual"], max_rows=1024)
+    _, on_cpu = permuted(gqa_llama(), prune=False, sites=["ffn", "vo", "residual"], max_rows=1024)
+    for name, value in recorded(on_cpu).items():
+        assert recorded(context)[name] == pytest.approx(value, rel=0.2)
+    tokens = torch.randint(256, (2, 20), device="cuda")
+    with torch.no_grad():
+        assert rel(model(input_ids=tokens).logits, original(input_ids=tokens).logits) <= 1e-4

@@ -11,6 +11,7 @@ from harness_plugins.sparsity.nm_prune import METHOD, NmOptions, scores_of
 from torch import nn
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.kernels import semi_structured as kernel
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.semi_structured import SemiStructuredLinear
@@ -371,3 +372,48 @@ def test_a_layer_swapped_in_later_is_measured_as_it_is():
     replace_module(model, name, layer)
     entry = next(each for each in measure_effect(before, model).effects if each.module == name)
     assert entry.nm_pattern is None
+
+
+# --- on CUDA ------------------------------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(
+    not kernel.is_available(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16),
+    reason="needs a CUDA device with cuSPARSELt",
+)
+
+
+@pytest.mark.gpu
+@needs_library
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert"])
+@pytest.mark.parametrize("backend", ["auto", "cusparselt"])
+def test_on_cuda_the_librarys_kernel_runs_what_the_dense_model_computes(family, backend):
+    original = tiny_model(family).bfloat16().cuda()
+    before = snapshot(original)
+    model, _ = pruned(tiny_model(family).bfloat16().cuda(), backend=backend)
+    effects = [e for e in measure_effect(before, model).effects if e.kind == "SemiStructuredLinear"]
+    assert len(effects) == sum(1 for _ in block_linears(original))
+    for effect in effects:
+        assert (effect.kernel, effect.nm_pattern, effect.sparsity) == ("cusparselt 2:4", "2:4", 0.5)
+        assert effect.stored_bits_per_weight <= 0.6 * 16
+    tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for _, linear in block_linears(original):
+            linear.weight.mul_(keep_n_of_m(linear.weight.float().abs(), 2, 4))
+        expected = original(input_ids=tokens.cuda()).logits.double()
+        difference = (model(input_ids=tokens.cuda()).logits.double() - expected).norm() / expected.norm()
+        assert difference <= 2e-2
+        # A saved model loads where there is no such library.
+        empty, _ = pruned(tiny_model(family).bfloat16())
+        empty.load_state_dict(model.state_dict())
+        difference = (empty(input_ids=tokens).logits.double() - expected.cpu()).norm() / expected.norm().cpu()
+        assert difference <= 2e-2
+
+
+@pytest.mark.gpu
+@needs_library
+def test_on_cuda_retraining_keeps_the_zeros():
+    model = tiny_model("llama").bfloat16().cuda()
+    model, context = pruned(model, steps=3, score="sparsegpt")
+    assert context.trained_steps == 3
+    for weight in sparse_layers(model).values():
+        assert ((weight != 0).view(len(weight), -1, 4).sum(-1) <= 2).all()

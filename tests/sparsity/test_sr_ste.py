@@ -218,7 +218,7 @@ def test_the_stored_layer_computes_what_the_training_layer_computed():
 
 def test_decay_settles_the_masks():
     """On one model, the same steps: the more masked weights shrink, the fewer masks change."""
-    settings = TrainSettings(steps=30, lr=1e-2, batch_size=2, seq_len=16)
+    settings = TrainSettings(steps=16, lr=1e-2, batch_size=2, seq_len=16)
     flips = []
     for decay in (0.0, 10.0, 40.0):
         model = tiny_model("llama")
@@ -337,3 +337,15 @@ def test_missing_text_and_weights_that_are_no_numbers_are_said():
     assert "init=scratch" in METHOD.applies(scratch, SrSteOptions())
     assert METHOD.needs_of(SrSteOptions()) == {"training"}
     assert METHOD.needs_of(SrSteOptions(steps=0)) == frozenset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decay", ["coupled", "decoupled"])
+def test_on_cuda_it_trains_and_holds_the_pattern(decay):
+    model, context = trained(tiny_model("llama").bfloat16().cuda(), decay=decay, init="scratch")
+    assert context.trained_steps == 4
+    names = [name for name, _ in block_linears(tiny_model("llama"))]
+    for name in names:
+        weight = model.get_submodule(name).dense_weight()
+        assert ((weight != 0).view(len(weight), -1, 4).sum(-1) <= 2).all()
