@@ -31,8 +31,6 @@ __all__ = [
     "stores_compressed",
 ]
 
-_LISTED = 8  # layers that a note names
-
 
 class PatternOptions(Options):
     n: int = Field(2, ge=1, description="weights kept of every m along the inputs")
@@ -142,9 +140,10 @@ def _require_kernel(context: Context) -> None:
 
 
 def _listed(left: Mapping[str, str]) -> str:
-    texts = [f"{name} ({reason})" for name, reason in list(left.items())[:_LISTED]]
-    more = len(left) - len(texts)
-    return "; ".join(texts) + (f"; and {more} more" if more else "")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def record_left_dense(context: Context, left: Mapping[str, str]) -> None:

@@ -14,14 +14,15 @@ Source: Pool, Yu 2021, "Channel Permutations for N:M Sparsity" (NeurIPS 2021), s
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from harness import ConfigError
+
+from ._stripe_moves import Moves
 
 __all__ = ["Search", "bound", "groups_for", "kept_magnitude", "search_order"]
 
@@ -169,58 +170,6 @@ class _State:
         return _State(self.order.clone(), self.gains.clone(), self.moves.clone())
 
 
-@dataclass(frozen=True)
-class _Moves:
-    """All rearrangements of a group of stripes, and all groups of a problem."""
-
-    moves: torch.Tensor  # [moves, group columns]: the first changes nothing
-    subsets: torch.Tensor  # [subsets, m]: the stripes that occur in any move
-    members: torch.Tensor  # [moves, stripes of a group]: which subsets a move consists of
-    groups: torch.Tensor  # [groups, group columns]: places in an order
-    touching: torch.Tensor  # [groups, some]: the groups that share a stripe with one
-    m: int = field(default=4)
-
-    @classmethod
-    def of(cls, search: Search, stripes: int, device: torch.device) -> _Moves:
-        m, together = search.m, min(search.group_stripes, stripes)
-        moves = _swaps(m) if search.strategy == "channel-swap" else _partitions(m, together)
-        numbers: dict[tuple[int, ...], int] = {}
-        members = [
-            [numbers.setdefault(tuple(sorted(move[s : s + m])), len(numbers)) for s in range(0, len(move), m)]
-            for move in moves
-        ]
-        chosen = torch.combinations(torch.arange(stripes), together)  # [groups, together]
-        holds = torch.zeros(len(chosen), stripes).scatter_(1, chosen, 1.0)
-        touching = (holds @ holds.t() > 0).nonzero()[:, 1].view(len(chosen), -1)
-        places = (chosen[:, :, None] * m + torch.arange(m)).flatten(1)
-        tensors = (torch.tensor(moves), torch.tensor(list(numbers)), torch.tensor(members), places, touching)
-        return cls(*(tensor.to(device) for tensor in tensors), m=m)
-
-
-def _swaps(m: int) -> list[list[int]]:
-    moves = [list(range(2 * m))]
-    for first, second in itertools.product(range(m), range(m, 2 * m)):
-        move = list(range(2 * m))
-        move[first], move[second] = second, first
-        moves.append(move)
-    return moves
-
-
-def _partitions(m: int, stripes: int) -> list[list[int]]:
-    """All ways to part ``stripes * m`` places into sets of m; the given one comes first."""
-
-    def parted(left: tuple[int, ...]) -> list[list[int]]:
-        if not left:
-            return [[]]
-        found = []
-        for rest in itertools.combinations(left[1:], m - 1):  # the first is in the first set: each way once
-            others = tuple(place for place in left[1:] if place not in rest)
-            found += [[left[0], *rest, *tail] for tail in parted(others)]
-        return found
-
-    return parted(tuple(range(stripes * m)))
-
-
 def _searched(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -233,7 +182,8 @@ def _searched(
     owners = torch.arange(problems, device=x.device) if owners is None else owners
     if columns < 2 * search.m:
         return order
-    known = _Moves.of(search, columns // search.m, x.device)
+    swaps = search.strategy == "channel-swap"
+    known = Moves.of(search.m, search.group_stripes, columns // search.m, x.device, swaps_only=swaps)
     groups = len(known.groups)
     state = _State(order.clone(), x.new_zeros(problems, groups), order.new_zeros(problems, groups))
     everything = torch.arange(groups, device=x.device).expand(problems, -1)
@@ -252,7 +202,7 @@ def _searched(
     return best.order
 
 
-def _descend(x: torch.Tensor, state: _State, known: _Moves, search: Search, owners: torch.Tensor) -> None:
+def _descend(x: torch.Tensor, state: _State, known: Moves, search: Search, owners: torch.Tensor) -> None:
     """Apply the best move of each problem until none gains."""
     least = _NO_GAIN * x.sum((1, 2))[owners]
     while not search.is_over:
@@ -271,7 +221,7 @@ def _descend(x: torch.Tensor, state: _State, known: _Moves, search: Search, owne
 def _regress(
     x: torch.Tensor,
     state: _State,
-    known: _Moves,
+    known: Moves,
     search: Search,
     owners: torch.Tensor,
     generator: torch.Generator,
@@ -290,7 +240,7 @@ def _regress(
 def _try(
     x: torch.Tensor,
     state: _State,
-    known: _Moves,
+    known: Moves,
     search: Search,
     owners: torch.Tensor,
     problems: torch.Tensor,
