@@ -16,14 +16,16 @@ _BUDGET = TrainSettings(steps=60, batch_size=8, seq_len=128)
 
 
 @cache
-def _nll(name: str, **options) -> float:
+def _nll(name: str, windows: int = 24, **options) -> float:
     model = zoo_model(name)
     if options:
+        parsed = nm_prune.METHOD.options.parse(options)
+        tokens = training_tokens() if nm_prune.METHOD.needs_of(parsed) else None
         context = make_context(
-            model, tokens=training_tokens(), settings=_BUDGET, calibration_samples=32, calibration_len=128
+            model, tokens=tokens, settings=_BUDGET, calibration_samples=32, calibration_len=128
         )
-        model = nm_prune.METHOD.transform(model, nm_prune.METHOD.options.parse(options), context)
-    return held_out_nll(model, windows=24)
+        model = nm_prune.METHOD.transform(model, parsed, context)
+    return held_out_nll(model, windows=windows)
 
 
 @cache
@@ -35,8 +37,8 @@ def _dense_trained(name: str, steps: int, lr: float) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_wider_groups_cost_less(name):
-    costs = [_nll(name, n=n, m=m) for n, m in ((4, 8), (2, 4), (1, 4))]
-    assert _nll(name) < costs[0] < costs[1] < costs[2]
+    costs = [_nll(name, windows=8, n=n, m=m) for n, m in ((4, 8), (2, 4), (1, 4))]
+    assert _nll(name, windows=8) < costs[0] < costs[1] < costs[2]
 
 
 @pytest.mark.slow
@@ -60,10 +62,11 @@ def test_scores_of_calibrated_inputs_cost_less_than_magnitudes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_better_order_of_columns_costs_no_more(name):
+    """Measured, llama / opt: 2 % more magnitude in down, 1.4 / 1.6 % in the output projections; 4.301 / 4.475
+    nats become 4.223 / 4.381."""
     model = zoo_model(name)
     context = make_context(model)
     options = channel_permute.METHOD.options.parse({"bounded_regressions": 10, "max_rows": 256})
     model = channel_permute.METHOD.transform(model, options, context)
     found = held_out_nll(model, windows=24)
-    print(name, {r.metric: round(r.value, 4) for r in context.records}, f"{found:.4f} {_nll(name, n=2):.4f}")
     assert found <= _nll(name, n=2) + 0.01
