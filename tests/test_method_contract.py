@@ -12,6 +12,7 @@ METHODS = dict(load_plugins().methods)
 OPTIONS_FOR_TINY_MODELS = {
     "bitsandbytes": {"scheme": "nf4"},  # the default needs CUDA
     "llm-compressor": {"group_size": 32},
+    "channel-permute": {"bounded_regressions": 1, "max_rows": 8, "strategy": "channel-swap"},
     "block-local": {"window": 8},  # models of 128 positions
     "gqa": {"groups": 2},
     "peg": {"groups": 8},  # 6 do not divide a width of 128

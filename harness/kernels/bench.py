@@ -1,9 +1,10 @@
-"""Time the quantized linear layers beside bfloat16: ``python -m harness.kernels.bench``.
+"""Time the quantized and sparse linear layers beside bfloat16: ``python -m harness.kernels.bench``.
 
 One CUDA graph runs a layer over enough copies of its weight that together they exceed the cache
 several times over (a single copy would stay in it and look too fast); the time of a replay divided by
 the copies is the time of one layer, launch gaps included and host overhead excluded. Before timing,
-each layer is compared with the plain-torch form of the same numbers.
+each layer is compared with the plain-torch form of the same numbers; sparse ones, whose numbers only the
+library can read, with the dense product of the weights that they were made of.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +20,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness.errors import ConfigError, NumericalFailure
+from harness.errors import ConfigError, NotApplicable, NumericalFailure
+from harness.kernels.sparse_8_bit import SparseFp8Linear, SparseInt8Linear, prune_2_of_4
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
+from harness.nn.semi_structured import SemiStructuredLinear
 
 __all__ = ["SCHEMES", "SHAPES", "Timing", "main", "time_linear"]
 
@@ -42,6 +46,8 @@ SHAPES = (
 )
 """(rows, in, out) of Llama-7B's projections."""
 
+# bfloat16 results; these round the activations as well, to int8 or to a mantissa of three bits.
+_TOLERANCES = {"w8a8": 2e-2, "2:4-int8": 2e-2, "2:4-fp8": 5e-2}
 _MIN_ROTATION_BYTES = 256 << 20
 _REPLAYS = 30
 
@@ -74,6 +80,16 @@ def _int8(weight: torch.Tensor) -> nn.Module:
     return Int8Linear.from_weight(quantize_weight(weight, bits=8, sym=True))
 
 
+def _sparse(*, tuned: bool) -> Callable[[torch.Tensor], nn.Module]:
+    def make(weight: torch.Tensor) -> nn.Module:
+        layer = SemiStructuredLinear.from_dense(prune_2_of_4(weight).bfloat16(), tuned=tuned)
+        if layer.packed is None:
+            raise NotApplicable("cuSPARSELt does not multiply bfloat16 on this device")
+        return layer
+
+    return make
+
+
 SCHEMES: dict[str, Callable[[torch.Tensor], nn.Module]] = {
     "bf16": _dense,
     "w4a16-g128": _weight_only(4, 128, sym=False),
@@ -82,6 +98,10 @@ SCHEMES: dict[str, Callable[[torch.Tensor], nn.Module]] = {
     "w2a16-g64": _weight_only(2, 64, sym=False),
     "w8a16": _weight_only(8, -1, sym=True),
     "w8a8": _int8,
+    "2:4-bf16": _sparse(tuned=True),
+    "2:4-bf16-default": _sparse(tuned=False),  # the library's first algorithm
+    "2:4-int8": SparseInt8Linear.from_dense,
+    "2:4-fp8": SparseFp8Linear.from_dense,
 }
 """What is timed, each made from a float32 weight [out, in]."""
 
@@ -91,29 +111,34 @@ def time_linear(scheme: str, rows: int, in_features: int, out_features: int, dev
 
     Raises:
         NumericalFailure: the layer's result is not that of the weights it stores.
+        NotApplicable: the device has no kernel for it.
     """
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(out_features, in_features, device=device, generator=generator) / in_features**0.5
     layer = SCHEMES[scheme](weight)
+    dense = prune_2_of_4(weight) if scheme.startswith("2:4") else _stored(layer)
     del weight
     x = torch.randn(rows, in_features, device=device, generator=generator).bfloat16()
     held = sum(t.numel() * t.element_size() for t in [*layer.parameters(), *layer.buffers()])
     copies = [layer, *(copy.deepcopy(layer) for _ in range(-(-_MIN_ROTATION_BYTES // held)))]
     with torch.no_grad():
-        _check(scheme, layer, x)
+        _check(scheme, layer, x, dense)
+        del dense
         graph = _capture(copies, x)
     samples = _replay(graph, len(copies))
-    kernel = layer.kernel_for(rows, x.dtype) if isinstance(layer, (QuantizedLinear, Int8Linear)) else "cuBLAS"
+    kernel = "cuBLAS" if isinstance(layer, nn.Linear) else layer.kernel_for(rows, x.dtype)  # type: ignore[operator]
     low, *_, high = statistics.quantiles(samples, n=10)
     return Timing(statistics.median(samples), low, high, kernel)
 
 
-def _check(scheme: str, layer: nn.Module, x: torch.Tensor) -> None:
-    weight = layer.weight if isinstance(layer, nn.Linear) else layer.dequantize()  # type: ignore[operator]
+def _stored(layer: nn.Module) -> torch.Tensor:
+    return layer.weight if isinstance(layer, nn.Linear) else layer.dequantize()  # type: ignore[operator]
+
+
+def _check(scheme: str, layer: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> None:
     expected = functional.linear(x.float(), weight.float())
     error = float((layer(x).float() - expected).norm() / expected.norm())
-    # bfloat16 results; W8A8 rounds the activations to 8 bits as well.
-    if not error <= (2e-2 if scheme == "w8a8" else 1e-2):
+    if not error <= _TOLERANCES.get(scheme, 1e-2):
         raise NumericalFailure(f"{scheme} at {tuple(x.shape)}: relative error {error:.2e}")
 
 
@@ -170,7 +195,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not options.csv:
             print(f"{shape!s:20} bf16 {dense.median_us:8.1f}", flush=True)
         for scheme in schemes:
-            timing = dense if scheme == "bf16" else time_linear(scheme, *shape, device)
+            try:
+                timing = dense if scheme == "bf16" else time_linear(scheme, *shape, device)
+            except NotApplicable as error:
+                print(f"{scheme}: {error}", file=sys.stderr)
+                continue
             speed_up = dense.median_us / timing.median_us
             if options.csv:
                 numbers = [timing.median_us, timing.low_us, timing.high_us, speed_up]
@@ -178,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(",".join([*cells, timing.kernel]), flush=True)
             elif scheme != "bf16":
                 line = f"{timing.median_us:8.1f} ({speed_up:.2f}x)  {timing.kernel}"
-                print(f"{'':20} {scheme:11} {line}", flush=True)
+                print(f"{'':20} {scheme:16} {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ __all__ = [
     "sparsity",
 ]
 
-_PATTERNS = ((1, 4), (2, 4), (4, 8))  # the strictest first
+_PATTERNS = ((1, 16), (1, 8), (1, 4), (2, 8), (2, 4), (4, 8))  # the strictest first
 
 
 @dataclass(frozen=True, slots=True)

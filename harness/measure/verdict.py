@@ -144,7 +144,10 @@ def _launches(phase: str, variant: CellFacts, ceilings: Ceilings) -> list[_Cause
 def _dequantizes(phase: str, variant: CellFacts, baseline: CellFacts, facts: VariantFacts) -> list[_Cause]:
     kernels = variant.of(phase)
     share, name = _share(kernels, "dequantize")
-    declared = any("dequantize" in (effect.kernel or "") for effect in facts.changed)
+    declared = {
+        verb for verb in ("dequantize", "decompress") for e in facts.changed if verb in (e.kernel or "")
+    }
+    does = "decompresses" if declared == {"decompress"} else "dequantizes"
     if declared:
         # Built from ordinary operators it shows as what the baseline does not spend beside its products.
         ours, theirs = (_by_family(each.of(phase)) for each in (variant, baseline))
@@ -152,9 +155,9 @@ def _dequantizes(phase: str, variant: CellFacts, baseline: CellFacts, facts: Var
         whole = sum(ours.values())
         added = sum(extra) / whole if whole and theirs else 0.0
         if added > share:
-            text = f"dequantizes, then multiplies: {added:.0%} of the time in what only that needs"
+            text = f"{does}, then multiplies: {added:.0%} of the time in what only that needs"
             return [_Cause(added, text)]
-    return [_Cause(share, f"dequantizes, then multiplies: {share:.0%} of the time in {name}")] if name else []
+    return [_Cause(share, f"{does}, then multiplies: {share:.0%} of the time in {name}")] if name else []
 
 
 def _quantizes(kernels: Sequence[KernelUse]) -> list[_Cause]:

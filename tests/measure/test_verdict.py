@@ -79,6 +79,9 @@ def test_dequantizing_by_ordinary_operators_is_found_by_what_the_baseline_does_n
     found = words(cell(8e-3, ours, mode="cpu", weight_bytes=300.0), cell(2e-3, theirs, mode="cpu"), about)
     assert "dequantizes, then multiplies: 75% of the time in what only that needs" in found.text
     assert "unquantized" not in found.text
+    about = facts(module(kernel="decompress+matmul"))
+    found = words(cell(8e-3, ours, mode="cpu", weight_bytes=300.0), cell(2e-3, theirs, mode="cpu"), about)
+    assert "decompresses, then multiplies: 75% of the time in what only that needs" in found.text
 
 
 def test_weights_stored_small_and_multiplied_as_floats():

@@ -35,6 +35,11 @@ KNOBS = [
     ("fp8", "a_gran", "per-token", "per-tensor-dynamic"),
     ("magnitude-prune", "sparsity", 0.5, 0.6),
     ("magnitude-prune", "scope", "layer", "row"),
+    ("nm-prune", "n", 2, 1),
+    ("nm-prune:n=4:m=8", "score", "magnitude", "wanda"),
+    ("channel-permute:strategy=channel-swap:bounded_regressions=0:max_rows=8", "prune", True, False),
+    ("sr-ste:steps=3", "lambda_w", 0, 100),
+    ("sr-ste:steps=3:lambda_w=100", "decay", "coupled", "decoupled"),
     ("block-local", "window", 8, 16),
     ("gqa", "groups", 2, 1),
 ]

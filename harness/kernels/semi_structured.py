@@ -1,0 +1,241 @@
+"""The choice of a kernel for 2:4 weights, and which of its algorithms runs.
+
+On CUDA cuSPARSELt multiplies the compressed matrix on sparse tensor cores, through torch's operators. The
+library has some tens of algorithms for a product and no good guess which is the fastest: `tune` times them
+once for each shape, outside a capture, and remembers the choice for the process. Elsewhere the weight is
+decompressed, which is exact, and multiplied.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "ALIGNMENT",
+    "FALLBACK",
+    "Algorithm",
+    "algorithm_for",
+    "choose",
+    "compress",
+    "decompress",
+    "forget_algorithms",
+    "is_available",
+    "linear",
+    "product",
+    "tune",
+]
+
+FALLBACK = "decompress+matmul"
+KERNEL = "cusparselt 2:4"
+ALIGNMENT = {torch.bfloat16: 16, torch.float16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}
+"""What both sizes of a compressed matrix must be divisible by."""
+
+_ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}
+_OLDEST = (8, 0)  # compute capability; 8.9 for float8
+_MOST_TUNED = 32  # numbers of rows for a matrix: a search takes tens of milliseconds
+_UNIT_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What cuSPARSELt runs: its number, and into how many parts the sum is split and how."""
+
+    number: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    device: int | None
+    dtype: torch.dtype
+    out_features: int
+    in_features: int
+    has_bias: bool
+    out_dtype: torch.dtype | None
+
+
+_tuned: dict[_Problem, dict[int, Algorithm]] = {}  # by the rows
+
+
+def forget_algorithms() -> None:
+    """Tune anew from here on."""
+    _tuned.clear()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel that `linear` runs on this device for weights and activations of this type."""
+    return KERNEL if dtype in (torch.bfloat16, torch.float16) and is_available(device, dtype) else FALLBACK
+
+
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuSPARSELt multiplies 2:4 matrices of this type on this device."""
+    if device.type != "cuda" or dtype not in ALIGNMENT or not torch.backends.cusparselt.is_available():
+        return False
+    oldest = (8, 9) if dtype == torch.float8_e4m3fn else _OLDEST
+    return torch.cuda.get_device_capability(device) >= oldest
+
+
+def compress(weight: torch.Tensor) -> torch.Tensor:
+    """cuSPARSELt's own form of a 2:4 matrix [out, in]: values and metadata in one tensor of its type."""
+    return torch._cslt_compress(weight.contiguous())
+
+
+def decompress(packed: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
+    """The matrix [out, in] again, in 16 bits.
+
+    How the library lays out the metadata is its own affair, so it is asked: the product with the identity
+    adds one weight and zeros, which is exact.
+    """
+    weight = packed.new_empty(out_features, in_features)
+    for start in range(0, in_features, _UNIT_ROWS):
+        stop = min(start + _UNIT_ROWS, in_features)
+        unit = packed.new_zeros(stop - start, in_features)
+        unit[:, start:stop].fill_diagonal_(1)
+        weight[:, start:stop] = product(packed, unit, out_features).t()
+    return weight
+
+
+def linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+) -> torch.Tensor:
+    """``x @ W^T + bias`` for x [rows, in] and a matrix that `compress` made; no gradients.
+
+    Args:
+        tuned: search for the fastest algorithm where this number of rows is new and nothing is captured.
+
+    For torch.compile the whole is one operator, ``torch.ops.harness.semi_structured_linear``.
+    """
+    run = _operator if torch.compiler.is_compiling() else _linear
+    return run(x, packed, bias, out_features, tuned)
+
+
+def _linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+) -> torch.Tensor:
+    return product(packed, x, out_features, bias=bias, tuned=tuned)
+
+
+_operator = torch.library.custom_op("harness::semi_structured_linear", _linear, mutates_args=())
+
+
+@_operator.register_fake
+def _(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def product(
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    out_features: int,
+    *,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    tuned: bool = False,
+) -> torch.Tensor:
+    """``x @ W^T + bias`` [rows, out] for x [rows, in] of the type of the compressed matrix.
+
+    Args:
+        out_dtype: for 8-bit types; by default x's.
+    """
+    rows = x.shape[0]
+    x = _padded(x)
+    if tuned:
+        tune(packed, x, out_features, bias=bias, out_dtype=out_dtype)
+    chosen = algorithm_for(packed, x, out_features, bias=bias, out_dtype=out_dtype)
+    y: torch.Tensor = torch._cslt_sparse_mm(
+        packed,
+        x.t(),
+        bias=bias,
+        out_dtype=out_dtype,
+        transpose_result=True,
+        alg_id=chosen.number,
+        split_k=chosen.split_k,
+        split_k_mode=chosen.split_k_mode,
+    )
+    return y[:rows]
+
+
+def algorithm_for(
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    out_features: int,
+    *,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Algorithm:
+    """What `product` runs for x [rows, in]: the tuned algorithm, or the library's default."""
+    problem = _problem(packed, x, out_features, bias, out_dtype)
+    return _tuned.get(problem, {}).get(_padded_rows(x), Algorithm())
+
+
+def tune(
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    out_features: int,
+    *,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    """Time the library's algorithms for x [rows, in] and keep the fastest for all matrices of this shape.
+
+    Does nothing where that is known already, while a CUDA graph is captured (a search waits for the
+    device), and once so many numbers of rows are known that searching would take longer than it saves.
+    """
+    known = _tuned.setdefault(_problem(packed, x, out_features, bias, out_dtype), {})
+    rows = _padded_rows(x)
+    if rows in known or len(known) >= _MOST_TUNED or torch.cuda.is_current_stream_capturing():
+        return
+    known[rows] = _search(packed, _padded(x), bias, out_dtype)
+
+
+def _search(
+    packed: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None
+) -> Algorithm:
+    search = _library_search()
+    if search is not None:
+        number, split_k, split_k_mode, _ = search(packed, x.t(), bias, None, out_dtype, True)
+        return Algorithm(int(number), int(split_k), int(split_k_mode))
+    with warnings.catch_warnings():  # deprecated where the library's own search is there
+        warnings.simplefilter("ignore")
+        number = torch._cslt_sparse_mm_search(
+            packed, x.t(), bias=bias, out_dtype=out_dtype, transpose_result=True
+        )
+    return Algorithm(int(number))
+
+
+@functools.cache
+def _library_search():  # type: ignore[no-untyped-def]
+    """torch's newer search, which chooses a split as well; None where torch has it not."""
+    return getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+
+
+def _problem(
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> _Problem:
+    return _Problem(packed.device.index, packed.dtype, out_features, x.shape[1], bias is not None, out_dtype)
+
+
+def _padded_rows(x: torch.Tensor) -> int:
+    return x.shape[0] + -x.shape[0] % _ROWS[x.dtype]
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """x with rows of zeros up to what the library takes, contiguous."""
+    missing = _padded_rows(x) - x.shape[0]
+    if not missing:
+        return x.contiguous()
+    padded = x.new_zeros(x.shape[0] + missing, x.shape[1])  # float8 has no `pad`
+    padded[: x.shape[0]] = x
+    return padded

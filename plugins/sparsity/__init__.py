@@ -1,0 +1,1 @@
+"""Sparsity: structured N:M and sparse training."""
