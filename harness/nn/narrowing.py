@@ -168,7 +168,9 @@ def require_described_heads(model: nn.Module) -> None:
         NotApplicable: the blocks have others.
     """
     if hasattr(model.config, "block_shapes"):
-        raise NotApplicable("heads were taken out of single blocks, which its configuration cannot describe")
+        raise NotApplicable(
+            "heads were taken out of the blocks, which the model's configuration cannot describe"
+        )
 
 
 # --- the configuration -----------------------------------------------------------------------------

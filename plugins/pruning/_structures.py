@@ -36,8 +36,6 @@ __all__ = [
     "taylor_scores",
 ]
 
-_REFIT_DAMP = 0.01
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -289,11 +287,13 @@ def _removed_everywhere(
 
 
 @torch.no_grad()
-def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def refit(
+    weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor, *, damp: float = 0.1
+) -> torch.Tensor:
     """The columns that stay, [out, kept], changed so that the layer's outputs change least.
 
-    Minimises ``E ||W x - W' x_kept||^2`` with a small pull (1 % of the mean diagonal) towards the columns
-    as they are, so the error is never above that of merely leaving the others out.
+    Minimises ``E ||W x - W' x_kept||^2`` plus ``damp * mean(diag H) ||W' - W_kept||^2``: the pull is towards
+    the columns as they are, so the error is never above that of merely leaving the others out.
 
     Args:
         weight: [out, in], float32 or float64. hessian: ``mean(x x^T)`` [in, in] in the same type.
@@ -303,6 +303,6 @@ def refit(weight: torch.Tensor, hessian: torch.Tensor, kept: torch.Tensor) -> to
     """
     stays = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
     stays[kept] = True
-    root = factorise(hessian[kept][:, kept], damp=_REFIT_DAMP).root
+    root = factorise(hessian[kept][:, kept], damp=damp).root
     lost = weight[:, ~stays] @ hessian[~stays][:, kept]
     return weight[:, kept] + lost @ root.T @ root

@@ -19,10 +19,13 @@ Knobs: `head_ratio` and `ffn_ratio`, shares that go; `criterion` (taylor: change
 activation: size of what is passed on, without labels; magnitude: of the weights; random: the control);
 `scope` (layer: the same number in each block; global: blocks compete, each keeps some); `multiple_of`, of
 the FFN's width that is left; `compensate` (lstsq: the output and down projections are refitted to the block's
-old outputs, block after block; bias: the mean of what is gone moves into their bias; none); `steps`.
+old outputs, block after block; bias: the mean of what is gone moves into their bias; none); `damp`, how
+strongly a refit is pulled to the weights as they were (share of the mean diagonal of the inputs' second
+moment); `steps`.
 
-Hurts: without retraining far more than unstructured zeros at the same share. `criterion` magnitude is no
-better than random. Heads of a model with one key-value head cannot go.
+Hurts: without retraining far more than unstructured zeros at the same share. With fewer calibration tokens
+than FFN channels a refit fits those tokens and can be worse than none. For channels, `criterion` magnitude is
+no better than random. A model with one key-value head keeps all its heads.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ class StructuredOptions(Options):
     scope: Literal["layer", "global"] = Field("layer", description="parts of a block compete, or of all")
     multiple_of: int = Field(64, ge=1, description="the FFN width that is left is a multiple of it")
     compensate: Literal["lstsq", "bias", "none"] = Field("lstsq", description="what makes up for the loss")
+    damp: float = Field(0.1, gt=0, description="pull of a refit to the old weights, of the mean diagonal")
     steps: int = Field(0, ge=0, description="training steps afterwards")
 
 
@@ -151,7 +155,7 @@ def _cut_and_compensate(
     else:
         hessian = observe_hessians(block, [reader])[reader]
         try:
-            new = refit(weight, hessian, columns)
+            new = refit(weight, hessian, columns, damp=options.damp)
         except NumericalFailure as error:
             raise NumericalFailure(f"{block.name}.{reader}: {error}") from None
     keep = keep_heads if reader == anatomy_of(model).out else keep_channels

@@ -219,18 +219,21 @@ def test_a_refit_is_least_squares():
     kept = torch.tensor([i for i in range(24) if i % 3])
     gone = torch.tensor([i for i in range(24) if i % 3 == 0])
     hessian = x.T @ x / len(x)
-    pull = (0.01 * hessian[kept][:, kept].diagonal().mean() * len(x)).sqrt()
+    pull = (0.03 * hessian[kept][:, kept].diagonal().mean() * len(x)).sqrt()
     # The pull as rows of their own, so that torch's least squares is the whole answer.
     rows = torch.cat([x[:, kept], pull * torch.eye(len(kept), dtype=torch.float64)])
     wanted = torch.cat([x @ weight.T, pull * weight[:, kept].T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
-    torch.testing.assert_close(refit(weight, hessian, kept), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(refit(weight, hessian, kept, damp=0.03), expected, rtol=1e-8, atol=1e-10)
 
     def error(columns, shift=0.0):
         return float((x @ weight.T - x[:, kept] @ columns.T - shift).square().sum())
 
     none = error(weight[:, kept])
-    assert error(refit(weight, hessian, kept)) < 0.7 * none
+    errors = [error(refit(weight, hessian, kept, damp=damp)) for damp in (1e-4, 0.1, 10)]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.7 * none
+    assert errors[2] < none
     biased = x + 3
     assert float((biased[:, gone] @ weight[:, gone].T).square().sum()) > none
     assert error(weight[:, kept], x[:, gone].mean(0) @ weight[:, gone].T) <= none
@@ -378,6 +381,7 @@ def test_nothing_to_take_out_is_no_change():
         ({"criterion": "hessian"}, "criterion"),
         ({"multiple_of": 0}, "multiple_of"),
         ({"compensate": "all"}, "compensate"),
+        ({"damp": 0}, "damp"),
         ({"steps": -1}, "steps"),
     ],
 )
