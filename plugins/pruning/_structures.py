@@ -18,6 +18,7 @@ from torch import nn
 from harness import ConfigError, NumericalFailure
 from harness.kernels.onednn import onednn_products
 from harness.nn.anatomy import anatomy_of, blocks_of
+from harness.nn.folding import linears_of
 from harness.nn.hessian import factorise
 from harness.nn.narrowing import BlockShape, block_shapes
 from harness.training import causal_loss
@@ -139,12 +140,10 @@ def magnitude_scores(model: nn.Module) -> list[Scores]:
     anatomy = anatomy_of(model)
     for (_, block), shape in zip(blocks_of(model), block_shapes(model), strict=True):
         narrow = shape.kv_heads * shape.head_dim
-        values = (
-            block.get_submodule(anatomy.qkv[-1]).weight[-narrow:].detach().float()
-        )  # the last rows if fused
+        values = _weight(block, anatomy.qkv[-1])[-narrow:]  # the last rows where they are fused
         made = values.square().sum(1).view(shape.kv_heads, -1).sum(1)
         read = _by_kv_head(_column_norms(block, anatomy.out).square(), shape)
-        up = block.get_submodule(anatomy.ffn_in[-1]).weight.detach().float().norm(dim=1)
+        up = _weight(block, anatomy.ffn_in[-1]).norm(dim=1)
         found.append(Scores((made * read).sqrt(), up * _column_norms(block, anatomy.ffn_out)))
     return found
 
@@ -203,8 +202,12 @@ def _by_kv_head(channels: torch.Tensor, shape: BlockShape) -> torch.Tensor:
 
 
 def _column_norms(block: nn.Module, name: str) -> torch.Tensor:
-    weight: torch.Tensor = block.get_submodule(name).weight
-    return weight.detach().float().norm(dim=0)
+    return _weight(block, name).norm(dim=0)
+
+
+def _weight(block: nn.Module, name: str) -> torch.Tensor:
+    (linear,) = linears_of(block, [name], "block")
+    return linear.weight.detach().float()
 
 
 def _require_tokens(count: int) -> None:

@@ -37,6 +37,7 @@ from pydantic import Field
 
 from harness import ConfigError, Method, NotApplicable, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of
+from harness.nn.folding import linears_of
 from harness.nn.hessian import observe_hessians
 from harness.nn.narrowing import add_to_bias, block_shapes, describe_in_config, keep_channels, keep_heads
 
@@ -146,7 +147,8 @@ def _cut_and_compensate(
     options: StructuredOptions,
 ) -> None:
     """Take parts out of a block; `reader` is the layer that read them, `columns` those of its that stay."""
-    weight = block.module.get_submodule(reader).weight.detach().float()
+    (linear,) = linears_of(block.module, [reader], block.name)
+    weight = linear.weight.detach().float()
     change = new = None
     if options.compensate == "bias":
         gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
@@ -161,7 +163,8 @@ def _cut_and_compensate(
     keep = keep_heads if reader == anatomy_of(model).out else keep_channels
     keep(model, block.index, kept)
     if new is not None:
-        block.module.get_submodule(reader).weight.copy_(new)
+        (linear,) = linears_of(block.module, [reader], block.name)  # another one by now
+        linear.weight.copy_(new)
     if change is not None:
         add_to_bias(block.module, reader, change)
 
