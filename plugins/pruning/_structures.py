@@ -202,7 +202,8 @@ def _by_kv_head(channels: torch.Tensor, shape: BlockShape) -> torch.Tensor:
 
 
 def _column_norms(block: nn.Module, name: str) -> torch.Tensor:
-    return _weight(block, name).norm(dim=0)
+    norms: torch.Tensor = _weight(block, name).norm(dim=0)
+    return norms
 
 
 def _weight(block: nn.Module, name: str) -> torch.Tensor:
