@@ -244,8 +244,8 @@ class Method:
     def source_hash(self) -> str:
         """SHA-256 of the source that decides what the transform does.
 
-        The plugin's own file, its family's helpers (``_*.py`` beside it), and for bundled plugins what
-        these import of other families and the numerics they stand on (`harness.nn`, `harness.kernels`).
+        The plugin's own file, its family's helpers (``_*.py`` beside it), and for bundled plugins the
+        numerics they stand on (`harness.nn`, `harness.kernels`).
         """
         digest = hashlib.sha256()
         for path in self._sources():
@@ -261,18 +261,5 @@ class Method:
         sources = [own, *sorted(own.parent.glob("_*.py"))]
         if self.transform.__module__.startswith("harness_plugins."):
             host = Path(__file__).parent
-            sources += sorted(_imported_from_families(self.transform.__module__) - set(sources))
             sources += sorted((host / "nn").rglob("*.py")) + sorted((host / "kernels").rglob("*.py"))
         return sources
-
-
-def _imported_from_families(module: str) -> set[Path]:
-    """The files of all bundled plugins' modules that a module imports something from, and so on."""
-    found, pending = set(), [module]
-    while pending:
-        name = pending.pop()
-        if name in found or not name.startswith("harness_plugins."):
-            continue
-        found.add(name)
-        pending += {str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()}
-    return {Path(file) for name in found if (file := sys.modules[name].__file__)}

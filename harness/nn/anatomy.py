@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.errors import NotApplicable
 
-__all__ = ["ANATOMIES", "Anatomy", "NormSite", "anatomy_of", "blocks_of", "norm_sites"]
+__all__ = ["ANATOMIES", "Anatomy", "NormSite", "anatomy_of", "blocks_of", "norm_sites", "sharing_input"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +177,10 @@ def norm_sites(model: nn.Module) -> tuple[NormSite, ...]:
     if anatomy.family == "opt" and not getattr(config, "do_layer_norm_before", True):
         return ()
     return anatomy.norm_sites
+
+
+def sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
+    """The layers of a block in the order in which they run, those that read the same input together."""
+    found = [[name for name in group if name in names] for group in groups]
+    known = {name for group in groups for name in group}
+    return [group for group in found if group] + [[name] for name in names if name not in known]

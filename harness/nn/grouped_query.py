@@ -19,6 +19,7 @@ from torch import nn
 from harness.errors import ConfigError, NotApplicable
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.attention import swap_attention
+from harness.nn.narrowing import require_described_heads
 from harness.nn.sdpa import shared_heads_sdpa
 from harness.nn.surgery import linear_from, replace_module
 
@@ -36,8 +37,10 @@ def regroup_key_values(model: nn.Module, groups: int, pool: Pool) -> nn.Module:
 
     Raises:
         ConfigError: `groups` does not divide the model's number of key-value heads.
-        NotApplicable: the family has no such attention, or another method replaced the projections.
+        NotApplicable: the family has no such attention, or another method replaced the projections or
+            took heads out of single blocks.
     """
+    require_described_heads(model)
     anatomy = anatomy_of(model)
     config: Any = model.config
     heads = config.num_attention_heads

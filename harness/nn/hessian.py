@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +19,9 @@ from harness.errors import ConfigError, NumericalFailure
 from harness.nn.blocks import Block
 
 __all__ = [
+    "Factor",
     "InputHessian",
+    "factorise",
     "inverse_root",
     "observe_hessians",
     "output_error",
@@ -88,6 +91,36 @@ def observe_hessians(block: Block, names: Sequence[str], *, advance: bool = Fals
 
     block.observe(names, see, advance=advance)
     return {name: found.get(name, InputHessian(0)).matrix(f"{block.name}.{name}") for name in names}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Hessian, factorised: what layers with the same input share.
+
+    Args:
+        root: upper triangular [in, in], in the order in which columns are worked on.
+        order: int64 [in], or None for the columns' own order.
+        dead: bool [in], the columns that no token ever reaches.
+        damp: the damping that was used.
+    """
+
+    root: torch.Tensor
+    order: torch.Tensor | None
+    dead: torch.Tensor
+    damp: float
+
+
+def factorise(hessian: torch.Tensor, *, damp: float, act_order: bool = False) -> Factor:
+    """Order the columns (`act_order`: the most active first), and factorise; raises as `inverse_root`."""
+    hessian = hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal().masked_fill_(dead, 1)
+    order = None
+    if act_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    root, damp = inverse_root(hessian, damp)
+    return Factor(root, order, dead, damp)
 
 
 def inverse_root(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:

@@ -54,7 +54,7 @@ def keep_layers(model: nn.Module, layer_map: Sequence[int]) -> nn.Module:
                 module.layer_idx = index  # type: ignore[assignment]
     replace_module(model, container_name, kept)
     config: Any = model.config
-    for name in ("layer_types", "no_rope_layers"):  # one entry a layer
+    for name in ("layer_types", "no_rope_layers", "block_shapes"):  # one entry a layer
         if isinstance(entries := getattr(config, name, None), list):
             setattr(config, name, [entries[index] for index in layer_map])
     config.num_hidden_layers = len(kept)

@@ -16,27 +16,10 @@ import torch
 
 from harness import NumericalFailure
 from harness.kernels.gptq import quantize_columns
-from harness.nn.hessian import inverse_root
+from harness.nn.hessian import Factor, factorise
 from harness.nn.quantizer import Grid, QuantizedWeight, group_grid, padded_to_groups
 
 __all__ = ["Factor", "GptqResult", "Rounding", "factorise", "gptq_quantize", "quantize_stack"]
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A damped Hessian, factorised: what layers with the same input share.
-
-    Args:
-        root: upper triangular [in, in], in the order in which columns are rounded.
-        order: int64 [in], or None for the columns' own order.
-        dead: bool [in], the columns that no token ever reaches.
-        damp: the damping that was used.
-    """
-
-    root: torch.Tensor
-    order: torch.Tensor | None
-    dead: torch.Tensor
-    damp: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +83,6 @@ def gptq_quantize(
         block_size=block_size,
     )
     return quantize_stack([weight], factor, rounding)[0]
-
-
-def factorise(hessian: torch.Tensor, *, damp: float, act_order: bool = False) -> Factor:
-    """Order the columns (`act_order`: the most active first), and factorise; raises as `inverse_root`."""
-    hessian = hessian.clone()
-    dead = hessian.diagonal() == 0
-    hessian.diagonal().masked_fill_(dead, 1)
-    order = None
-    if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    root, damp = inverse_root(hessian, damp)
-    return Factor(root, order, dead, damp)
 
 
 @torch.no_grad()

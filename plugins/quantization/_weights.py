@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ValidationError
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
+from harness.nn.anatomy import sharing_input
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
 from harness.nn.surgery import block_linears
@@ -69,13 +70,6 @@ class ImpliedDefaults(Options):
             return cls(**written).canonical()
         except ValidationError:
             return cls.model_construct().model_dump(mode="json", warnings=False)
-
-
-def sharing_input(names: list[str], groups: tuple[tuple[str, ...], ...]) -> list[list[str]]:
-    """The layers of a block in the order in which they run, those that read the same input together."""
-    found = [[name for name in group if name in names] for group in groups]
-    known = {name for group in groups for name in group}
-    return [group for group in found if group] + [[name] for name in names if name not in known]
 
 
 def leaves_layers(options: Any) -> bool:

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from pydantic import Field, field_validator, model_validator
 
 from harness import ConfigError, Method, NotApplicable, Paper, hookimpl
@@ -44,6 +43,7 @@ from harness.nn.channel_order import (
     value_heads,
 )
 from harness.nn.folding import linears_of
+from harness.nn.n_of_m import keep_n_of_m
 
 from ._patterns import (
     PatternOptions,

@@ -30,11 +30,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from pydantic import Field
 
 from harness import Method, NumericalFailure, Paper, hookimpl
 from harness.nn.hessian import inverse_root, observe_hessians
+from harness.nn.n_of_m import keep_n_of_m
 
 from ._patterns import (
     PatternOptions,

@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
 from harness import ConfigError, Method, NotApplicable, Paper, hookimpl
+from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.surgery import conv1d_to_linear, replace_module
 from harness.training import causal_loss, lr_factor
 

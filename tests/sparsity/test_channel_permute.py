@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from harness_plugins.sparsity import nm_prune
 from harness_plugins.sparsity.channel_permute import METHOD, PermuteOptions
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from harness.errors import ConfigError, NotApplicable
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
+from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.semi_structured import SemiStructuredLinear
 from harness.nn.surgery import block_linears
 from harness.testing import make_context, tiny_model

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from harness_plugins.sparsity.nm_prune import METHOD, NmOptions, scores_of
 from torch import nn
 
@@ -14,6 +11,7 @@ from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.kernels import semi_structured as kernel
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
+from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.semi_structured import SemiStructuredLinear
 from harness.nn.surgery import block_linears, replace_module
 from harness.testing import TinyTokenizer, make_context, tiny_model
@@ -43,45 +41,6 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
 
 
 # --- which weights stay -------------------------------------------------------------------------------
-
-
-def best_subset(group: list[float], n: int) -> set[int]:
-    """By trying them all: the largest sum, of equal ones that with the later places."""
-    subsets = itertools.combinations(range(len(group)), n)
-    return set(max(subsets, key=lambda places: (sum(sorted(group[p] for p in places)), places)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (2, 3)])
-def test_every_group_keeps_its_best(n, m, dtype):
-    scores = torch.rand(7, 4 * m, generator=torch.Generator().manual_seed(0)).to(dtype)
-    keep = keep_n_of_m(scores, n, m)
-    assert (keep.dtype, keep.shape) == (torch.bool, scores.shape)
-    for row, mask in zip(scores.double(), keep, strict=True):
-        for start in range(0, 4 * m, m):
-            group, places = row[start : start + m].tolist(), mask[start : start + m].nonzero().flatten()
-            assert len(places) == n
-            best = best_subset(group, n)
-            assert sum(group[p] for p in places) == pytest.approx(sum(group[p] for p in best))
-
-
-def test_of_equal_scores_the_first_go():
-    keep = keep_n_of_m(torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 0.0, 0.0]]), 2, 4)
-    assert keep.int().tolist() == [[0, 0, 1, 1, 0, 1, 0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("n", "m", "width", "words"),
-    [
-        (5, 4, 8, "from 1 to 4 of 4"),
-        (0, 4, 8, "from 1 to 4"),
-        (2, 4, 10, "4 divides, not 10"),
-        (2, 4, 0, "not 0"),
-    ],
-)
-def test_what_is_no_pattern_is_an_error(n, m, width, words):
-    with pytest.raises(ConfigError, match=words):
-        keep_n_of_m(torch.zeros(3, width), n, m)
 
 
 def test_survivors_of_normal_and_uniform_weights_hold_the_known_share():
@@ -353,11 +312,6 @@ def test_random_weights_are_never_retrained():
     context = make_context(model, info)
     pruned(model, context, steps=3)
     assert context.trained_steps == 0
-
-
-def test_helpers_of_other_families_are_part_of_a_methods_source():
-    files = {path.name for path in METHOD._sources()}
-    assert {"_nm.py", "_patterns.py", "nm_prune.py", "semi_structured.py"} <= files
 
 
 def test_a_layer_swapped_in_later_is_measured_as_it_is():

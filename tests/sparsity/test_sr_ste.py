@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from harness_plugins.pruning._nm import keep_n_of_m
 from harness_plugins.sparsity import nm_prune
 from harness_plugins.sparsity.sr_ste import (
     METHOD,
@@ -22,6 +21,7 @@ from torch.nn import functional
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
+from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.surgery import block_linears
 from harness.testing import TinyTokenizer, make_context, tiny_model
 from harness.training import TrainSettings, lr_factor
