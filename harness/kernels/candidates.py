@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.kernels.selection import Launch, select
+from harness.kernels.selection import WRITING, Launch, Writing, select
 from harness.kernels.stored import Form
 
-__all__ = ["MOST_FUSED_ROWS", "candidates"]
+__all__ = ["MOST_FUSED_ROWS", "WRITINGS", "candidates"]
 
 MOST_FUSED_ROWS = 2048
 """Beyond so many rows writing the matrix out costs under a tenth of a library product."""
+
+WRITINGS = (
+    WRITING,
+    Writing(64),
+    Writing(64, warps=8),
+    Writing(16, warps=4),
+    Writing(32, words=32, warps=8),
+    Writing(128, warps=8),
+)
+"""Ways to write a matrix out, today's first."""
 
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=4),
@@ -21,14 +31,14 @@ _GEMV = (
     Launch("gemv", 128, warps=4, programs=4),
     Launch("gemv", 32, words=32, warps=4, programs=8),
     Launch("gemv", 16, warps=1, programs=16),
-    Launch("gemv", 16, warps=4, words=64, programs=2),
+    Launch("gemv", 16, warps=2, programs=8),
 )
 _FEW = (
     Launch("fused", 64, 16, programs=2, stages=4),
     Launch("fused", 64, 16, programs=4, stages=4),
     Launch("fused", 64, 16, programs=1, stages=5),
     Launch("fused", 64, 16, programs=4, stages=2),
-    Launch("fused", 64, 16, words=32, programs=2),
+    Launch("fused", 64, 16, programs=4, sums=False),
     Launch("fused", 64, 16, programs=8),
     Launch("fused", 128, 16, programs=2, warps=4),
     Launch("fused", 128, 16, programs=2, warps=8),
@@ -37,7 +47,7 @@ _FEW = (
 _MANY = (
     Launch("fused", 128, 128, programs=1, warps=8, sums=False),
     Launch("fused", 128, 256, programs=1, warps=8, sums=False, stages=2),
-    Launch("fused", 128, 128, words=32, programs=1, warps=8, sums=False, stages=2),
+    Launch("fused", 128, 128, programs=1, warps=8, sums=False, stages=2),
     Launch("fused", 64, 256, programs=1, warps=4, sums=False, stages=2),
     Launch("fused", 128, 128, programs=1, warps=4, sums=False),
     Launch("fused", 256, 128, programs=1, warps=8, sums=False),

@@ -11,7 +11,7 @@ from typing import Literal
 from harness.kernels.stored import Form
 from harness.nn.packing import PLANES
 
-__all__ = ["RULES", "Launch", "Rule", "rows_per_program", "select", "tiles_per_step"]
+__all__ = ["RULES", "WRITING", "Launch", "Rule", "Writing", "rows_per_program", "select", "tiles_per_step"]
 
 Kernel = Literal["gemv", "small", "fused"]
 
@@ -53,7 +53,19 @@ class Rule:
     activation_bits: tuple[int, ...] = (16,)
 
 
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a matrix is written out: rows and words of each row a program, and its warps."""
+
+    block_n: int
+    words: int = 16
+    warps: int = 4
+
+
 _ALL = tuple(PLANES)
+
+WRITING = Writing(block_n=32)
+"""For every matrix that is written out in full precision."""
 
 RULES: tuple[Rule, ...] = (
     # Integers on a grid. One row waits for memory alone.

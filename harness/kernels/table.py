@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from harness.kernels.selection import WRITING, Writing
 from harness.kernels.stored import StoredMatrix
 from harness.kernels.weight_only import fits_triton, launch_for, name_of
 
-__all__ = ["choose", "dequantize", "fits", "linear"]
+__all__ = ["choose", "dequantize", "fits", "linear", "write"]
 
 _MOST_PLACES = 2**31
 """Places of outliers are 32-bit integers."""
@@ -34,9 +35,14 @@ def choose(matrix: StoredMatrix, rows: int, dtype: torch.dtype) -> str:
 
 def dequantize(matrix: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [out, in], computed in float32 and rounded to `dtype` once, outliers exact; needs `fits`."""
+    return write(matrix, dtype, WRITING)
+
+
+def write(matrix: StoredMatrix, dtype: torch.dtype, writing: Writing) -> torch.Tensor:
+    """As `dequantize`, for any stored matrix and by a launch of choice."""
     from harness.kernels import triton_weight_only
 
-    weight = triton_weight_only.dequantize(matrix, dtype)
+    weight = triton_weight_only.dequantize(matrix, dtype, writing)
     if matrix.outlier_index is not None and matrix.outlier_values is not None:
         weight.view(-1)[matrix.outlier_index.long()] = matrix.outlier_values.to(dtype)
     return weight

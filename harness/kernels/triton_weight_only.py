@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from harness.kernels.selection import Launch, rows_per_program, tiles_per_step
+from harness.kernels.selection import WRITING, Launch, Writing, rows_per_program, tiles_per_step
 from harness.kernels.stored import StoredMatrix
 from harness.kernels.triton_dequantize import weight_only_dequantize_kernel
 from harness.kernels.triton_fields import EXPONENT
@@ -141,29 +141,24 @@ def prepare(
     return calls
 
 
-def dequantize(weight: StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [out, in], computed in float32 and rounded to `dtype` once."""
-    return prepare_dequantize(weight, dtype).run()
+def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:
+    """The matrix [out, in], computed in float32 and rounded to `dtype` once; no outliers."""
+    return prepare_dequantize(weight, dtype, writing).run()
 
 
-def prepare_dequantize(
-    weight: StoredMatrix, dtype: torch.dtype, *, block_n: int = 32, words: int = 16, warps: int = 4
-) -> Call:
-    """The launch that writes the matrix.
-
-    Args:
-        block_n, words: rows of the matrix and words of each, at least, that a program reads.
-    """
+def prepare_dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> Call:
+    """The launch that writes the matrix."""
     out = weight.out_features
     w = torch.empty(out, weight.in_features, dtype=dtype, device=weight.codes.device)
-    chunk = tiles_per_step(weight.form, words)
+    block_n = writing.block_n
+    chunk = tiles_per_step(weight.form, writing.words)
     shared = _shared(weight, chunk, block_n)
     tiles = weight.codes.shape[0]
     arguments = (
         *shared.tensors, w, out, weight.in_features, tiles,
         shared.zero_bytes, shared.tiles_per_group, EXPONENT, 0,
     )  # fmt: skip
-    constants = {**shared.constants, "BLOCK_N": block_n, "num_warps": warps}
+    constants = {**shared.constants, "BLOCK_N": block_n, "num_warps": writing.warps}
     constants["EVEN"] = constants["EVEN"] and weight.columns == weight.in_features
     # As plain torch does it: a product is rounded before something is added to it.
     constants["enable_fp_fusion"] = False

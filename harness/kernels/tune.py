@@ -4,7 +4,7 @@ For every scheme, shape and number of rows a bounded list of launches is tried: 
 the plain-torch product of the same weights, then timed as in `harness.kernels.bench` (a CUDA graph over
 copies of the weight that exceed the cache), beside bfloat16, beside writing the matrix out first, and beside
 PyTorch's own 4-bit product. Nothing is changed: the table and the JSON file say what
-`harness.kernels.selection.RULES` should hold.
+`RULES` and `WRITING` of `harness.kernels.selection` should hold.
 
 All launches are first compiled by several processes at once. Then one worker goes through the parts. A
 launch that does not compile, does not fit or is wrong is one line; a worker that dies or is silent for too
@@ -33,7 +33,7 @@ __all__ = ["ROWS", "SHAPES", "best_of", "compile_parts", "main", "run_parts", "s
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 """(in, out) of Llama-7B's projections."""
-ROWS = (1, 2, 16, 64, 128, 256, 512, 1024)
+ROWS = (1, 2, 16, 64, 128, 256, 512, 2048)
 
 _PEERS = ("bf16", "tinygemm")
 _SILENCE_S = 45.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from harness.kernels.candidates import candidates
-from harness.kernels.selection import Launch
+from harness.kernels.candidates import MOST_FUSED_ROWS, WRITINGS, candidates
+from harness.kernels.selection import WRITING, Launch, Writing
 from harness.kernels.stored import StoredMatrix, stored
 from harness.nn.codebook import CodebookLinear
 from harness.nn.codebook_weight import CodebookWeight, Outliers
@@ -191,7 +191,13 @@ def _ways(
     yield "bf16", None, lambda i: x @ weights[i % len(weights)].T
     if part.scheme == "w4-g128" and x.is_cuda:
         yield "tinygemm", None, functools.partial(_tinygemm, x, *weights[0].shape)
-    yield "dequantize+matmul", None, lambda i: x @ _dense(copies[i % len(copies)]).T
+    for writing in WRITINGS if part.rows > MOST_FUSED_ROWS // 2 else (WRITING,):
+
+        def written(i: int, writing: Writing = writing) -> torch.Tensor:
+            return x @ _dense(copies[i % len(copies)], writing).T
+
+        sizes = f"n={writing.block_n} words={writing.words} warps={writing.warps}"
+        yield f"dequantize+matmul {sizes}", None, written
     for launch in candidates(copies[0].form, part.rows):
 
         def multiplied(i: int, launch: Launch = launch) -> torch.Tensor:
@@ -261,11 +267,10 @@ def _reference(matrix: StoredMatrix) -> torch.Tensor:
     return reference.stored_matrix(matrix).bfloat16()
 
 
-def _dense(matrix: StoredMatrix) -> torch.Tensor:
-    from harness.kernels import table, triton_weight_only
+def _dense(matrix: StoredMatrix, writing: Writing) -> torch.Tensor:
+    from harness.kernels import table
 
-    write = triton_weight_only.dequantize if matrix.table is None else table.dequantize
-    return write(matrix, torch.bfloat16)
+    return table.write(matrix, torch.bfloat16, writing)
 
 
 def _rotation(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -193,7 +193,7 @@ def test_what_a_launch_raises_is_a_failure_and_the_seconds_end_a_part():
         raise RuntimeError("out of\nresource")
 
     trials = list(tune_part(replace(PART, seconds=1e-9), torch.device("cpu"), timer))
-    assert [each.name for each in trials] == ["bf16", "dequantize+matmul"]
+    assert [each.name for each in trials] == ["bf16", "dequantize+matmul n=32 words=16 warps=4"]
     assert {each.failure for each in trials} == {"RuntimeError: out of resource"}
 
 
