@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from harness.kernels import reference
 from harness.kernels.selection import WRITING, Writing
 from harness.kernels.stored import StoredMatrix
 from harness.kernels.weight_only import fits_triton, launch_for, name_of
 
-__all__ = ["choose", "dequantize", "fits", "linear", "write"]
+__all__ = ["choose", "dequantize", "fits", "linear", "runs", "write"]
 
 _MOST_PLACES = 2**31
 """Places of outliers are 32-bit integers."""
@@ -24,6 +25,11 @@ def fits(matrix: StoredMatrix, dtype: torch.dtype) -> bool:
     places = matrix.out_features * matrix.in_features
     has_wide_outliers = matrix.outlier_index is not None and places >= _MOST_PLACES
     return not has_wide_outliers and fits_triton(matrix.form, dtype, matrix.codes.device)
+
+
+def runs(x: torch.Tensor, matrix: StoredMatrix) -> bool:
+    """Whether a layer should call `linear`; a traced layer always does on CUDA, where nothing is asked."""
+    return x.is_cuda if torch.compiler.is_compiling() else fits(matrix, x.dtype)
 
 
 def choose(matrix: StoredMatrix, rows: int, dtype: torch.dtype) -> str:
@@ -49,12 +55,14 @@ def write(matrix: StoredMatrix, dtype: torch.dtype, writing: Writing) -> torch.T
 
 
 def linear(x: torch.Tensor, matrix: StoredMatrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ dequantize(matrix).T + bias`` for x [rows, in]; needs `fits`.
+    """``x @ dequantize(matrix).T + bias`` for x [rows, in].
 
     Where gradients flow to x, the matrix is dequantized: the fused kernels have no backward pass. For
     torch.compile the whole is one operator, ``torch.ops.harness.table_linear``.
     """
-    if torch.compiler.is_compiling() and not _needs_gradient(x):
+    if torch.compiler.is_compiling():
+        if _needs_gradient(x):  # plain torch, for the compiler to see through
+            return functional.linear(x, reference.stored_matrix(matrix).to(x.dtype), bias)
         y: torch.Tensor = _operator(
             x, matrix.codes, matrix.table, matrix.scales, matrix.steps, matrix.mean,
             matrix.outlier_index, matrix.outlier_values, bias,
@@ -111,6 +119,8 @@ def _needs_gradient(x: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, matrix: StoredMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+    if not fits(matrix, x.dtype):
+        return functional.linear(x, reference.stored_matrix(matrix).to(x.dtype), bias)
     launch = None if _needs_gradient(x) else launch_for(matrix.form, x.shape[0], x.dtype, x.device)
     if launch is not None:
         from harness.kernels import triton_weight_only

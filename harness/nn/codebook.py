@@ -212,7 +212,7 @@ class CodebookLinear(PackedCodebook, PackedLinear):
         return self._flat(x, self._multiply)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if table_kernels.fits(self.stored, x.dtype):
+        if table_kernels.runs(x, self.stored):
             return table_kernels.linear(x, self.stored, self.bias)
         return functional.linear(x, self.dense_weight(x.dtype), self.bias)
 

@@ -139,7 +139,7 @@ class TiedHead(PackedLinear):
         return self._flat(x, self._multiply)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if table_kernels.fits(self.embedding.stored, x.dtype):
+        if table_kernels.runs(x, self.embedding.stored):
             return table_kernels.linear(x, self.embedding.stored, self.bias)
         return functional.linear(x, self.dense_weight(x.dtype), self.bias)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy
@@ -361,10 +360,44 @@ def test_rows_apart_and_columns_apart(device):
 
 @pytest.mark.usefixtures("with_kernels")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("make", [lambda: table_layer((40, 192), 4, 64, False, 0)], ids=["table"])
-def test_gradients_reach_the_input(make: Callable[[], CodebookLinear], device):
-    layer = make().to(device)
+def test_gradients_reach_the_input_of_a_table(device):
+    layer = table_layer((40, 192), 4, 64, False, 0).to(device)
     x = torch.randn(2, 192, device=device, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad[0], layer.dense_weight().sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outliers", [0, 9])
+def test_the_operator_of_a_table_without_kernels(outliers):
+    """What a traced layer calls on CUDA: the plain form where no kernel fits."""
+    layer = table_layer((40, 192), 4, 64, True, outliers)
+    matrix, x, bias = layer.stored, torch.randn(3, 192), torch.randn(40)
+    arguments = (
+        x, matrix.codes, matrix.table, matrix.scales, matrix.steps, matrix.mean,
+        matrix.outlier_index, matrix.outlier_values, bias, 4, matrix.tile, 64, 192,
+    )  # fmt: skip
+    y = torch.ops.harness.table_linear(*arguments)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.dense_weight(), bias))
+    torch.library.opcheck(
+        torch.ops.harness.table_linear, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 8, 100])
+@pytest.mark.parametrize("outliers", [0, 9])
+def test_a_traced_table_is_one_operator_and_a_graph_replays_it(rows, outliers):
+    layer = table_layer((512, 1024), 4, 64, False, outliers).cuda()
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), expected)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, layer(x))
