@@ -17,7 +17,16 @@ from harness.kernels.selection import Launch, select
 from harness.kernels.stored import Form, stored
 from harness.nn.packing import PackedWeight
 
-__all__ = ["choose", "dequantize", "fits_triton", "has_triton", "launch_for", "linear", "name_of"]
+__all__ = [
+    "choose",
+    "dequantize",
+    "fits_triton",
+    "has_triton",
+    "launch_for",
+    "linear",
+    "make_ready",
+    "name_of",
+]
 
 _FALLBACK = "dequantize+matmul"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,6 +40,14 @@ def has_triton(device: torch.device) -> bool:
 @functools.cache
 def _is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def make_ready(device: torch.device) -> None:
+    """Allocate what the kernels keep on this device: before a CUDA graph's own memory could hold it."""
+    if has_triton(device):
+        from harness.kernels import triton_weight_only
+
+        triton_weight_only.numbers(device)
 
 
 def fits_triton(form: Form, dtype: torch.dtype, device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from harness.errors import ConfigError
 from harness.kernels import table as table_kernels
+from harness.kernels import weight_only
 from harness.kernels.stored import StoredMatrix
 from harness.nn.codebook_weight import SCALE_BLOCK, CodebookWeight, Outliers, ScaleCodes
 from harness.nn.kept_types import KeptTypes
@@ -93,6 +94,10 @@ class PackedCodebook(KeptTypes):
             self.scales = scales.float().contiguous()
         if outliers is not None and outliers.index.numel():
             self.outlier_index, self.outlier_values = outliers.index, outliers.values
+        self._moved()
+
+    def _moved(self) -> None:
+        weight_only.make_ready(self.codes.device)
 
     def _unpacked(self, codes: torch.Tensor) -> torch.Tensor:
         """Places uint8 [rows, columns] of packed codes, padding only up to whole groups."""

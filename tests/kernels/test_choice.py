@@ -12,6 +12,7 @@ from harness.kernels.selection import RULES, Launch, rows_per_program, select, t
 from harness.kernels.stored import Form
 from harness.nn.codebook import CodebookLinear
 from harness.nn.packing import pack_weight
+from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
 
 
@@ -160,6 +161,15 @@ def test_narrow_steps_take_more_rows():
     assert rows_per_program(form_of(4, 128), launch, 1) == 64
     assert rows_per_program(form_of(4, 32), launch, 1) == 256
     assert rows_per_program(form_of(8, 128), launch, 1) == 64
+
+
+def test_a_layer_says_where_it_has_come_to(monkeypatch):
+    devices: list[torch.device] = []
+    monkeypatch.setattr(weight_only, "make_ready", devices.append)
+    quantized = quantize_weight(torch.randn(64, 256), bits=4, sym=False, group_size=128)
+    QuantizedLinear.from_weight(quantized).to("meta")
+    codebook(group_size=64).to("meta")
+    assert [device.type for device in devices] == ["cpu", "meta", "meta"]
 
 
 @pytest.mark.usefixtures("with_triton")

@@ -401,3 +401,18 @@ def test_a_traced_table_is_one_operator_and_a_graph_replays_it(rows, outliers):
         x.copy_(torch.randn_like(x))
         graph.replay()
         assert torch.equal(y, layer(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_kernels_keep_is_there_before_the_first_call():
+    """Allocated on the first call, it could lie in the memory of a graph that is gone later."""
+    from harness.kernels import triton_weight_only
+
+    weight = quantize_weight(torch.randn(64, 256), bits=4, sym=False, group_size=128)
+    for layer in (QuantizedLinear.from_weight(weight), table_layer((40, 192), 4, 64, False, 0)):
+        triton_weight_only.numbers.cache_clear()
+        layer = layer.cuda()
+        assert triton_weight_only.numbers.cache_info().currsize == 1
+        triton_weight_only.numbers(layer.codes.device)
+        assert triton_weight_only.numbers.cache_info().misses == 1
