@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from harness.nn.packing import PackedWeight, unpack_weight
+from harness.kernels.stored import StoredMatrix
+from harness.nn.codebook_weight import ScaleCodes
+from harness.nn.packing import PackedWeight, unpack_matrix, unpack_rows, unpack_weight
 from harness.nn.quantizer import Grid
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "int8_matmul",
     "normalize",
     "quantize_columns",
+    "stored_matrix",
     "weight_only_linear",
 ]
 
@@ -31,6 +34,31 @@ _CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The matrix [out, in] that a packed weight stands for, computed in float32."""
     return unpack_weight(weight).dequantize(torch.float32).to(dtype)
+
+
+def stored_matrix(matrix: StoredMatrix) -> torch.Tensor:
+    """The matrix [out, in] in float32 that kernels read: on a grid or in a table, outliers exact."""
+    codes = unpack_matrix(matrix.codes, matrix.bits, matrix.tile)
+    groups_of = torch.arange(codes.shape[1], device=codes.device) // matrix.group_columns
+    if matrix.table is not None:
+        values = matrix.table[codes.int()]
+    elif matrix.zeros is None:
+        values = codes.float() - 2.0 ** (matrix.bits - 1)
+    else:
+        zeros, rows = matrix.zeros, matrix.out_features
+        if not zeros.is_floating_point():
+            assert matrix.scales is not None
+            zeros = unpack_rows(zeros, matrix.bits, matrix.scales.shape[1])
+        values = codes.float() - zeros.float().t()[:, groups_of].expand(rows, -1)
+    if matrix.scales is not None:
+        scales = matrix.scales
+        if matrix.steps is not None and matrix.mean is not None:
+            scales = ScaleCodes(scales, matrix.steps, matrix.mean).dequantize()
+        values = values * scales.float().t()[:, groups_of]
+    values = values[:, : matrix.in_features].contiguous()
+    if matrix.outlier_index is not None and matrix.outlier_values is not None:
+        values.view(-1)[matrix.outlier_index.long()] = matrix.outlier_values.float()
+    return values
 
 
 def weight_only_linear(

@@ -1,4 +1,8 @@
-"""The choice of a kernel for packed weights and full-precision activations."""
+"""The choice of a kernel for packed weights and full-precision activations.
+
+Integers on a grid here; places in a table in `harness.kernels.table`. Both choose by
+`harness.kernels.selection` and run the same kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,20 @@ import torch
 from torch.nn import functional
 
 from harness.kernels import reference
-from harness.nn.packing import PLANES, PackedWeight
+from harness.kernels.selection import Launch, select
+from harness.kernels.stored import Form, stored
+from harness.nn.packing import PackedWeight
 
-__all__ = ["FEW_ROWS", "MANY_ROWS", "choose", "dequantize", "has_triton", "linear"]
-
-FEW_ROWS = 4
-"""3-bit weights: up to so many rows each takes a matrix-vector kernel."""
-MANY_ROWS = 64
-"""Beyond so many rows the weights are dequantized once and multiplied by the library's kernel."""
+__all__ = [
+    "choose",
+    "dequantize",
+    "fits_triton",
+    "has_triton",
+    "launch_for",
+    "linear",
+    "make_ready",
+    "name_of",
+]
 
 _FALLBACK = "dequantize+matmul"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,37 +42,49 @@ def _is_triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _fits_triton(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Triton reads whole 32-bit words of one group, and packed zero points."""
-    whole_words = all(weight.tile * width % 32 == 0 for width in PLANES[weight.bits])
-    packed_zeros = weight.zeros is None or not weight.zeros.is_floating_point()
-    return (
-        dtype in _FLOATS
-        and whole_words
-        and packed_zeros
-        and weight.group_columns % weight.tile == 0
-        and has_triton(weight.codes.device)
-    )
+def make_ready(device: torch.device) -> None:
+    """Allocate what the kernels keep on this device: before a CUDA graph's own memory could hold it."""
+    if has_triton(device):
+        from harness.kernels import triton_weight_only
+
+        triton_weight_only.numbers(device)
+
+
+def fits_triton(form: Form, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for this matrix, type of activations and device."""
+    return dtype in _FLOATS and form.fits and has_triton(device)
+
+
+def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> Launch | None:
+    """The launch that multiplies so many rows of this type; None where the matrix is written out first."""
+    if not fits_triton(form, dtype, device):
+        return None
+    return select(form, rows, torch.finfo(dtype).bits)
+
+
+def name_of(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the kernel that runs for so many rows of this type."""
+    if not fits_triton(form, dtype, device):
+        return _FALLBACK
+    launch = select(form, rows, torch.finfo(dtype).bits)
+    if launch is None:
+        return f"triton {_FALLBACK}"
+    codes = "t" if form.is_table else "w"
+    return f"triton {codes}{form.bits}a{torch.finfo(dtype).bits} {launch.kernel}"
 
 
 def choose(weight: PackedWeight, rows: int, dtype: torch.dtype) -> str:
     """The name of the kernel that `linear` runs for so many rows of activations of this type."""
-    if not _fits_triton(weight, dtype):
-        return _FALLBACK
-    scheme = f"triton w{weight.bits}a{torch.finfo(dtype).bits}"
-    if rows <= (FEW_ROWS if weight.bits == 3 else 1):
-        return f"{scheme} gemv"
-    if rows <= MANY_ROWS and weight.bits != 3:
-        return f"{scheme} small"
-    return f"triton {_FALLBACK}"
+    return name_of(stored(weight).form, rows, dtype, weight.codes.device)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [out, in], computed in float32 and rounded to `dtype`."""
-    if _fits_triton(weight, dtype):
+    matrix = stored(weight)
+    if fits_triton(matrix.form, dtype, weight.codes.device):
         from harness.kernels import triton_weight_only
 
-        return triton_weight_only.dequantize(weight, dtype)
+        return triton_weight_only.dequantize(matrix, dtype)
     return reference.dequantize(weight, dtype)
 
 
@@ -117,14 +139,10 @@ def _needs_gradient(x: torch.Tensor) -> bool:
 
 
 def _linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    kernel = choose(weight, x.shape[0], x.dtype)
-    if not _needs_gradient(x):
-        if kernel.endswith(" gemv"):
-            from harness.kernels import triton_weight_only
+    matrix = stored(weight)
+    launch = None if _needs_gradient(x) else launch_for(matrix.form, x.shape[0], x.dtype, x.device)
+    if launch is not None:
+        from harness.kernels import triton_weight_only
 
-            return triton_weight_only.gemv(x, weight, bias)
-        if kernel.endswith(" small"):
-            from harness.kernels import triton_weight_only
-
-            return triton_weight_only.small(x, weight, bias)
+        return triton_weight_only.multiply(x, matrix, bias, launch)
     return functional.linear(x, dequantize(weight, x.dtype), bias)

@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
+from harness.kernels import table as table_kernels
+from harness.kernels import weight_only
+from harness.kernels.stored import StoredMatrix
 from harness.nn.codebook_weight import SCALE_BLOCK, CodebookWeight, Outliers, ScaleCodes
 from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import PLANES, choose_tile, pack_matrix, packed_columns, unpack_matrix
@@ -91,6 +94,10 @@ class PackedCodebook(KeptTypes):
             self.scales = scales.float().contiguous()
         if outliers is not None and outliers.index.numel():
             self.outlier_index, self.outlier_values = outliers.index, outliers.values
+        self._moved()
+
+    def _moved(self) -> None:
+        weight_only.make_ready(self.codes.device)
 
     def _unpacked(self, codes: torch.Tensor) -> torch.Tensor:
         """Places uint8 [rows, columns] of packed codes, padding only up to whole groups."""
@@ -110,8 +117,29 @@ class PackedCodebook(KeptTypes):
         codes = self._unpacked(self.codes)
         return CodebookWeight(codes, self.table, self.bits, self.columns, scales, self.group_size, outliers)
 
+    @property
+    def stored(self) -> StoredMatrix:
+        """The stored matrix as kernels read it."""
+        columns = self.codes.shape[0] * self.tile
+        return StoredMatrix(
+            self.codes,
+            self.bits,
+            self.tile,
+            columns if self.group_size == -1 else self.group_size,
+            self.columns,
+            self.scales,
+            None,
+            self.table,
+            self.scale_steps,
+            self.scale_mean,
+            self.outlier_index,
+            self.outlier_values,
+        )
+
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [rows, columns] that the codes stand for, outliers exact."""
+        if table_kernels.fits(self.stored, dtype):
+            return table_kernels.dequantize(self.stored, dtype)
         return self.codebook_weight.dequantize(dtype)
 
     def _described(self) -> str:
@@ -177,7 +205,7 @@ class CodebookLinear(PackedCodebook, PackedLinear):
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """What the forward pass runs for so many rows of activations of this type."""
-        return "gather+matmul"
+        return table_kernels.choose(self.stored, rows, dtype)
 
     @property
     def kernel_name(self) -> str:
@@ -189,6 +217,8 @@ class CodebookLinear(PackedCodebook, PackedLinear):
         return self._flat(x, self._multiply)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if table_kernels.runs(x, self.stored):
+            return table_kernels.linear(x, self.stored, self.bias)
         return functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

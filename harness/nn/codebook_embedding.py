@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
+from harness.kernels import table as table_kernels
 from harness.nn.anatomy import anatomy_of, find
 from harness.nn.codebook import PackedCodebook
 from harness.nn.codebook_weight import CodebookWeight
@@ -123,7 +124,7 @@ class TiedHead(PackedLinear):
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """What the forward pass runs for so many rows of activations of this type."""
-        return "gather+matmul"
+        return table_kernels.choose(self.embedding.stored, rows, dtype)
 
     @property
     def kernel_name(self) -> str:
@@ -135,7 +136,12 @@ class TiedHead(PackedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., out] of x [..., in], in x's type."""
-        return self._flat(x, lambda flat: functional.linear(flat, self.dense_weight(flat.dtype), self.bias))
+        return self._flat(x, self._multiply)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if table_kernels.runs(x, self.embedding.stored):
+            return table_kernels.linear(x, self.embedding.stored, self.bias)
+        return functional.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"

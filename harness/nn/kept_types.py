@@ -23,4 +23,8 @@ class KeptTypes(nn.Module):
             after = getattr(self, name)
             if before is not None and after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
+        self._moved()
         return self
+
+    def _moved(self) -> None:
+        """Called where the module may have come to another device."""

@@ -132,7 +132,11 @@ class QuantizedLinear(PackedLinear):
         layer.order = weight.order
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        layer._moved()
         return layer
+
+    def _moved(self) -> None:
+        weight_only.make_ready(self.codes.device)
 
     @property
     def packed(self) -> PackedWeight:

@@ -15,8 +15,9 @@ Knobs: `group_size`; `double_quant`; `lora_r`, `lora_alpha`, `steps` (the sweep'
 and `lr` of the adapters; `targets`; `ragged` (a group size that does not divide a layer: raise, pad its
 last group, or skip the layer).
 
-Hurts: no integer kernel can read it; the matrix is written out before it is multiplied, so it saves
-memory and no time. Groups with zero points (rtn, hqq) are as good on Gaussian weights.
+Hurts: no integer kernel can read it. On CUDA up to 16 rows look the levels up as they multiply; for more,
+and elsewhere, the matrix is written out before, which saves memory and no time. Groups with zero points
+(rtn, hqq) are as good on Gaussian weights.
 """
 
 from __future__ import annotations

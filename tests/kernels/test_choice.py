@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from harness.kernels import bench, int8, reference, weight_only
+from harness.kernels.selection import RULES, Launch, rows_per_program, select, tiles_per_step
+from harness.kernels.stored import Form
+from harness.nn.codebook import CodebookLinear
 from harness.nn.packing import pack_weight
+from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
 
 
@@ -37,15 +41,15 @@ def test_without_cuda_weights_are_dequantized():
     ("bits", "rows", "kernel"),
     [
         (4, 1, "triton w4a16 gemv"),
-        (4, 2, "triton w4a16 small"),
-        (4, 64, "triton w4a16 small"),
-        (4, 65, "triton dequantize+matmul"),
+        (4, 2, "triton w4a16 fused"),
+        (4, 128, "triton w4a16 fused"),
+        (4, 129, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 gemv"),
-        (8, 16, "triton w8a16 small"),
+        (8, 16, "triton w8a16 fused"),
         (3, 1, "triton w3a16 gemv"),
-        (3, 4, "triton w3a16 gemv"),
-        (3, 5, "triton dequantize+matmul"),
-        (2, 16, "triton w2a16 small"),
+        (3, 2, "triton w3a16 fused"),
+        (3, 129, "triton dequantize+matmul"),
+        (2, 16, "triton w2a16 fused"),
     ],
 )
 def test_the_kernel_follows_from_bits_and_rows(bits, rows, kernel):
@@ -58,13 +62,114 @@ def test_layouts_that_triton_cannot_read_fall_back():
     # A 3-bit tile of 16 columns has no whole word of its upper plane.
     narrow = packed(3, (8, 48), group_size=16)
     assert weight_only.choose(narrow, 1, torch.bfloat16) == "dequantize+matmul"
-    # Zero points that are no whole numbers are not packed.
-    free = packed(4, group_size=128)
-    free = replace(free, zeros=torch.zeros(2, 64, dtype=torch.float16))
-    assert weight_only.choose(free, 1, torch.bfloat16) == "dequantize+matmul"
     # Groups of 12 columns straddle the tiles.
     assert weight_only.choose(packed(4, (8, 48), group_size=12), 1, torch.bfloat16) == "dequantize+matmul"
     assert weight_only.choose(packed(group_size=128), 1, torch.float64) == "dequantize+matmul"
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_zero_points_that_are_no_whole_numbers_run_the_same_kernels():
+    free = replace(packed(4, group_size=128), zeros=torch.zeros(2, 64, dtype=torch.float16))
+    names = [weight_only.choose(free, rows, torch.bfloat16) for rows in (1, 16, 512)]
+    assert names == ["triton w4a16 gemv", "triton w4a16 fused", "triton dequantize+matmul"]
+    # The kernel for float32 takes whole ones.
+    assert weight_only.choose(free, 16, torch.float32) == "triton dequantize+matmul"
+    assert weight_only.choose(packed(4, group_size=128), 16, torch.float32) == "triton w4a32 small"
+
+
+def codebook(outliers: int = 0, **options) -> CodebookLinear:
+    return CodebookLinear(256, 64, bits=4, outliers=outliers, **options)
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    ("layer", "rows", "kernel"),
+    [
+        (codebook(group_size=64), 1, "triton t4a16 gemv"),
+        (codebook(group_size=64), 16, "triton t4a16 fused"),
+        (codebook(group_size=64), 17, "triton dequantize+matmul"),
+        (codebook(outliers=3), 1, "triton t4a16 gemv"),
+        (codebook(outliers=3), 2, "triton dequantize+matmul"),
+        (codebook(group_size=12), 1, "gather+matmul"),
+    ],
+)
+def test_places_in_a_table(layer, rows, kernel):
+    assert layer.kernel_for(rows, torch.bfloat16) == kernel
+
+
+def test_without_cuda_places_in_a_table_are_gathered():
+    assert codebook(group_size=64).kernel_for(1, torch.float32) == "gather+matmul"
+
+
+def form_of(bits: int = 4, group: int = 128, **options) -> Form:
+    plain = {"is_table": False, "has_float_zeros": False, "has_outliers": False}
+    return Form(
+        bits, tile=min(128, group), group_columns=group, columns=4096, out_features=11008, **plain | options
+    )
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_are_launches_that_a_kernel_takes(rule):
+    launch = rule.launch
+    sizes = [launch.block_n, launch.block_m, launch.words, launch.warps]
+    assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
+    if launch.kernel == "gemv":
+        assert launch.block_m == 1
+    else:  # what tensor cores multiply at once: 64 rows for every four warps
+        assert launch.block_m >= 16
+        assert launch.block_n * 4 % (64 * launch.warps) == 0
+    if launch.kernel == "small":
+        assert 3 not in rule.bits
+        assert not rule.table
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("is_table", [False, True])
+def test_one_choice_for_all_rows(bits, is_table):
+    """The first rule that reaches so far; from some number of rows on none does."""
+    form = form_of(bits, is_table=is_table)
+    launches = [select(form, rows, 16) for rows in range(1, 300)]
+    assert launches[0] is not None
+    assert launches[0].kernel == "gemv"
+    assert launches[-1] is None
+    written_out = [launch is None for launch in launches]
+    assert written_out == sorted(written_out), "never back to a kernel"
+    for rows, launch in enumerate(launches, 1):
+        assert launch is None or launch.kernel != "fused" or rows <= launch.block_m
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "words", "least", "tiles"),
+    [
+        (4, 128, 16, 1, 1),
+        (4, 64, 16, 1, 1),  # stays inside its group
+        (4, 64, 16, 16, 2),  # a product takes no fewer words
+        (4, 4096, 32, 1, 2),
+        (3, 4096, 16, 1, 1),
+        (3, 128, 16, 16, 2),
+        (2, 128, 16, 1, 1),
+        (8, 128, 16, 16, 1),
+        (4, 384, 64, 1, 1),  # three tiles a group: no power of two of them
+    ],
+)
+def test_tiles_of_a_step(bits, group, words, least, tiles):
+    assert tiles_per_step(form_of(bits, group), words, least) == tiles
+
+
+def test_narrow_steps_take_more_rows():
+    launch = Launch("gemv", block_n=64, words=16)
+    assert rows_per_program(form_of(4, 128), launch, 1) == 64
+    assert rows_per_program(form_of(4, 32), launch, 1) == 256
+    assert rows_per_program(form_of(8, 128), launch, 1) == 64
+
+
+def test_a_layer_says_where_it_has_come_to(monkeypatch):
+    devices: list[torch.device] = []
+    monkeypatch.setattr(weight_only, "make_ready", devices.append)
+    quantized = quantize_weight(torch.randn(64, 256), bits=4, sym=False, group_size=128)
+    QuantizedLinear.from_weight(quantized).to("meta")
+    codebook(group_size=64).to("meta")
+    assert [device.type for device in devices] == ["cpu", "meta", "meta"]
 
 
 @pytest.mark.usefixtures("with_triton")

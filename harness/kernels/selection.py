@@ -1,0 +1,125 @@
+"""Which kernel multiplies with a stored matrix, and how it is launched: constants and a pure function.
+
+`RULES` is the one table to change after ``python -m harness.kernels.tune`` has measured a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.kernels.stored import Form
+from harness.nn.packing import PLANES
+
+__all__ = ["RULES", "WRITING", "Launch", "Rule", "Writing", "rows_per_program", "select", "tiles_per_step"]
+
+Kernel = Literal["gemv", "small", "fused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One way to launch a kernel.
+
+    Args:
+        block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv.
+        words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
+        programs: for each multiprocessor; the columns are split until there are so many.
+        sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
+    """
+
+    kernel: Kernel
+    block_n: int
+    block_m: int = 1
+    words: int = 16
+    programs: int = 8
+    warps: int = 4
+    stages: int = 3
+    sums: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`launch` is for these bits, up to so many rows.
+
+    Args:
+        table: for places in a table, or for integers on a grid.
+        activation_bits: of the types it is for.
+    """
+
+    bits: tuple[int, ...]
+    up_to: int
+    launch: Launch
+    table: bool = False
+    activation_bits: tuple[int, ...] = (16,)
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a matrix is written out: rows and words of each row a program, and its warps."""
+
+    block_n: int
+    words: int = 16
+    warps: int = 4
+
+
+_ALL = tuple(PLANES)
+
+WRITING = Writing(block_n=32)
+"""For every matrix that is written out in full precision."""
+
+RULES: tuple[Rule, ...] = (
+    # Integers on a grid. One row waits for memory alone.
+    Rule(_ALL, 1, Launch("gemv", block_n=64, warps=2), activation_bits=(16, 32)),
+    Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
+    Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
+    Rule(_ALL, 64, Launch("fused", block_n=64, block_m=64, programs=2)),
+    # From here on arithmetic counts: a tile of weights is unpacked once for 128 rows. Beyond 128 rows
+    # writing the matrix takes less time than what a library product is ahead by.
+    Rule((4, 8), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
+    # Narrow fields take more slices of x a step, and shared memory for them.
+    Rule((2, 3), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, stages=2, sums=False)),
+    # float32 activations have no tensor cores that are exact.
+    Rule((2, 4, 8), 64, Launch("small", block_n=64, block_m=64), activation_bits=(32,)),
+    # Places in a table are looked up one by one, so they are worth it for few rows only.
+    Rule(_ALL, 1, Launch("gemv", block_n=32, warps=4), table=True, activation_bits=(16, 32)),
+    Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4), table=True),
+)
+"""The first that fits is taken; where none does, the matrix is written out and multiplied by the library."""
+
+
+def select(form: Form, rows: int, activation_bits: int) -> Launch | None:
+    """How to multiply so many rows with such a matrix; None: write it out in full precision first."""
+    if not form.fits:
+        return None
+    for rule in RULES:
+        if (
+            rows <= rule.up_to
+            and form.bits in rule.bits
+            and form.is_table == rule.table
+            and activation_bits in rule.activation_bits
+            and not (rule.launch.kernel == "small" and form.has_float_zeros)
+            and not (rule.launch.kernel != "gemv" and form.has_outliers)
+        ):
+            return rule.launch
+    return None
+
+
+def tiles_per_step(form: Form, words: int, least: int = 1) -> int:
+    """Tiles a step for so many words of a row, at least `least` words in all; a power of two.
+
+    A step stays inside one group where `least` lets it. Three bits take one tile: the high words then have
+    the same layout in registers as the low ones.
+    """
+    per_tile = form.tile * PLANES[form.bits][0] // 32
+    chunk = 1
+    while chunk * per_tile < words and form.bits != 3 and form.group_columns % (2 * chunk * form.tile) == 0:
+        chunk *= 2
+    while chunk * per_tile < least:
+        chunk *= 2
+    return chunk
+
+
+def rows_per_program(form: Form, launch: Launch, chunk: int) -> int:
+    """Rows of the matrix a program of *gemv*: more than `block_n` where steps are narrower than `words`."""
+    narrower = launch.words * 32 // (chunk * form.tile * PLANES[form.bits][0])
+    return min(256, launch.block_n * max(1, narrower))
