@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from harness.kernels import reference
+from harness.kernels import int8_launches, reference
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE, quantize_activation
 
-__all__ = ["choose", "choose_norm", "linear", "linear_of_codes", "normalize_quantize", "quantize_tokens"]
+__all__ = [
+    "choose",
+    "choose_norm",
+    "linear",
+    "linear_of_codes",
+    "normalize_quantize",
+    "quantize",
+    "quantize_tokens",
+]
 
 
 def choose(device: torch.device) -> str:
@@ -19,6 +27,29 @@ def choose(device: torch.device) -> str:
 def choose_norm(device: torch.device) -> str:
     """The name of what `normalize_quantize` runs on this device."""
     return "norm, triton w8a8 quantize" if has_triton(device) else "norm + quantize"
+
+
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor | None = None, *, per_token: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of x [rows, in] and float32 scales, [rows, 1] per token, else [1].
+
+    Args:
+        scale: a calibrated scale [1], used instead of one found in x.
+
+    Traced by torch.compile it is plain torch.
+    """
+    if torch.compiler.is_compiling() or not has_triton(x.device) or x.numel() == 0:
+        return quantize_activation(x, scale, per_token=per_token)
+    from harness.kernels import triton_int8
+
+    if scale is None and per_token:
+        return triton_int8.quantize_tokens(x)
+    if scale is None:
+        peak = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
+        scale = peak / torch.full_like(peak, 127)
+        scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    return triton_int8.quantize_to(x, scale), scale
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,18 +130,12 @@ def _linear(
     per_token: bool,
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not has_triton(x.device):
-        codes, scale = quantize_activation(x, scale, per_token=per_token)
-        return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
-    from harness.kernels import triton_int8
+    if has_triton(x.device) and int8_launches.choose(x.shape[0], *weight.shape).kind == "gemv":
+        from harness.kernels import triton_int8
 
-    if scale is None and per_token:
-        codes, scale = triton_int8.quantize_tokens(x)
-    else:
-        if scale is None:
-            scale = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1) / 127
-            scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
-        codes = triton_int8.quantize_to(x, scale)
+        # Of one row, the scale of the token is that of all.
+        return triton_int8.gemv(x, scale, weight, weight_scale, bias, x.dtype)
+    codes, scale = quantize(x, scale, per_token=per_token)
     return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
 
 
