@@ -9,6 +9,7 @@ from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE, quantize_activation
 
 __all__ = [
+    "MOST_COLUMNS",
     "choose",
     "choose_norm",
     "linear",
@@ -18,6 +19,9 @@ __all__ = [
     "quantize_tokens",
 ]
 
+MOST_COLUMNS = 16384
+"""Columns of a row that one program holds for a norm."""
+
 
 def choose(device: torch.device) -> str:
     """The name of the kernel that `linear` runs on this device."""
@@ -26,7 +30,7 @@ def choose(device: torch.device) -> str:
 
 def choose_norm(device: torch.device) -> str:
     """The name of what `normalize_quantize` runs on this device."""
-    return "norm, triton w8a8 quantize" if has_triton(device) else "norm + quantize"
+    return "triton norm + w8a8 quantize" if has_triton(device) else "norm + quantize"
 
 
 def quantize(
@@ -79,9 +83,23 @@ def normalize_quantize(
         x: [..., d]. weight, bias: [d] or None.
         kind: see `harness.kernels.reference.NormKind`.
 
-    Bit for bit what the norm and `quantize_tokens` make one after the other.
+    Bit for bit what the norm and `quantize_tokens` make one after the other, but for the order in which
+    the kernel (eager CUDA, up to `MOST_COLUMNS` columns, parameters of x's type) adds up a mean. Traced by
+    torch.compile it is plain torch, which the compiler fuses.
     """
+    if not torch.compiler.is_compiling() and _fuses_norm(x, weight, bias):
+        from harness.kernels import triton_rows
+
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale = triton_rows.normalize_quantize(rows, weight, bias, eps=eps, kind=kind)
+        return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
     return quantize_tokens(reference.normalize(x, weight, bias, eps=eps, kind=kind))
+
+
+def _fuses_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether one kernel makes the norm and its rounding: by device, sizes and types alone."""
+    same_type = all(each is None or each.dtype == x.dtype for each in (weight, bias))
+    return same_type and has_triton(x.device) and 0 < x.numel() and x.shape[-1] <= MOST_COLUMNS
 
 
 def linear_of_codes(

@@ -13,6 +13,7 @@ __all__ = [
     "PACKED_ROWS",
     "Launch",
     "choose",
+    "choose_float8",
     "choose_packed",
     "programs",
 ]
@@ -69,6 +70,10 @@ _PACKED: tuple[tuple[int, Launch], ...] = (
 )
 
 
+_FLOAT8: tuple[int, Launch] | None = None
+"""From so many rows on, the launch of a float8 product with row scales; None: `torch._scaled_mm` always."""
+
+
 def programs(launch: Launch, rows: int, out: int) -> int:
     """The tiles of a product, times the programs that share one."""
     return -(-rows // launch.m) * -(-out // launch.n) * launch.split
@@ -87,3 +92,10 @@ def choose_packed(rows: int) -> Launch | None:
     if rows == 1:
         return _PACKED_GEMV
     return next((launch for most, launch in _PACKED if rows <= most), None)
+
+
+def choose_float8(rows: int, columns: int) -> Launch | None:
+    """The launch of a float8 product of so many rows and columns; None: that of the library."""
+    if _FLOAT8 is None or rows < _FLOAT8[0] or columns % ALIGNMENT:
+        return None
+    return _FLOAT8[1]

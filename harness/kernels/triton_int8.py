@@ -194,7 +194,7 @@ def _add_splits_kernel(
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     at = m.to(tl.int64) * N + n
     acc = tl.zeros((1, BLOCK), dtype=tl.int32)
-    size = M.to(tl.int64) * N
+    size = tl.num_programs(0).to(tl.int64) * N
     for split in tl.static_range(SPLITS):
         acc += tl.load(partials_ptr + split * size + at, mask=n < N, other=0)
     y = scaled(

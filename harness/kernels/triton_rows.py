@@ -127,9 +127,9 @@ def _normalize_quantize_kernel(
     x = raw.to(tl.float32)
     mean = 0.0
     if KIND == 1:
-        mean = tl.div_rn(tl.sum(x, 0), K.to(tl.float32))
+        mean = tl.div_rn(tl.sum(x, 0), K * 1.0)
         x = tl.where(mask, x - mean, 0.0)
-    factor = tl.rsqrt(tl.div_rn(tl.sum(x * x, 0), K.to(tl.float32)) + eps)
+    factor = tl.rsqrt(tl.div_rn(tl.sum(x * x, 0), K * 1.0) + eps)
     if HAS_STATISTICS:
         tl.store(statistics_ptr + 2 * row, mean)
         tl.store(statistics_ptr + 2 * row + 1, factor)
