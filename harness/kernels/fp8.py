@@ -127,7 +127,8 @@ def linear(
         y = functional.linear(codes.to(wide), weight.to(wide)).float() * scale * weight_scale
     else:
         if x.is_cuda and scale.ndim == 2 and int8_launches.choose_float8(*x.shape) is not None:
-            return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
+            own: torch.Tensor = _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
+            return own
         y = _scaled_mm(codes, scale, weight, weight_scale, x.dtype)
     return (y if bias is None else y + bias).to(x.dtype)
 

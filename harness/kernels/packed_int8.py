@@ -15,7 +15,6 @@ from harness.nn.packing import PLANES, PackedWeight
 __all__ = ["choose", "linear", "linear_of_codes"]
 
 
-
 def fits(weight: PackedWeight) -> bool:
     """Whether the kernels read this layout: whole words of 32 bits, packed zero points, on CUDA."""
     whole_words = all(weight.tile * width % 32 == 0 for width in PLANES[weight.bits])

@@ -100,7 +100,7 @@ def scaled(
 
 @triton.jit
 def tile_of(pid, blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Which tile a program takes: columns of GROUP row blocks, so that neighbours share weights in the cache."""
+    """The tile of a program: columns of GROUP row blocks, so that neighbours share weights in the cache."""
     first_m = pid // (GROUP * blocks_n) * GROUP
     group_m = tl.minimum(blocks_m - first_m, GROUP)
     return first_m + pid % (GROUP * blocks_n) % group_m, pid % (GROUP * blocks_n) // group_m
@@ -255,7 +255,7 @@ def _gemv_kernel(
         y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
     if HAS_OUTLIERS:
         used = tl.load(used_ptr)
-        for slot in range(0, used):
+        for slot in range(used):
             column = tl.load(columns_ptr + slot)
             value = tl.load(outliers_ptr + slot)
             code = tl.load(codes_ptr + n.to(tl.int64) * K + column, mask=n_mask, other=0)
@@ -319,8 +319,8 @@ def matmul(
     a = a if a.is_contiguous() else a.contiguous()
     y = torch.empty(rows, out, dtype=dtype, device=a.device)
     absent = b_scale
-    epilogue = (a_scale, b_scale, absent if bias is None else bias)
-    epilogue += (absent if sums is None else sums, absent if zeros is None else zeros)
+    optional = [absent if each is None else each for each in (bias, sums, zeros)]
+    epilogue = (a_scale, b_scale, *optional)
     switches = {
         "PER_TOKEN": a_scale.ndim == 2,
         "PER_CHANNEL": b_scale.numel() > 1,
@@ -389,20 +389,19 @@ def gemv(
     x = x.contiguous()
     y = torch.empty(1, out, dtype=dtype, device=x.device)
     absent = weight_scale
-    slots: tuple[torch.Tensor, ...] = (absent,) * 6
-    has_kept = outliers is not None and outliers.kept is not None and outliers.place is not None
+    slots: list[torch.Tensor | None] = [None] * 6
     if outliers is not None:
-        slots = (outliers.values, outliers.columns, outliers.used, weight)
-        slots += (outliers.kept, outliers.place) if has_kept else (absent, absent)  # type: ignore[operator]
+        slots = [outliers.values, outliers.columns, outliers.used, weight, outliers.kept, outliers.place]
     words = min(launch.k, triton.next_power_of_2(columns)) // 4
     with torch.cuda.device_of(x):
         _gemv_kernel[(triton.cdiv(out, launch.n),)](
             x.view(torch.int32) if is_rounded else x, absent if scale is None else scale,
-            weight.view(torch.int32), weight_scale, absent if bias is None else bias, y, *slots,
+            weight.view(torch.int32), weight_scale, absent if bias is None else bias, y,
+            *(absent if each is None else each for each in slots),
             out, columns, ROUNDER, ROUND=not is_rounded, FIND=scale is None, SMALLEST=SMALLEST_SCALE,
             PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, BLOCK_N=launch.n,
             WORDS=words, EVEN=columns % (4 * words) == 0, HAS_OUTLIERS=outliers is not None,
-            HAS_KEPT=has_kept, DP4A=has_dp4a(x.device), num_warps=launch.warps,
+            HAS_KEPT=slots[4] is not None, DP4A=has_dp4a(x.device), num_warps=launch.warps,
             num_stages=launch.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return y

@@ -199,9 +199,7 @@ def split(
         chosen, used = _slots(capacity, x.device)
         values = torch.empty(1, chosen.numel(), dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
-            _select(
-                x, None, chosen, used, None, counters, always, threshold, capacity, codes, scales, values
-            )
+            _select(x, None, chosen, used, None, counters, always, threshold, capacity, codes, scales, values)
         return codes, scales, Outliers(values, None, chosen, used, kept, place)
     chosen, used, taken = select(x, threshold, capacity, counters, always)
     slots = chosen.numel()

@@ -57,10 +57,8 @@ def _gemv_plane(
         pointers = codes_ptr + (at[None, :].to(tl.int64) * N + n[:, None]) * ROW_WORDS + (c % WORDS)[None, :]
         w = tl.load(pointers, mask=(at < tiles)[None, :], other=0, eviction_policy="evict_first")
         for s in tl.static_range(PER_BYTE):
-            if WIDTH == 8:
-                fields = w ^ -2139062144  # 0x80808080: from 0..255 to -128..127
-            else:
-                fields = ((w >> (s * WIDTH)) & MASK) << SHIFT
+            # Of 8 bits, 0..255 become -128..127: -2139062144 is 0x80808080.
+            fields = w ^ -2139062144 if WIDTH == 8 else ((w >> (s * WIDTH)) & MASK) << SHIFT
             k = (at * TILE + c % WORDS + s * WORDS)[:, None] + byte * (PER_BYTE * WORDS)
             a = tl.load(a_ptr + k, mask=(k < K) & (at < tiles)[:, None], other=0).to(tl.int32)
             q = tl.sum((a & 255) << (8 * byte), 1)
@@ -156,13 +154,9 @@ def _small_kernel(
         )  # fmt: skip
     if BITS == 8:
         acc -= total[:, None] * (zero - 128)[None, :]
-    if PER_TOKEN:
-        scale = tl.load(a_scale_ptr + m, mask=m_mask, other=0.0)[:, None]
-    else:
-        scale = tl.load(a_scale_ptr)
-    y = _scaled_rows(
-        acc, scale, n[None, :], n_mask[None, :], w_scale_ptr, bias_ptr, rows_per_scale, HAS_BIAS
-    )
+    at = m[:, None] if PER_TOKEN else m[:, None] * 0
+    scale = tl.load(a_scale_ptr + at, mask=m_mask[:, None], other=0.0)
+    y = _scaled_rows(acc, scale, n[None, :], n_mask[None, :], w_scale_ptr, bias_ptr, rows_per_scale, HAS_BIAS)
     pointers = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
 

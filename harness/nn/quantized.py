@@ -345,9 +345,7 @@ class Int8Linear(PackedLinear):
         per_token, scale = self.a_gran == "per-token", self.input_scale
         if self.bits < 8:
             return packed_int8.linear(x, self.packed, self.bias, per_token=per_token, scale=scale)
-        return int8.linear(
-            x, self.codes, self.row_scales(), self.bias, per_token=per_token, scale=scale
-        )
+        return int8.linear(x, self.codes, self.row_scales(), self.bias, per_token=per_token, scale=scale)
 
     def extra_repr(self) -> str:
         groups = self.scales.numel()
