@@ -18,6 +18,8 @@ from harness.nn.quantizer import quantize_activation, quantize_weight
 
 __all__ = ["PARTS"]
 
+DEVICE, DTYPE = "cuda", torch.bfloat16
+
 Made = tuple[Case, int]
 _FEW_ROWS = 512  # up to here the time is that of reading weights, which no cache may hold
 _ROTATION_BYTES = 256 << 20
@@ -28,12 +30,12 @@ _EPS = 1e-5
 def _operands(
     rows: int, columns: int, out: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], Candidate]:
-    """x [rows, in] and weight [out, in] in bfloat16, copies of the weight, and the product with them."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(out, columns, device="cuda", generator=generator) / columns**0.5
-    x = torch.randn(rows, columns, device="cuda", generator=generator).bfloat16()
+    """x [rows, in] and weight [out, in] in `DTYPE`, copies of the weight, and the product with them."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    weight = torch.randn(out, columns, device=DEVICE, generator=generator) / columns**0.5
+    x = torch.randn(rows, columns, device=DEVICE, generator=generator).to(DTYPE)
     copies = 2 if rows > _FEW_ROWS else -(-_ROTATION_BYTES // weight.numel())
-    dense = [weight.bfloat16() for _ in range(copies)]
+    dense = [weight.to(DTYPE) for _ in range(copies)]
     bf16 = Candidate("cuBLAS", "bf16", lambda i: functional.linear(x, dense[i]), checked=False)
     return x, dense[0], dense, bf16
 
@@ -200,8 +202,8 @@ def norm(rows: int, columns: int, out: int, bits: int) -> Made:
     """RMSNorm and rounding in one launch, beside two; the shape's outputs play no part."""
     from harness.kernels import triton_rows
 
-    x = torch.randn(rows, columns, device="cuda").bfloat16()
-    weight = torch.randn(columns, device="cuda").bfloat16()
+    x = torch.randn(rows, columns, device=DEVICE).to(DTYPE)
+    weight = torch.randn(columns, device=DEVICE).to(DTYPE)
     definition = reference.normalize(x, weight, None, eps=_EPS, kind="rms")
     expected = quantize_activation(definition)[0]
 
@@ -222,7 +224,7 @@ def row_codes(rows: int, columns: int, out: int, bits: int) -> Made:
     """Rows rounded to int8 and float8, beside a copy of them; the shape's outputs play no part."""
     from harness.kernels import triton_rows
 
-    x = torch.randn(rows, columns, device="cuda").bfloat16()
+    x = torch.randn(rows, columns, device=DEVICE).to(DTYPE)
     expected = quantize_activation(x)[0]
     candidates = [
         Candidate("copy", "bf16", lambda _: x.clone(), checked=False),

@@ -120,7 +120,7 @@ def launches(rows: int, columns: int) -> list[Launch]:
             Launch("dot", 128, 128, 128, 8, 3, split=4),
             Launch("dot", 64, 64, 256, 4, 3),
         ]
-    return [launch for launch in found if launch.kind != "tma" or columns % 16 == 0]
+    return [launch for launch in dict.fromkeys(found) if launch.kind != "tma" or columns % 16 == 0]
 
 
 def packed_launches(rows: int) -> list[Launch]:
