@@ -57,21 +57,28 @@ def w8a8(rows: int, columns: int, out: int, bits: int) -> Made:
     def default(i: int) -> torch.Tensor:
         return int8.linear(x, matrices[i], scales, None)
 
+    def before(launch: int8_launches.Launch) -> Callable[[int], torch.Tensor]:
+        def run(i: int) -> torch.Tensor:
+            rounded = triton_int8.quantize_tokens(x)
+            return triton_int8.matmul(*rounded, matrices[i], scales, None, x.dtype, launch=launch)
+
+        return run
+
     def ours(launch: int8_launches.Launch) -> Callable[[int], torch.Tensor]:
         if launch.kind == "gemv":
             return lambda i: triton_int8.gemv(x, None, matrices[i], scales, None, x.dtype, launch=launch)
 
-        def run(i: int) -> torch.Tensor:
-            return triton_int8.matmul(
-                *triton_int8.quantize_tokens(x), matrices[i], scales, None, x.dtype, launch=launch
-            )
-
-        return run
+        return before(launch)
 
     candidates = [bf16, Candidate("default", "default", default)]
     candidates += [
         Candidate(str(each), "ours", ours(each), each)
         for each in (*launches(rows, columns), *(launches(2, columns)[:4] if rows == 1 else ()))
+    ]
+    candidates += [
+        Candidate(f"rounded before {each}", "ours", before(each), each)
+        for each in launches(rows, columns)[:4]
+        if each.kind == "gemv"
     ]
     candidates += _int8_peers(x, weight, matrices, tokens)
     return Case("w8a8", rows, columns, out, expected, candidates), len(dense)

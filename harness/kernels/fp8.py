@@ -126,7 +126,8 @@ def linear(
         wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         y = functional.linear(codes.to(wide), weight.to(wide)).float() * scale * weight_scale
     else:
-        if x.is_cuda and scale.ndim == 2 and int8_launches.choose_float8(*x.shape) is not None:
+        has_launch = int8_launches.choose_float8(*x.shape) is not None
+        if has_launch and x.is_cuda and scale.ndim == 2 and x.dtype.itemsize == 2:
             own: torch.Tensor = _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
             return own
         y = _scaled_mm(codes, scale, weight, weight_scale, x.dtype)

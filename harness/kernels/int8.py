@@ -148,11 +148,12 @@ def _linear(
     per_token: bool,
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    if has_triton(x.device) and int8_launches.choose(x.shape[0], *weight.shape).kind == "gemv":
+    launch = int8_launches.choose(x.shape[0], *weight.shape)
+    if launch.kind == "gemv" and int8_launches.ROUND_IN_GEMV and has_triton(x.device):
         from harness.kernels import triton_int8
 
         # Of one row, the scale of the token is that of all.
-        return triton_int8.gemv(x, scale, weight, weight_scale, bias, x.dtype)
+        return triton_int8.gemv(x, scale, weight, weight_scale, bias, x.dtype, launch=launch)
     codes, scale = quantize(x, scale, per_token=per_token)
     return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
 

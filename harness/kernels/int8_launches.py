@@ -10,7 +10,9 @@ from typing import Literal
 
 __all__ = [
     "ALIGNMENT",
+    "FULL",
     "PACKED_ROWS",
+    "ROUND_IN_GEMV",
     "Launch",
     "choose",
     "choose_float8",
@@ -24,6 +26,8 @@ ALIGNMENT = 16
 """What the columns must be divisible by for rows of codes to be read 16 bytes at a time."""
 FULL = 120
 """Programs from which on a tile is wide enough: about one for each processor of an H100 (132)."""
+ROUND_IN_GEMV = True
+"""One row of floats is rounded by the programs that multiply it, and not by a launch before them."""
 PACKED_ROWS = 64
 """Beyond so many rows weights of fewer bits are unpacked once, before the product, and not inside it."""
 

@@ -27,6 +27,8 @@ from harness.nn.quantizer import SMALLEST_SCALE
 
 __all__ = ["Outliers", "gemv", "matmul", "quantize_to", "quantize_tokens"]
 
+_WIDEST_FLOAT32 = 128 * 128  # a wider tile of float32 results does not fit shared memory beside its operands
+
 
 @dataclass(frozen=True, slots=True)
 class Outliers:
@@ -255,17 +257,20 @@ def _gemv_kernel(
         y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
     if HAS_OUTLIERS:
         used = tl.load(used_ptr)
-        for slot in range(used):
-            column = tl.load(columns_ptr + slot)
-            value = tl.load(outliers_ptr + slot)
-            code = tl.load(codes_ptr + n.to(tl.int64) * K + column, mask=n_mask, other=0)
-            weight = (code.to(tl.float32) * w_scale).to(value.dtype).to(tl.float32)
+        for first in range(0, used, 16):
+            slot = first + tl.arange(0, 16)
+            is_used = slot < used
+            column = tl.load(columns_ptr + slot, mask=is_used, other=0)[None, :]
+            value = tl.load(outliers_ptr + slot, mask=is_used, other=0.0)[None, :]
+            both = n_mask[:, None] & is_used[None, :]
+            code = tl.load(codes_ptr + n.to(tl.int64)[:, None] * K + column, mask=both, other=0)
+            weight = (code.to(tl.float32) * w_scale[:, None]).to(value.dtype).to(tl.float32)
             if HAS_KEPT:
-                place = tl.load(place_ptr + column)
-                at = tl.maximum(place, 0).to(tl.int64) * N + n
-                kept = tl.load(kept_ptr + at, mask=n_mask, other=0.0).to(value.dtype).to(tl.float32)
+                place = tl.load(place_ptr + column, mask=is_used[None, :], other=-1)
+                at = tl.maximum(place, 0).to(tl.int64) * N + n[:, None]
+                kept = tl.load(kept_ptr + at, mask=both, other=0.0).to(value.dtype).to(tl.float32)
                 weight = tl.where(place >= 0, kept, weight)
-            y += value.to(tl.float32) * weight
+            y += tl.sum(value.to(tl.float32) * weight, 1)
     tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n_mask)
 
 
@@ -331,7 +336,7 @@ def matmul(
     blocks = {"BLOCK_M": launch.m, "BLOCK_N": launch.n, "BLOCK_K": launch.k, "GROUP": launch.group}
     how = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
     with torch.cuda.device_of(a):
-        if launch.kind == "tma" and outliers is None and columns % ALIGNMENT == 0:
+        if launch.kind == "tma" and outliers is None and _fits_tma(launch, columns, dtype):
             from triton.tools.tensor_descriptor import TensorDescriptor
 
             _tma_kernel[(min(tiles, processors(a.device)),)](
@@ -360,6 +365,11 @@ def matmul(
                 enable_fp_fusion=False,
             )  # fmt: skip
     return y
+
+
+def _fits_tma(launch: Launch, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the copy engine can read the rows, and the tile of the result fits beside the operands."""
+    return columns % ALIGNMENT == 0 and (dtype.itemsize == 2 or launch.m * launch.n <= _WIDEST_FLOAT32)
 
 
 def gemv(

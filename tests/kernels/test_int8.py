@@ -123,9 +123,11 @@ def test_a_row_of_zeros_and_one_with_nan(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear_runs_them(device, dtype, monkeypatch):
+@pytest.mark.parametrize("in_gemv", [True, False], ids=["rounded in it", "rounded before"])
+def test_linear_runs_them(device, dtype, in_gemv, monkeypatch):
     """`int8.linear` as layers call it, for every way to find a scale, in an odd stride of the input."""
     monkeypatch.setattr(int8, "has_triton", lambda device: True)
+    monkeypatch.setattr(int8_launches, "ROUND_IN_GEMV", in_gemv)
     for rows in (1, 18):
         x, weight, scale, bias = operands(rows, 50, 208, device, dtype)
         x = x.T.contiguous().T
