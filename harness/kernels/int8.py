@@ -99,6 +99,8 @@ def normalize_quantize(
 def _fuses_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
     """Whether one kernel makes the norm and its rounding: by device, sizes and types alone."""
     same_type = all(each is None or each.dtype == x.dtype for each in (weight, bias))
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
     return same_type and has_triton(x.device) and x.numel() > 0 and x.shape[-1] <= MOST_COLUMNS
 
 

@@ -236,7 +236,8 @@ class OutlierInt8Linear(Int8Linear):
         return torch.addmm(y, parts.outliers, self.column_weights(parts.columns, x.dtype).t())
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if outlier_int8.fits(x.device, x.dtype, self.in_features, self.capacity):
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad  # the kernels have no backward pass
+        if not needs_gradient and outlier_int8.fits(x.device, x.dtype, self.in_features, self.capacity):
             return outlier_int8.linear(
                 x,
                 self.codes,

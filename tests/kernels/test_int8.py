@@ -74,6 +74,19 @@ def test_sums_are_exact_and_zero_points_are_taken_off(device, launch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_float32_results_of_a_wide_tile(device):
+    """They would not fit beside the operands that the copy engine brings: the other form runs."""
+    from harness.kernels import triton_int8
+
+    x, weight, scale, _ = operands(140, 300, 256, device, torch.float32)
+    codes, x_scale = quantize_activation(x)
+    wide = Launch("tma", 128, 256, 128, 8, 3)
+    for dtype in (torch.float32, torch.float16):
+        y = triton_int8.matmul(codes, x_scale, weight, scale, None, dtype, launch=wide)
+        same(y, reference.int8_linear(codes, x_scale, weight, scale, None, torch.float32), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_largest_sums_do_not_overflow(device):
     from harness.kernels import triton_int8
 

@@ -157,3 +157,20 @@ def test_what_the_kernels_take(monkeypatch):
     assert not outlier_int8.fits(device, torch.float64, 4096, 64)
     monkeypatch.undo()
     assert not outlier_int8.fits(torch.device("cpu"), torch.float32, 64, 8)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [1, 11])
+def test_the_layer_runs_them_unless_a_gradient_is_wanted(device, rows, monkeypatch):
+    monkeypatch.setattr(outlier_int8, "has_triton", lambda device: True)
+    x = planted(rows, 64, torch.float32).to(device)
+    layer = OutlierInt8Linear.from_float(torch.randn(21, 64), torch.randn(21)).to(device)
+    y = layer(x[None])
+    assert y.shape == (1, rows, 21)
+    assert torch.equal(y[0], run(layer, x))
+    calls = []
+    monkeypatch.setattr(outlier_int8, "linear", lambda *args, **kwargs: calls.append(args))
+    with_gradient = layer(x.clone().requires_grad_())
+    torch.testing.assert_close(with_gradient.detach(), y[0], rtol=1e-5, atol=1e-4)
+    assert not calls
+    assert layer(x[:0]).shape == (0, 21)
