@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from harness.kernels import reference
+from harness.kernels import int8_launches, reference
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE, quantize_activation
 
-__all__ = ["choose", "choose_norm", "linear", "linear_of_codes", "normalize_quantize", "quantize_tokens"]
+__all__ = [
+    "MOST_COLUMNS",
+    "choose",
+    "choose_norm",
+    "linear",
+    "linear_of_codes",
+    "normalize_quantize",
+    "quantize",
+    "quantize_tokens",
+]
+
+MOST_COLUMNS = 16384
+"""Columns of a row that one program holds for a norm."""
 
 
 def choose(device: torch.device) -> str:
@@ -18,7 +30,30 @@ def choose(device: torch.device) -> str:
 
 def choose_norm(device: torch.device) -> str:
     """The name of what `normalize_quantize` runs on this device."""
-    return "norm, triton w8a8 quantize" if has_triton(device) else "norm + quantize"
+    return "triton norm + w8a8 quantize" if has_triton(device) else "norm + quantize"
+
+
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor | None = None, *, per_token: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of x [rows, in] and float32 scales, [rows, 1] per token, else [1].
+
+    Args:
+        scale: a calibrated scale [1], used instead of one found in x.
+
+    Traced by torch.compile it is plain torch.
+    """
+    if torch.compiler.is_compiling() or not has_triton(x.device) or x.numel() == 0:
+        return quantize_activation(x, scale, per_token=per_token)
+    from harness.kernels import triton_int8
+
+    if scale is None and per_token:
+        return triton_int8.quantize_tokens(x)
+    if scale is None:
+        peak = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
+        scale = peak / torch.full_like(peak, 127)
+        scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
+    return triton_int8.quantize_to(x, scale), scale
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,9 +83,25 @@ def normalize_quantize(
         x: [..., d]. weight, bias: [d] or None.
         kind: see `harness.kernels.reference.NormKind`.
 
-    Bit for bit what the norm and `quantize_tokens` make one after the other.
+    Bit for bit what the norm and `quantize_tokens` make one after the other, but for the order in which
+    the kernel (eager CUDA, up to `MOST_COLUMNS` columns, parameters of x's type) adds up a mean. Traced by
+    torch.compile it is plain torch, which the compiler fuses.
     """
+    if not torch.compiler.is_compiling() and _fuses_norm(x, weight, bias):
+        from harness.kernels import triton_rows
+
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale = triton_rows.normalize_quantize(rows, weight, bias, eps=eps, kind=kind)
+        return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
     return quantize_tokens(reference.normalize(x, weight, bias, eps=eps, kind=kind))
+
+
+def _fuses_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Whether one kernel makes the norm and its rounding: by device, sizes and types alone."""
+    same_type = all(each is None or each.dtype == x.dtype for each in (weight, bias))
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return False
+    return same_type and has_triton(x.device) and x.numel() > 0 and x.shape[-1] <= MOST_COLUMNS
 
 
 def linear_of_codes(
@@ -99,18 +150,13 @@ def _linear(
     per_token: bool,
     scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not has_triton(x.device):
-        codes, scale = quantize_activation(x, scale, per_token=per_token)
-        return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
-    from harness.kernels import triton_int8
+    launch = int8_launches.choose(x.shape[0], *weight.shape)
+    if launch.kind == "gemv" and int8_launches.ROUND_IN_GEMV and has_triton(x.device):
+        from harness.kernels import triton_int8
 
-    if scale is None and per_token:
-        codes, scale = triton_int8.quantize_tokens(x)
-    else:
-        if scale is None:
-            scale = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1) / 127
-            scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
-        codes = triton_int8.quantize_to(x, scale)
+        # Of one row, the scale of the token is that of all.
+        return triton_int8.gemv(x, scale, weight, weight_scale, bias, x.dtype, launch=launch)
+    codes, scale = quantize(x, scale, per_token=per_token)
     return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
 
 

@@ -18,6 +18,8 @@ __all__ = [
     "int8_linear",
     "int8_matmul",
     "normalize",
+    "packed_int8_linear",
+    "packed_zeros",
     "quantize_columns",
     "stored_matrix",
     "weight_only_linear",
@@ -102,6 +104,41 @@ def int8_linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
+
+
+def packed_zeros(weight: PackedWeight) -> torch.Tensor:
+    """The zero points of a packed weight with one group of columns, int32 [out] or [1]."""
+    if weight.zeros is None:
+        return torch.full((1,), 1 << weight.bits - 1, dtype=torch.int32, device=weight.codes.device)
+    return unpack_rows(weight.zeros[0], weight.bits, weight.out_features).int()
+
+
+def packed_int8_linear(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(codes @ q.T - sum codes * zero) * scale * weight_scale + bias``, exact up to the scales.
+
+    Args:
+        codes: int8 [rows, in]. scale: float32 [rows, 1] or [1].
+        weight: packed codes q [out, in] with one scale per row, per group of consecutive rows or in all,
+            and zero points that are whole numbers.
+
+    int32 cannot overflow below 66,000 columns (127 * 255 * columns < 2^31).
+    """
+    q = unpack_matrix(weight.codes, weight.bits, weight.tile)[:, : weight.in_features]
+    zeros = packed_zeros(weight)
+    if weight.bits == 8:  # 0 to 255 do not fit int8: moved by half, as are the zero points
+        q, zeros = q ^ 0x80, zeros - 128
+    products = int8_matmul(codes, q.contiguous().view(torch.int8))
+    scales = weight.scales.view(-1).float()
+    if 1 < scales.numel() < weight.out_features:
+        scales = scales.repeat_interleave(weight.out_features // scales.numel())
+    y = (products - codes.int().sum(1, keepdim=True) * zeros).float() * scale * scales
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def quantize_columns(

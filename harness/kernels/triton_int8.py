@@ -1,50 +1,53 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# mypy: disallow-untyped-calls=False
 """Triton kernels for int8 activations times int8 weights (W8A8).
 
-`quantize_tokens` finds the scale of each row and rounds it in one launch; `quantize_to` rounds to a
-scale that is known. `matmul` adds the products up exactly in int32 and applies both scales and the
-bias before anything is written, so the int32 sums never reach memory.
+`matmul` adds the products up exactly in int32 and applies both scales and the bias before anything is
+written, so the int32 sums never reach memory (but where several programs share the columns of a tile).
+`gemv` does the same for one row, which it can round to int8 itself: the weights are read once, 16 bytes a
+thread, four products an instruction. What each launches is given by a `harness.kernels.int8_launches.Launch`.
+
+`quantize_to` rounds to a scale that is known; `harness.kernels.triton_rows` has the others. Scales are
+applied in the order of the plain form, without fused operations, so the results have its bits.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from harness.kernels import triton_rows
+from harness.kernels.int8_launches import ALIGNMENT, Launch, choose
+from harness.kernels.triton_rows import ROUNDER, peak_of, round_int8, scale_of
 from harness.nn.quantizer import SMALLEST_SCALE
 
-__all__ = ["matmul", "quantize_to", "quantize_tokens"]
+__all__ = ["Outliers", "gemv", "matmul", "quantize_to", "quantize_tokens"]
 
-# 1.5 * 2^23: adding and subtracting it rounds half to even. The kernels that use it are launched without
-# fusing multiplication and addition, which would round the exact product and not the float32 one.
-_ROUND = 12582912.0
+_WIDEST_FLOAT32 = 128 * 128  # a wider tile of float32 results does not fit shared memory beside its operands
 
 
-@triton.jit
-def _quantize_tokens_kernel(
-    x_ptr, codes_ptr, scales_ptr, K, x_stride, rounder,
-    SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    peaks = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + offsets
-        x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        # NaN must reach the scale: maximum() drops it unless told not to.
-        peaks = tl.maximum(peaks, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    finite_peak = tl.max(peaks, 0)
-    peak = tl.where(tl.sum((peaks != peaks).to(tl.int32), 0) > 0, float("nan"), finite_peak)
-    scale = tl.div_rn(peak, 127.0)
-    scale = tl.where(scale < SMALLEST, 1.0, scale)
-    tl.store(scales_ptr + row, scale)
-    inverse = tl.div_rn(1.0, scale)
-    for start in range(0, K, BLOCK):
-        k = start + offsets
-        x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        q = (x * inverse + rounder) - rounder
-        q = tl.minimum(tl.maximum(q, -127.0), 127.0)
-        tl.store(codes_ptr + row * K + k, q.to(tl.int8), mask=k < K)
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """Columns of the input that were taken out of an int8 product, to be added to it in floating point.
+
+    Args:
+        values: [rows, slots] in the type of the activations, the columns of the input.
+        weights: [out, slots] in that type; None where they are read from `codes` (one row only).
+        columns: int32 [slots], which column a slot is.
+        used: int32 [1], how many slots are used, the first ones.
+        kept, place: columns of the weight that are kept in 16 bits, [kept, out], and where, int32 [in].
+    """
+
+    values: torch.Tensor
+    weights: torch.Tensor | None
+    columns: torch.Tensor
+    used: torch.Tensor
+    kept: torch.Tensor | None = None
+    place: torch.Tensor | None = None
 
 
 @triton.jit
@@ -54,27 +57,66 @@ def _quantize_to_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
-    # Clipped before rounding: beyond 2^22 the sum below would not round to whole numbers.
-    q = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
-    q = (q + rounder) - rounder
+    q = round_int8(x, tl.div_rn(1.0, tl.load(scale_ptr)), rounder)
     tl.store(codes_ptr + row * K + k, q.to(tl.int8), mask=k < K)
 
 
 @triton.jit
-def _matmul_kernel(
-    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, out_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUP: tl.constexpr,
+def dot4(words, q, acc, DP4A: tl.constexpr):
+    """acc + the sum of the products of four signed bytes each of int32 `words` and `q`."""
+    if DP4A:
+        acc = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [words, q, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for byte in tl.static_range(4):
+            acc += ((words << (24 - 8 * byte)) >> 24) * ((q << (24 - 8 * byte)) >> 24)
+    return acc
+
+
+@triton.jit
+def scaled(
+    acc, m, n, m_mask, n_mask, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr,
+    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZEROS: tl.constexpr,
 ):  # fmt: skip
-    # Programs walk in columns of GROUP row blocks, so that neighbours share weights in the cache.
-    pid = tl.program_id(0)
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    """float32 of the int32 sums `acc`; m [rows, 1] and n [1, out] are their places in the result.
+
+    HAS_ZEROS: the weights have zero points int32 [out]; sums_ptr: what the codes of each row sum up to.
+    """
+    if HAS_ZEROS:
+        sums = tl.load(sums_ptr + m, mask=m_mask, other=0)
+        acc -= sums * tl.load(zeros_ptr + n, mask=n_mask, other=0)
+    y = acc.to(tl.float32)
+    if PER_TOKEN:
+        y *= tl.load(a_scale_ptr + m, mask=m_mask, other=0.0)
+    else:
+        y *= tl.load(a_scale_ptr)
+    if PER_CHANNEL:
+        y *= tl.load(b_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+    else:
+        y *= tl.load(b_scale_ptr).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def tile_of(pid, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """The tile of a program: columns of GROUP row blocks, so that neighbours share weights in the cache."""
     first_m = pid // (GROUP * blocks_n) * GROUP
     group_m = tl.minimum(blocks_m - first_m, GROUP)
-    pid_m = first_m + pid % (GROUP * blocks_n) % group_m
-    pid_n = pid % (GROUP * blocks_n) // group_m
+    return first_m + pid % (GROUP * blocks_n) % group_m, pid % (GROUP * blocks_n) // group_m
+
+
+@triton.jit
+def _matmul_kernel(
+    a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr, out_ptr,
+    outliers_ptr, outlier_weights_ptr, used_ptr, M, N, K, steps_per_split,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    EVEN_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets = tl.arange(0, BLOCK_K)
@@ -82,7 +124,11 @@ def _matmul_kernel(
     a_rows = a_ptr + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K
     b_rows = b_ptr + tl.where(n < N, n, 0).to(tl.int64)[None, :] * K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for start in range(0, K, BLOCK_K):
+    first, last = 0, K
+    if SPLIT:
+        first = tl.program_id(1) * steps_per_split * BLOCK_K
+        last = tl.minimum(first + steps_per_split * BLOCK_K, K)
+    for start in range(first, last, BLOCK_K):
         k = start + offsets
         if EVEN_K:
             a = tl.load(a_rows + k[None, :])
@@ -91,35 +137,146 @@ def _matmul_kernel(
             a = tl.load(a_rows + k[None, :], mask=k[None, :] < K, other=0)
             b = tl.load(b_rows + k[:, None], mask=k[:, None] < K, other=0)
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
-    m_mask, n_mask = m < M, n < N
-    y = acc.to(tl.float32)
-    if PER_TOKEN:
-        y *= tl.load(a_scale_ptr + m, mask=m_mask, other=0.0)[:, None]
+    m_2, n_2 = m[:, None], n[None, :]
+    mask = (m_2 < M) & (n_2 < N)
+    pointers = out_ptr + m.to(tl.int64)[:, None] * N + n_2
+    if SPLIT:
+        tl.store(pointers + tl.program_id(1).to(tl.int64) * M * N, acc, mask=mask)
     else:
-        y *= tl.load(a_scale_ptr)
+        y = scaled(
+            acc, m_2, n_2, m_2 < M, n_2 < N, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr,
+            PER_TOKEN, PER_CHANNEL, HAS_BIAS, HAS_ZEROS,
+        )  # fmt: skip
+        if SLOTS > 0:
+            s = tl.arange(0, 16)
+            used = tl.load(used_ptr)
+            for start in range(0, used, 16):
+                at = m.to(tl.int64)[:, None] * SLOTS + start + s[None, :]
+                x = tl.load(outliers_ptr + at, mask=m_2 < M, other=0.0)
+                at = n.to(tl.int64)[None, :] * SLOTS + start + s[:, None]
+                w = tl.load(outlier_weights_ptr + at, mask=n_2 < N, other=0.0)
+                y = tl.dot(x, w, y, input_precision="ieee")
+        tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _tma_kernel(
+    a_desc, b_desc, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr, out_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    GROUP: tl.constexpr, IS_FLOAT: tl.constexpr,
+):  # fmt: skip
+    """Programs that stay: each takes every so many-th tile. IS_FLOAT: the operands are float8."""
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=True):
+        pid_m, pid_n = tile_of(tile, blocks_m, blocks_n, GROUP)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32 if IS_FLOAT else tl.int32)
+        for start in range(0, K, BLOCK_K):
+            # What lies beyond the end of an operand comes as zeros.
+            a = a_desc.load([pid_m * BLOCK_M, start])
+            b = b_desc.load([pid_n * BLOCK_N, start])
+            acc = tl.dot(a, b.T, acc, out_dtype=acc.dtype)
+        m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+        n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+        y = scaled(
+            acc, m, n, m < M, n < N, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr,
+            PER_TOKEN, PER_CHANNEL, HAS_BIAS, HAS_ZEROS,
+        )  # fmt: skip
+        pointers = out_ptr + m.to(tl.int64) * N + n
+        tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@triton.jit
+def _add_splits_kernel(
+    partials_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr, out_ptr, M, N,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) + tl.zeros((1, 1), dtype=tl.int32)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    at = m.to(tl.int64) * N + n
+    acc = tl.zeros((1, BLOCK), dtype=tl.int32)
+    size = tl.num_programs(0).to(tl.int64) * N
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(partials_ptr + split * size + at, mask=n < N, other=0)
+    y = scaled(
+        acc, m, n, m < M, n < N, a_scale_ptr, b_scale_ptr, bias_ptr, sums_ptr, zeros_ptr,
+        PER_TOKEN, PER_CHANNEL, HAS_BIAS, HAS_ZEROS,
+    )  # fmt: skip
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    outliers_ptr, columns_ptr, used_ptr, codes_ptr, kept_ptr, place_ptr, N, K, rounder,
+    ROUND: tl.constexpr, FIND: tl.constexpr, SMALLEST: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_OUTLIERS: tl.constexpr, HAS_KEPT: tl.constexpr, DP4A: tl.constexpr,
+):  # fmt: skip
+    """Words are four codes. ROUND: x is floats, rounded here; FIND: to a scale that is found here, too."""
+    if FIND:
+        offsets = tl.arange(0, 4 * WORDS)
+        peaks = tl.zeros((4 * WORDS,), dtype=tl.float32)
+        for start in range(0, K, 4 * WORDS):
+            k = start + offsets
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            peaks = tl.maximum(peaks, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
+        scale = scale_of(peak_of(peaks), 127.0, SMALLEST)
+    else:
+        scale = tl.load(scale_ptr)
+    inverse = tl.div_rn(1.0, scale)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    row_words = K // 4
+    # Rows beyond the end are read as row 0 again and never stored.
+    w_rows = w_ptr + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
+    offsets, byte = tl.arange(0, WORDS), tl.arange(0, 4)[None, :]
+    acc = tl.zeros((BLOCK_N, WORDS), dtype=tl.int32)
+    for start in range(0, row_words, WORDS):
+        at = start + offsets
+        if EVEN:
+            w = tl.load(w_rows + at[None, :], eviction_policy="evict_first")
+        else:
+            mask = (at < row_words)[None, :]
+            w = tl.load(w_rows + at[None, :], mask=mask, other=0, eviction_policy="evict_first")
+        if ROUND:
+            x = tl.load(x_ptr + at[:, None] * 4 + byte, mask=(at < row_words)[:, None], other=0.0)
+            q = round_int8(x.to(tl.float32), inverse, rounder)
+            q = tl.sum((q & 255) << (8 * byte), 1)
+        else:
+            q = tl.load(x_ptr + at, mask=at < row_words, other=0)
+        acc = dot4(w, tl.broadcast_to(q[None, :], (BLOCK_N, WORDS)), acc, DP4A)
+    y = tl.sum(acc, 1).to(tl.float32) * scale
     if PER_CHANNEL:
-        y *= tl.load(b_scale_ptr + n, mask=n_mask, other=0.0)[None, :]
+        w_scale = tl.load(w_scale_ptr + n, mask=n_mask, other=0.0)
     else:
-        y *= tl.load(b_scale_ptr)
+        w_scale = tl.load(w_scale_ptr) + tl.zeros((BLOCK_N,), dtype=tl.float32)
+    y *= w_scale
     if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    pointers = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+        y += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
+    if HAS_OUTLIERS:
+        used = tl.load(used_ptr)
+        for first in range(0, used, 16):
+            slot = first + tl.arange(0, 16)
+            is_used = slot < used
+            column = tl.load(columns_ptr + slot, mask=is_used, other=0)[None, :]
+            value = tl.load(outliers_ptr + slot, mask=is_used, other=0.0)[None, :]
+            both = n_mask[:, None] & is_used[None, :]
+            code = tl.load(codes_ptr + n.to(tl.int64)[:, None] * K + column, mask=both, other=0)
+            weight = (code.to(tl.float32) * w_scale[:, None]).to(value.dtype).to(tl.float32)
+            if HAS_KEPT:
+                place = tl.load(place_ptr + column, mask=is_used[None, :], other=-1)
+                at = tl.maximum(place, 0).to(tl.int64) * N + n[:, None]
+                kept = tl.load(kept_ptr + at, mask=both, other=0.0).to(value.dtype).to(tl.float32)
+                weight = tl.where(place >= 0, kept, weight)
+            y += tl.sum(value.to(tl.float32) * weight, 1)
+    tl.store(out_ptr + n, y.to(out_ptr.dtype.element_ty), mask=n_mask)
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes [rows, in] and float32 scales [rows, 1] of x [rows, in], one scale per row."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(x):
-        _quantize_tokens_kernel[(rows,)](
-            x, codes, scales, columns, x.stride(0), _ROUND,
-            SMALLEST=SMALLEST_SCALE, BLOCK=block, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return codes, scales
+    return triton_rows.quantize(x)
 
 
 def quantize_to(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -130,7 +287,7 @@ def quantize_to(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     block = min(4096, triton.next_power_of_2(columns))
     with torch.cuda.device_of(x):
         _quantize_to_kernel[(rows, triton.cdiv(columns, block))](
-            x, codes, scale, columns, x.stride(0), _ROUND, BLOCK=block, num_warps=4,
+            x, codes, scale, columns, x.stride(0), ROUNDER, BLOCK=block, num_warps=4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return codes
@@ -143,32 +300,131 @@ def matmul(
     b_scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    sums: torch.Tensor | None = None,
+    zeros: torch.Tensor | None = None,
+    outliers: Outliers | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    """``(a @ b.T) * a_scale * b_scale + bias`` for int8 a [rows, in] and b [out, in], as `dtype`.
+    """``(a @ b.T - sums * zeros) * a_scale * b_scale + bias`` for a [rows, in] and b [out, in], as `dtype`.
 
     Args:
+        a, b: int8; float8 as well where the launch is of the kind ``tma``.
         a_scale: float32 [rows, 1] or [1]. b_scale: float32 [out] or [1].
+        sums: int32 [rows], what the codes of each row sum up to. zeros: int32 [out]. Both or none.
+        outliers: a product in floating point to be added, with its weights.
+        launch: by default that of `choose`.
     """
     (rows, columns), out = a.shape, b.shape[0]
-    block_m, block_n, block_k, warps, stages = _blocks(rows)
+    launch = launch or choose(rows, out, columns)
+    if launch.kind == "gemv" and outliers is None and zeros is None:
+        return gemv(a, a_scale, b, b_scale, bias, dtype, launch=launch)
+    if launch.kind == "gemv":
+        launch = choose(2, out, columns)
+    a = a if a.is_contiguous() else a.contiguous()
     y = torch.empty(rows, out, dtype=dtype, device=a.device)
-    grid = (triton.cdiv(rows, block_m) * triton.cdiv(out, block_n),)
+    absent = b_scale
+    optional = [absent if each is None else each for each in (bias, sums, zeros)]
+    epilogue = (a_scale, b_scale, *optional)
+    switches = {
+        "PER_TOKEN": a_scale.ndim == 2,
+        "PER_CHANNEL": b_scale.numel() > 1,
+        "HAS_BIAS": bias is not None,
+        "HAS_ZEROS": zeros is not None,
+    }
+    tiles = triton.cdiv(rows, launch.m) * triton.cdiv(out, launch.n)
+    blocks = {"BLOCK_M": launch.m, "BLOCK_N": launch.n, "BLOCK_K": launch.k, "GROUP": launch.group}
+    how = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
     with torch.cuda.device_of(a):
-        _matmul_kernel[grid](
-            a, b, a_scale, b_scale, b_scale if bias is None else bias, y, rows, out, columns,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PER_TOKEN=a_scale.ndim == 2,
-            PER_CHANNEL=b_scale.numel() > 1, HAS_BIAS=bias is not None,
-            EVEN_K=columns % block_k == 0, GROUP=8, num_warps=warps, num_stages=stages,
+        if launch.kind == "tma" and outliers is None and _fits_tma(launch, columns, dtype):
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            _tma_kernel[(min(tiles, processors(a.device)),)](
+                TensorDescriptor.from_tensor(a, [launch.m, launch.k]),
+                TensorDescriptor.from_tensor(b, [launch.n, launch.k]),
+                *epilogue, y, rows, out, columns, IS_FLOAT=a.dtype != torch.int8,
+                **blocks, **switches, **how,
+            )  # fmt: skip
+            return y
+        steps = triton.cdiv(columns, launch.k)
+        per_split = steps if outliers is not None else triton.cdiv(steps, launch.split)
+        splits = triton.cdiv(steps, per_split)
+        target = y if splits == 1 else y.new_empty(splits, rows, out, dtype=torch.int32)
+        slots = (absent, absent, absent)
+        if outliers is not None:
+            assert outliers.weights is not None
+            slots = (outliers.values, outliers.weights, outliers.used)
+        _matmul_kernel[(tiles, splits)](
+            a, b, *epilogue, target, *slots, rows, out, columns, per_split,
+            EVEN_K=columns % launch.k == 0, SPLIT=splits > 1,
+            SLOTS=0 if outliers is None else outliers.values.shape[1], **blocks, **switches, **how,
+        )  # fmt: skip
+        if splits > 1:
+            _add_splits_kernel[(rows, triton.cdiv(out, 1024))](
+                target, *epilogue, y, rows, out, SPLITS=splits, BLOCK=1024, **switches,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return y
+
+
+def _fits_tma(launch: Launch, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the copy engine can read the rows, and the tile of the result fits beside the operands."""
+    return columns % ALIGNMENT == 0 and (dtype.itemsize == 2 or launch.m * launch.n <= _WIDEST_FLOAT32)
+
+
+def gemv(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    outliers: Outliers | None = None,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """One row x [1, in] times int8 [out, in], scaled: [1, out] in `dtype`.
+
+    Args:
+        x: int8 codes, or floats that are rounded on the way.
+        scale: float32, one number: that of the codes, or what floats are rounded to; None: it follows
+            from the floats.
+        weight_scale: float32 [out] or [1].
+        outliers: columns to be added in floating point; the weights are read from `weight`.
+        launch: by default that of `choose`; `in` is a multiple of `ALIGNMENT`.
+    """
+    columns, out = x.shape[1], weight.shape[0]
+    launch = launch or choose(1, out, columns)
+    is_rounded = x.dtype == torch.int8
+    x = x.contiguous()
+    y = torch.empty(1, out, dtype=dtype, device=x.device)
+    absent = weight_scale
+    slots: list[torch.Tensor | None] = [None] * 6
+    if outliers is not None:
+        slots = [outliers.values, outliers.columns, outliers.used, weight, outliers.kept, outliers.place]
+    words = min(launch.k, triton.next_power_of_2(columns)) // 4
+    with torch.cuda.device_of(x):
+        _gemv_kernel[(triton.cdiv(out, launch.n),)](
+            x.view(torch.int32) if is_rounded else x, absent if scale is None else scale,
+            weight.view(torch.int32), weight_scale, absent if bias is None else bias, y,
+            *(absent if each is None else each for each in slots),
+            out, columns, ROUNDER, ROUND=not is_rounded, FIND=scale is None, SMALLEST=SMALLEST_SCALE,
+            PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, BLOCK_N=launch.n,
+            WORDS=words, EVEN=columns % (4 * words) == 0, HAS_OUTLIERS=outliers is not None,
+            HAS_KEPT=slots[4] is not None, DP4A=has_dp4a(x.device), num_warps=launch.warps,
+            num_stages=launch.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return y
 
 
-def _blocks(rows: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and depth of a program's tile, its warps, and the stages of its pipeline."""
-    if rows <= 16:
-        return 16, 32, 256, 4, 5
-    if rows <= 64:
-        return 64, 64, 128, 4, 4
-    if rows <= 512:
-        return 128, 128, 128, 8, 3
-    return 128, 256, 128, 8, 3
+def has_dp4a(device: torch.device) -> bool:
+    """Whether a device has the instruction for four 8-bit products (all of NVIDIA's that Triton knows)."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors of a CUDA device; a few for Triton's interpreter."""
+    if device.type != "cuda":
+        return 3
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from harness.kernels.reference import int8_matmul
-from harness.nn.packing import unpack_matrix, unpack_rows
+from harness.kernels import packed_int8
 from harness.nn.quantized import QuantizedLinear
-from harness.nn.quantizer import quantize_activation
 
 __all__ = ["IntegerLinear"]
 
@@ -27,23 +25,12 @@ class IntegerLinear(QuantizedLinear):
 
     @property
     def kernel_name(self) -> str:
-        """What the forward pass runs, for any number of rows."""
-        return "unpack, _int_mm"
+        """The kernel of a decode step (one row)."""
+        return packed_int8.choose(self.packed, 1)
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """As `kernel_name`: it depends neither on the rows nor on their type."""
-        return self.kernel_name
+        """The kernel that the forward pass runs for so many rows, whatever their type."""
+        return packed_int8.choose(self.packed, rows)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.zeros is not None
-        tokens, token_scale = quantize_activation(x)  # int8 [rows, in], float32 [rows, 1]
-        codes = unpack_matrix(self.codes, self.bits, self.tile)[:, : self.in_features]
-        zeros = unpack_rows(self.zeros, self.bits, self.out_features).int()  # [1, out]
-        if self.bits == 8:  # 0 to 255 do not fit int8: moved by half, as are the zero points
-            codes, zeros = codes ^ 0x80, zeros - 128
-        products = int8_matmul(tokens, codes.contiguous().view(torch.int8))
-        sums = tokens.int().sum(1, keepdim=True)
-        y = (products - sums * zeros).float() * token_scale * self.scales.float()
-        if self.bias is not None:
-            y = y + self.bias.float()
-        return y.to(x.dtype)
+        return packed_int8.linear(x, self.packed, self.bias)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
-from harness.kernels import int8
+from harness.kernels import int8, outlier_int8
 from harness.nn.quantized import Int8Linear
 from harness.nn.quantizer import quantize_weight
 from harness.records import Record
@@ -199,6 +199,10 @@ class OutlierInt8Linear(Int8Linear):
         """The kernels that the forward pass runs on this device: of the integers and of the outliers."""
         return f"{int8.choose(self.codes.device)} + outlier columns"
 
+    def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
+        """As `kernel_name`: it depends neither on the rows nor on their type."""
+        return self.kernel_name
+
     def column_weights(self, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weights [out, n] of some columns (int64 [n]): as they were kept, else from their codes."""
         codes = self.codes.index_select(1, columns)
@@ -232,6 +236,20 @@ class OutlierInt8Linear(Int8Linear):
         return torch.addmm(y, parts.outliers, self.column_weights(parts.columns, x.dtype).t())
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad  # the kernels have no backward pass
+        if not needs_gradient and outlier_int8.fits(x.device, x.dtype, self.in_features, self.capacity):
+            return outlier_int8.linear(
+                x,
+                self.codes,
+                self.row_scales(),
+                self.bias,
+                threshold=self.threshold,
+                capacity=self.capacity,
+                kept=self.kept,
+                place=self.place,
+                kept_only=self.kept_only,
+                counters=self.counters,
+            )
         return self.multiply(x, fixed=x.is_cuda or torch.compiler.is_compiling())
 
     def reset_counters(self) -> None:

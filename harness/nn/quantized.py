@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harness.errors import ConfigError, NotApplicable
-from harness.kernels import int8, weight_only
+from harness.kernels import int8, packed_int8, weight_only
 from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import (
     PLANES,
@@ -194,7 +194,7 @@ class Int8Linear(PackedLinear):
 
     A scale may leave an integer product only where it is constant along the summed columns: weights
     have one scale per row, per group of rows or one in all, activations one per token or one in all.
-    Weights of fewer bits (W4A8) are stored packed and unpacked to int8 for the product.
+    Weights of fewer bits (W4A8) are stored packed and unpacked to int8 in the product or before it.
 
     Args:
         in_features, out_features: as of `nn.Linear`.
@@ -288,20 +288,29 @@ class Int8Linear(PackedLinear):
 
     @property
     def kernel_name(self) -> str:
-        """The kernel that the forward pass runs on this device, for any number of rows."""
-        product = int8.choose(self.codes.device)
-        return product if self.bits == 8 else f"unpack, {product}"
+        """The kernel of a decode step (one row) on this device."""
+        return self.kernel_for(1, torch.float32)
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """As `kernel_name`: it depends neither on the rows nor on their type."""
-        return self.kernel_name
+        """The kernel that the forward pass runs for so many rows, whatever their type."""
+        if self.bits == 8:
+            return int8.choose(self.codes.device)
+        return packed_int8.choose(self.packed, rows)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The stored matrix of fewer than 8 bits as kernels read it."""
+        scales = self.scales.view(1, -1)
+        return PackedWeight(
+            self.codes, scales, None, self.bits, -1, self.tile, self.in_features, self.out_features
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in] that the codes stand for."""
         return (self.int8_codes().float() * self.row_scales()[:, None]).to(dtype)
 
     def int8_codes(self) -> torch.Tensor:
-        """The codes as the product reads them, int8 [out, in]: unpacked where fewer bits are stored."""
+        """The codes as int8 [out, in], unpacked where fewer bits are stored."""
         if self.bits == 8:
             return self.codes
         codes = unpack_matrix(self.codes, self.bits, self.tile)[:, : self.in_features]
@@ -332,17 +341,15 @@ class Int8Linear(PackedLinear):
         return self._flat(x.codes, lambda codes: self._multiply_codes(codes, scale, dtype)).to(dtype)
 
     def _multiply_codes(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return int8.linear_of_codes(codes, scale, self.int8_codes(), self.row_scales(), self.bias, dtype)
+        if self.bits < 8:
+            return packed_int8.linear_of_codes(codes, scale, self.packed, self.bias, dtype)
+        return int8.linear_of_codes(codes, scale, self.codes, self.row_scales(), self.bias, dtype)
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return int8.linear(
-            x,
-            self.int8_codes(),
-            self.row_scales(),
-            self.bias,
-            per_token=self.a_gran == "per-token",
-            scale=self.input_scale,
-        )
+        per_token, scale = self.a_gran == "per-token", self.input_scale
+        if self.bits < 8:
+            return packed_int8.linear(x, self.packed, self.bias, per_token=per_token, scale=scale)
+        return int8.linear(x, self.codes, self.row_scales(), self.bias, per_token=per_token, scale=scale)
 
     def extra_repr(self) -> str:
         groups = self.scales.numel()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from harness.errors import ConfigError, NotApplicable
+from harness.kernels import int8
 from harness.kernels.reference import int8_matmul
 from harness.nn.activation_grid import ActivationGrid
 from harness.nn.quantized import PackedLinear
@@ -121,7 +122,7 @@ class StaticInt8Linear(PackedLinear):
     @property
     def kernel_name(self) -> str:
         products = len(self.sizes) * (self.a_bits // 8)
-        return "_int_mm" if products == 1 else f"{products} x _int_mm"
+        return int8.choose(self.codes.device) if products == 1 else f"{products} x _int_mm"
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """As `kernel_name`: it depends neither on the rows nor on their type."""
@@ -145,6 +146,11 @@ class StaticInt8Linear(PackedLinear):
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.order is not None:
             x = x.index_select(1, self.order)
+        if self.a_bits == 8 and len(self.sizes) == 1:
+            scale, zero = self.input_scale, self.input_zero
+            codes = torch.round(x.float() / scale).add_(zero).clamp_(0, 255).sub_(128).to(torch.int8)
+            weight = self.codes.view(self.out_features, -1)
+            return int8.linear_of_codes(codes, scale, weight, self.scales, self.offset, x.dtype)
         total: torch.Tensor | None = None
         for group, (part, block) in enumerate(
             zip(x.split(list(self.sizes), dim=1), self._blocks(), strict=True)
