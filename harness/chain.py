@@ -34,11 +34,14 @@ class Step:
 
     def identity(self) -> dict[str, Any]:
         """What decides what the step does."""
-        return {
+        identity: dict[str, Any] = {
             "method": self.method.name,
             "options": self.options.canonical(),
             "source": self.method.source_hash,
         }
+        if self.method.inputs is not None and (inputs := self.method.inputs(self.options)):
+            identity["inputs"] = dict(inputs)
+        return identity
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from harness.training import TrainReport, TrainSettings, train
 if TYPE_CHECKING:
     from harness.cache import ContentCache
     from harness.models.info import ModelInfo
+    from harness.models.loading import LoadedModel
     from harness.tokens import TokenSource
 
 __all__ = ["Context", "Progress"]
@@ -45,6 +46,7 @@ class Context:
         calibration_source, training_source: token streams.
         settings: the sweep's training budget.
         load_teacher: makes a fresh copy of the original model, or None where there is none.
+        load_named: loads another model by its written form, or None where none can be had.
         cache_store: the content-keyed disk cache.
         last_in_chain: False where another method of the chain follows (a method that only prepares,
             such as smoothing, leaves the rest to it).
@@ -65,6 +67,7 @@ class Context:
     cache_store: ContentCache
     identity: Mapping[str, Any]
     last_in_chain: bool = True
+    load_named: Callable[[str], LoadedModel] | None = None
     report_progress: Progress = lambda _what, _done, _total: None
     records: list[Record] = field(default_factory=list)
     calibration_tokens: int = 0
@@ -103,6 +106,11 @@ class Context:
         parameters: Iterable[nn.Parameter] | None = None,
         lr_multiples: Mapping[nn.Parameter, float] | None = None,
         weight_decay: float | None = None,
+        warmup_share: float | None = None,
+        final_share: float | None = None,
+        first_step: int = 0,
+        stream: str = "training",
+        on_start: Callable[[torch.optim.Optimizer], None] | None = None,
         on_step: Callable[[int, nn.Module], None] | None = None,
         seq_len: int | None = None,
         batch_size: int | None = None,
@@ -117,6 +125,11 @@ class Context:
             parameters: what to train; by default every parameter that requires a gradient.
             lr_multiples: for parameters whose rate is another multiple of `lr` than 1.
             weight_decay: by default the loop's; 0 where weights must not be pulled from where they are.
+            warmup_share, final_share: of the schedule; by default the loop's. 0 and 1: a constant rate.
+            first_step: replay the schedule only from this step on, with the rates and batches that a whole
+                run has there, by a fresh optimiser.
+            stream: runs that name the same stream see the same batches.
+            on_start: called once before the first step, with the optimiser.
             on_step: called after each optimiser step (apply masks, update schedules).
 
         Raises:
@@ -125,16 +138,24 @@ class Context:
         if self.info.synthetic:
             steps = 0  # random weights are timed and weighed as they are: training them says nothing
         settings = self.settings.replaced(
-            steps=steps, lr=lr, seq_len=seq_len, batch_size=batch_size, weight_decay=weight_decay
+            steps=steps,
+            lr=lr,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            weight_decay=weight_decay,
+            warmup_share=warmup_share,
+            final_share=final_share,
         )
         report = train(
             model,
             self.training_source,
             settings.limited_to(self.info.max_positions),
-            self.generator("training"),
+            self.generator(stream),
             loss=loss,
             parameters=parameters,
             lr_multiples=lr_multiples,
+            first_step=first_step,
+            on_start=on_start,
             on_step=on_step,
             progress=lambda done, total: self.report_progress("train", done, total),
         )
@@ -142,16 +163,50 @@ class Context:
         self.trained_steps += report.steps
         return report
 
-    def teacher(self) -> nn.Module:
-        """A fresh copy of the original model, in eval mode, frozen, on the device.
+    def training_steps(self, steps: int | None) -> int:
+        """How many steps `train` takes of `steps`, for a method that does nothing without training.
 
         Raises:
-            NotApplicable: the model is trained from scratch, so there is no teacher.
+            ConfigError: none.
         """
+        chosen = self.settings.steps if steps is None else steps
+        if chosen < 1:
+            raise ConfigError("the method works by training and needs at least 1 step; the budget has 0")
+        return chosen
+
+    def teacher(self, name: str | None = None) -> nn.Module:
+        """A fresh copy of the original model, in eval mode, frozen, on the device; or another model by name.
+
+        A method that lets the user name a model puts what identifies it into its `Method.inputs`.
+
+        Raises:
+            NotApplicable: the model is trained from scratch, so there is no teacher; or the named one has
+                another vocabulary.
+        """
+        if name is not None:
+            return self._named_teacher(name).eval().requires_grad_(False)
         if self.load_teacher is None:
             raise NotApplicable("a model trained from scratch has no teacher")
         teacher = self.load_teacher().eval()
         return teacher.requires_grad_(False)
+
+    def _named_teacher(self, name: str) -> nn.Module:
+        if self.load_named is None:
+            raise NotApplicable(f"the teacher {name} cannot be had here: no other model can be loaded")
+        loaded = self.load_named(name)
+        sizes = loaded.info.vocab_size, self.info.vocab_size
+        if sizes[0] != sizes[1]:
+            raise NotApplicable(
+                f"the teacher {name} predicts {sizes[0]} tokens, {self.info.label} {sizes[1]}: their "
+                "vocabularies differ"
+            )
+        words, own = (
+            tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+            for tokenizer in (loaded.tokenizer, self.tokenizer)
+        )
+        if words is not None and own is not None and words != own:
+            raise NotApplicable(f"the teacher {name} numbers other tokens than {self.info.label} does")
+        return loaded.model
 
     # --- calibration --------------------------------------------------------------------------
 

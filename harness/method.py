@@ -178,6 +178,10 @@ class Method:
         applies: ``applies(model_info, options) -> None`` (yes) or the reason why not.
         architectural: True where the transform changes what the network computes by design and the
             result must be trained or is expected to lose accuracy (so drift is not a defect).
+        trains_scratch: True where the transform itself trains a `scratch:` model, which is then not trained
+            again: what it holds in place (zeros, a student's weights) would not outlast that.
+        inputs: ``inputs(options) -> {what: identity}``: what else decides the result and lies outside options
+            and source, such as the content of a model that an option names; part of the key.
         leaves_layers: of a quantization, ``leaves_layers(options) -> bool``: whether full-precision layers
             are left for another quantizer that follows in the chain. By default only where an option
             `targets` names some layers of all.
@@ -193,6 +197,8 @@ class Method:
     applies: Callable[[ModelInfo, Any], str | None] | None = None
     architectural: bool = False
     leaves_layers: Callable[[Any], bool] | None = None
+    trains_scratch: bool = False
+    inputs: Callable[[Any], Mapping[str, str]] | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

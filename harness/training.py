@@ -105,6 +105,8 @@ def train(
     loss: Loss | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
     lr_multiples: Mapping[nn.Parameter, float] | None = None,
+    first_step: int = 0,
+    on_start: Callable[[torch.optim.Optimizer], None] | None = None,
     on_step: Callable[[int, nn.Module], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainReport:
@@ -112,13 +114,16 @@ def train(
 
     Master weights are float32 while training (a float16 or bfloat16 model is cast back at the end);
     on CUDA the forward pass runs under bfloat16 autocast. `lr_multiples`: of the rate, for parameters that
-    need another one (1 for all others).
+    need another one (1 for all others). `first_step`: only the schedule's steps from this one on, with their
+    rates and their batches, by a fresh optimiser; `on_step` counts steps of the schedule.
 
     Raises:
         NumericalFailure: the loss is not finite, or rose above twice its start.
-        ConfigError: there is nothing to train.
+        ConfigError: there is nothing to train, or the first step is negative.
     """
-    if settings.steps == 0:
+    if first_step < 0:
+        raise ConfigError(f"the first training step must be at least 0, not {first_step}")
+    if first_step >= settings.steps:
         model.eval()
         return TrainReport(0, 0, ())
     trained = _trainable(model, parameters)
@@ -133,10 +138,15 @@ def train(
     compute_loss = loss or causal_loss
     batches = training_batches(source, settings.batch_size, settings.seq_len, generator)
     losses: list[float] = []
+    taken = settings.steps - first_step
     model.train()
     try:
         with _own_randomness(generator, device):
-            for step in range(settings.steps):
+            for _ in range(first_step):
+                next(batches)
+            if on_start is not None:
+                on_start(optimizer)
+            for step in range(first_step, settings.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr_multiple"] * settings.lr * lr_factor(step, settings)
                 tokens = next(batches).to(device)
@@ -150,7 +160,7 @@ def train(
                 if on_step is not None:
                     on_step(step, model)
                 if progress is not None:
-                    progress(step + 1, settings.steps)
+                    progress(step + 1 - first_step, taken)
     finally:
         model.eval()
         for parameter in trained:
@@ -158,8 +168,7 @@ def train(
             parameter.data = parameter.data.to(original_dtypes[parameter])
         for parameter in frozen:
             parameter.requires_grad_(True)
-    tokens_seen = settings.steps * settings.batch_size * settings.seq_len
-    return TrainReport(settings.steps, tokens_seen, tuple(losses))
+    return TrainReport(taken, taken * settings.batch_size * settings.seq_len, tuple(losses))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from harness.job import VariantJob
 from harness.measure.cost import PhaseCost
 from harness.measure.effect import Effect, measure_effect, snapshot
 from harness.models.info import info_from_config
-from harness.models.loading import LoadedModel, load
+from harness.models.loading import LoadedModel, describe, load
+from harness.models.spec import parse_model
 from harness.records import Record
 from harness.texts import token_source
 from harness.training import TrainSettings
@@ -68,7 +69,7 @@ def make_variant(
     with PhaseCost(device, loaded.model) as transform_cost:
         model = _apply(chain, job, plugins, loaded, device, dtype, contexts, report_progress)
         changed = None
-        if loaded.info.scratch:
+        if loaded.info.scratch and not any(step.method.trains_scratch for step in chain.steps):
             # Training changes every weight: whether the method did anything is asked before it.
             changed = measure_effect(before, model).changed
             context = _context(job, plugins, loaded, device, dtype, chain.steps, True)
@@ -183,6 +184,7 @@ def _context(
         calibration_samples=budget.calibration_samples,
         calibration_len=budget.calibration_len,
         load_teacher=(None if loaded.info.scratch else lambda: load_original(job, plugins).model),
+        load_named=lambda name: load(describe(parse_model(name)), device, dtype, job.seed),
         cache_store=cache,
         identity={
             "model": job.model.identity,

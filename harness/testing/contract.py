@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from harness.errors import ConfigError, MissingExtra, NotApplicable
 from harness.measure.effect import Effect, measure_effect, snapshot
 from harness.method import Method, Options, Paper
-from harness.models.info import info_from_config
+from harness.models.info import ModelInfo, info_from_config
 from harness.testing.global_state import unchanged_globals
 from harness.testing.making import make_context
 from harness.testing.models import TINY_FAMILIES, TinyTokenizer, tiny_model
@@ -154,27 +154,31 @@ def _check_on(
     if info.kind == "decoder" and "encoder" in needs:
         return "needs an encoder"
     reason = method.applies(info, options) if method.applies else None
+    if reason is not None and method.trains_scratch:  # perhaps it fits no model that is trained already
+        scratch = replace(info, scratch=True)
+        if method.applies is not None and method.applies(scratch, options) is None:
+            info, reason = scratch, None
     if reason is not None:
         _expect(isinstance(reason, str) and bool(reason), who, "applies gives None or a reason")
         return reason
     try:
         with unchanged_globals(who):
-            run = _run(method, options, fresh, tokenizer)
+            run = _run(method, options, fresh, tokenizer, info)
     except (NotApplicable, MissingExtra) as error:
         return str(error)
     _check_result(method, run, who)
-    _check_repeatable(run, _run(method, options, make(), tokenizer), who)
+    _check_repeatable(run, _run(method, options, make(), tokenizer, info), who)
     if not method.architectural and "training" not in needs and method.family != "baseline":
-        mild = _run(method, _mildest(method, options), make(), tokenizer)
+        mild = _run(method, _mildest(method, options), make(), tokenizer, info)
         drift = _relative_distance(mild.output, mild.original)
         _expect(drift <= max_drift, who, f"the output drifts by {drift:.3g}, over {max_drift}")
     return None
 
 
-def _run(method: Method, options: Options, model: nn.Module, tokenizer: Any) -> _Run:
+def _run(method: Method, options: Options, model: nn.Module, tokenizer: Any, info: ModelInfo) -> _Run:
     probe = _probe(model, seed=1234)
     original = _output(model, probe)
-    context = make_context(model, tokenizer=tokenizer)
+    context = make_context(model, info, tokenizer=tokenizer, has_teacher=not info.scratch)
     before = snapshot(model)
     result = method.transform(model, options, context)
     if not isinstance(result, nn.Module):

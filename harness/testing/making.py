@@ -15,10 +15,13 @@ from torch import nn
 from harness.cache import ContentCache
 from harness.context import Context
 from harness.models.info import ModelInfo, info_from_config
+from harness.models.loading import LoadedModel
 from harness.tokens import RandomTokens, TextTokens
 from harness.training import TrainSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from harness.tokens import TokenSource
 
 __all__ = ["make_context"]
@@ -37,6 +40,7 @@ def make_context(
     calibration_len: int = 32,
     seed: int = 0,
     has_teacher: bool = True,
+    teachers: Mapping[str, nn.Module] | None = None,
     cache_dir: Path | None = None,
 ) -> Context:
     """The context that a transform of `model` gets, with small defaults.
@@ -45,6 +49,7 @@ def make_context(
         model: as it is now, it is what `Context.teacher` copies.
         info: by default read from the model's configuration.
         tokens: a source or one run of ids, int64 [tokens]; by default uniform random tokens.
+        teachers: what `Context.teacher` finds under a name; all with the given tokenizer.
         cache_dir: by default a temporary directory that goes away with the context.
     """
     config: Any = model.config
@@ -53,6 +58,12 @@ def make_context(
         tokens = RandomTokens(info.vocab_size)
     elif isinstance(tokens, torch.Tensor):
         tokens = TextTokens(tokens, "test")
+    named = dict(teachers or {})
+
+    def load_named(name: str) -> LoadedModel:
+        made: Any = copy.deepcopy(named[name])
+        return LoadedModel(made, tokenizer, info_from_config(made.config, name))
+
     original = copy.deepcopy(model) if has_teacher else None
     directory = cache_dir or Path(tempfile.mkdtemp(prefix="harness-test-"))
     parameter = next(model.parameters())
@@ -68,6 +79,7 @@ def make_context(
         calibration_samples=calibration_samples,
         calibration_len=calibration_len,
         load_teacher=(lambda: copy.deepcopy(original)) if original is not None else None,
+        load_named=load_named if named else None,
         cache_store=ContentCache(directory),
         identity={"model": info.label, "seed": seed, "tokens": tokens.identity},
     )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import ConfigError, NotApplicable
+from harness import ConfigError
 from harness.nn.anatomy import blocks_of
-from harness.nn.surgery import conv1d_to_linear, replace_module
+from harness.nn.fresh import reinitialised
+from harness.nn.surgery import replace_module
 
 __all__ = ["NoTokenTypes", "drop_token_types_and_pooler", "keep_layers", "reinitialised", "spread"]
 
@@ -85,22 +86,3 @@ def drop_token_types_and_pooler(model: nn.Module) -> nn.Module:
             encoder.pooler = None
             break
     return model
-
-
-def reinitialised(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A model of the same configuration with random weights, of the same type on the same device.
-
-    Raises:
-        NotApplicable: the model is not what its configuration describes (another method changed
-        it).
-    """
-    parameter = next(model.parameters())
-    seed = int(torch.randint(2**62, (1,), generator=generator))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        fresh = type(model)(model.config)
-    conv1d_to_linear(fresh)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if {name: tensor.shape for name, tensor in fresh.state_dict().items()} != shapes:
-        raise NotApplicable("init=random needs a model that no other method has changed")
-    return fresh.to(device=parameter.device, dtype=parameter.dtype)

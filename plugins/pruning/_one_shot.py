@@ -14,10 +14,9 @@ from pydantic import Field, model_validator
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.nn.anatomy import anatomy_of, blocks_of, sharing_input
+from harness.nn.magnitude import count_of, keep_largest_of_rows
 from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.surgery import block_linears
-
-from ._magnitude import count_of, keep_largest_of_rows
 
 if TYPE_CHECKING:
     from torch import nn

@@ -17,10 +17,9 @@ import torch
 
 from harness import ConfigError, NumericalFailure
 from harness.nn.hessian import Factor, factorise
+from harness.nn.magnitude import count_of
 from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.quantizer import Grid, QuantizedWeight, group_grid, padded_to_groups
-
-from ._magnitude import count_of
 
 __all__ = ["Pruning", "SparseGptResult", "prune_matrix", "sparsegpt_prune"]
 

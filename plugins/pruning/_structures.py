@@ -20,10 +20,9 @@ from harness.kernels.onednn import onednn_products
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.folding import linears_of
 from harness.nn.hessian import factorise
+from harness.nn.magnitude import count_of
 from harness.nn.narrowing import BlockShape, block_shapes
 from harness.training import causal_loss
-
-from ._magnitude import count_of
 
 __all__ = [
     "Scores",

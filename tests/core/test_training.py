@@ -139,3 +139,80 @@ def test_packed_texts_are_read_and_damaged_ones_are_one_clear_error(tmp_path):
         file.write_bytes(packed[: len(packed) // 2] + b"\xff" * 8 + packed[len(packed) // 2 + 8 :])
         with pytest.raises(ConfigError, match="cannot be read"):
             read_text(file)
+
+
+# --- parts of a schedule ---------------------------------------------------------------------------
+
+
+def _rates_seen(model, settings, **how):
+    rates, states, optimizers = [], [], []
+
+    def on_start(optimizer):
+        optimizers.append(optimizer)
+        states.append(len(optimizer.state))
+
+    def on_step(step, model):
+        rates.append((step, optimizers[0].param_groups[0]["lr"]))
+
+    report = train(model, _source(), settings, _generator(), on_start=on_start, on_step=on_step, **how)
+    return report, rates, states
+
+
+def test_a_replay_has_the_rates_of_the_whole_run_from_its_first_step_on(tiny_llama):
+    whole, rates, _ = _rates_seen(tiny_llama, SETTINGS)
+    assert [rate for _, rate in rates] == [SETTINGS.lr * lr_factor(step, SETTINGS) for step in range(12)]
+    replay, late_rates, states = _rates_seen(tiny_llama, SETTINGS, first_step=5)
+    assert late_rates == rates[5:]
+    assert states == [0]  # a fresh optimiser
+    assert (replay.steps, replay.tokens, len(replay.losses)) == (7, 7 * 4 * 16, 7)
+    assert whole.steps == 12
+
+
+def test_a_replay_sees_the_batches_of_the_whole_run(tiny_llama):
+    def batches(**how):
+        seen = []
+
+        def loss(model, tokens):
+            seen.append(tokens.clone())
+            return causal_loss(model, tokens)
+
+        train(tiny_llama, _source(), SETTINGS, _generator(), loss=loss, **how)
+        return seen
+
+    whole, replay = batches(), batches(first_step=8)
+    assert len(replay) == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole[8:], replay, strict=True))
+
+
+@pytest.mark.parametrize("first_step", [12, 40])
+def test_a_replay_of_nothing_changes_nothing(tiny_llama, first_step):
+    before = {name: value.clone() for name, value in tiny_llama.state_dict().items()}
+    report = train(tiny_llama, _source(), SETTINGS, _generator(), first_step=first_step)
+    assert (report.steps, report.tokens, report.losses) == (0, 0, ())
+    assert all(torch.equal(value, before[n]) for n, value in tiny_llama.state_dict().items())
+
+
+def test_a_negative_first_step_is_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="first training step"):
+        train(tiny_llama, _source(), SETTINGS, _generator(), first_step=-1)
+
+
+def test_no_warm_up_and_a_final_share_of_one_is_a_constant_rate():
+    settings = TrainSettings(steps=20, warmup_share=0.0, final_share=1.0)
+    assert {lr_factor(step, settings) for step in range(20)} == {1.0}
+
+
+def test_streams_of_a_context_differ_and_repeat(tiny_llama):
+    from harness.testing import make_context
+
+    context, seen = make_context(tiny_llama), {}
+    for name in ("training", "other", "training"):
+        batches = seen.setdefault(name, [])
+
+        def loss(model, tokens, batches=batches):
+            batches.append(tokens.clone())
+            return causal_loss(model, tokens)
+
+        context.train(tiny_llama, loss=loss, steps=1, stream=name)
+    assert torch.equal(*seen["training"])
+    assert not torch.equal(seen["training"][0], seen["other"][0])

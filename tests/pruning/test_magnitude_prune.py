@@ -7,12 +7,6 @@ import math
 
 import pytest
 import torch
-from harness_plugins.pruning._magnitude import (
-    count_of,
-    global_keep_masks,
-    keep_largest,
-    keep_largest_of_rows,
-)
 from harness_plugins.pruning.magnitude_prune import (
     METHOD,
     MagnitudeOptions,
@@ -23,6 +17,12 @@ from harness_plugins.pruning.magnitude_prune import (
 from harness.errors import ConfigError
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
+from harness.nn.magnitude import (
+    count_of,
+    global_keep_masks,
+    keep_largest,
+    keep_largest_of_rows,
+)
 from harness.nn.surgery import block_linears
 from harness.testing import make_context, tiny_model
 from harness.training import TrainSettings

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
-from harness_plugins.pruning._magnitude import count_of, keep_largest
 from harness_plugins.pruning.sparsegpt import METHOD, SparseGptOptions, sparsegpt_prune
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.hessian import output_error
+from harness.nn.magnitude import count_of, keep_largest
 from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import group_grid, quantize_weight

@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 from harness_plugins.pruning import magnitude_prune
-from harness_plugins.pruning._magnitude import count_of, keep_largest_of_rows
 from harness_plugins.pruning.wanda import METHOD, WandaOptions, wanda_keep
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.anatomy import blocks_of
+from harness.nn.magnitude import count_of, keep_largest_of_rows
 from harness.nn.outliers import inject_outliers
 from harness.nn.surgery import block_linears
 from harness.testing import make_context, tiny_model

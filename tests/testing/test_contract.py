@@ -295,6 +295,26 @@ def test_a_method_that_fits_nothing_is_caught():
         check_method(_method(applies=lambda _info, _options: False))
 
 
+def test_a_method_for_untrained_models_alone_is_checked_on_those():
+    seen = []
+
+    def transform(model, options, context):
+        seen.append((context.info.scratch, context.load_teacher is None))
+        return _scale(model, options, context)
+
+    def applies(info, _options):
+        return None if info.scratch else "only untrained"
+
+    report = check_method(_method(transform, applies=applies, trains_scratch=True))
+    assert report.checked == TINY_FAMILIES
+    assert set(seen) == {(True, True)}
+    with pytest.raises(AssertionError, match="fits none"):
+        check_method(_method(transform, applies=applies))
+    seen.clear()
+    check_method(_method(transform, trains_scratch=True))  # where it fits both, on trained ones
+    assert set(seen) == {(False, False)}
+
+
 def test_options_must_be_optional_and_survive_json():
     class Forgetful(Options):
         factor: float = 0.9

@@ -7,13 +7,20 @@ where the weight stays.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from harness import ConfigError
+from harness.errors import ConfigError
 
-__all__ = ["count_of", "global_keep_masks", "keep_largest", "keep_largest_of_rows"]
+__all__ = [
+    "count_of",
+    "global_keep_masks",
+    "keep_largest",
+    "keep_largest_of_rows",
+    "keep_masks",
+    "live_magnitudes",
+]
 
 _HIGH_BUCKETS, _LOW_BUCKETS = 1 << 15, 1 << 16  # of the 31 bits below the sign
 
@@ -83,6 +90,41 @@ def global_keep_masks(
     for index in capped:
         masks[index] = keep_largest([weights[index]], caps[index])[0]
     return [masks[index] for index in range(len(weights))]
+
+
+def keep_masks(
+    weights: Mapping[str, torch.Tensor],
+    sparsity: float,
+    scope: str = "layer",
+    min_layer_density: float = 0.01,
+) -> dict[str, torch.Tensor]:
+    """Bool masks, True where a weight [out, in] stays: the largest magnitudes, in exact number."""
+    if scope == "global":
+        masks = global_keep_masks(list(weights.values()), sparsity, min_layer_density)
+        return dict(zip(weights, masks, strict=True))
+    if scope == "row":
+        return {
+            name: keep_largest_of_rows(weight, count_of(sparsity, weight.shape[1]))
+            for name, weight in weights.items()
+        }
+    return {
+        name: keep_largest([weight], count_of(sparsity, weight.numel()))[0]
+        for name, weight in weights.items()
+    }
+
+
+def live_magnitudes(
+    weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Magnitudes, float32, by which what is pruned comes first again: masks of them are nested.
+
+    A pruned weight is below every other, also below one that is zero by itself.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    return {
+        name: weight.detach().abs().float().clamp(min=smallest) * masks[name]
+        for name, weight in weights.items()
+    }
 
 
 def _threshold(weights: Sequence[torch.Tensor], count: int) -> tuple[int, int]:
