@@ -33,6 +33,7 @@ import torch
 from pydantic import Field
 
 from harness import Method, NumericalFailure, Paper, hookimpl
+from harness.nn.held_masks import HeldMasks
 from harness.nn.hessian import inverse_root, observe_hessians
 from harness.nn.n_of_m import keep_n_of_m
 
@@ -45,7 +46,7 @@ from ._patterns import (
     refusal,
     store_zeros,
 )
-from ._training import require_text, task_of, train_around_zeros
+from ._training import require_text, task_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,8 +92,16 @@ def transform(model: nn.Module, options: NmOptions, context: Context) -> nn.Modu
         require_text(context)
     masks = _prune(model, names, options, context, keep_masks=retrains)
     if retrains:
-        pruned = [(model.get_parameter(f"{name}.weight"), masks[name]) for name in names]
-        report = train_around_zeros(model, context, pruned, loss=loss, steps=options.steps, lr=options.lr)
+        weights = {name: model.get_parameter(f"{name}.weight") for name in names}
+        with HeldMasks(weights, masks) as held:
+            report = context.train(
+                model,
+                loss=loss,
+                steps=options.steps,
+                lr=options.lr,
+                on_start=held.start,
+                on_step=held.hold,
+            )
         context.record("retraining_loss", report.final_loss, "nats", "mean of the last tenth")
     store_zeros(model, names, options, context)
     record_left_dense(context, left)
