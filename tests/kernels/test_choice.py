@@ -193,9 +193,8 @@ def test_the_benchmark_knows_its_schemes():
     for name, make in bench.SCHEMES.items():
         try:
             layer = make(weight)
-        except NotApplicable as error:  # of what only a device can build
+        except NotApplicable:  # what only a device can build
             assert name.startswith("2:4")
-            assert "on this device" in str(error) or "CUDA" in str(error)
             continue
         assert (layer.in_features, layer.out_features) == (256, 128), name
     assert "bf16" in bench.SCHEMES
