@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Two threads that wait for each other on a busy machine take a hundred times as long as one. Said before
 # torch is imported, which reads it once.
@@ -27,6 +28,16 @@ def pytest_collection_modifyitems(config, items):
         folder = item.path.parent.name
         group = folder if folder in TOGETHER else item.path.relative_to(config.rootpath).as_posix()
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+_MAIN = sys.modules["__main__"]
+
+
+@pytest.fixture(autouse=True)
+def _main_module():
+    """Streamlit's AppTest leaves its page as ``__main__``, which every spawned process would run then."""
+    yield
+    sys.modules["__main__"] = _MAIN
 
 
 def _seeded(make, config):
