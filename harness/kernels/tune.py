@@ -102,7 +102,8 @@ def run_parts(
     A part that cannot be finished ends with a trial named ``left out`` that says why.
 
     Args:
-        worker: takes parts from its end of a pipe, sends trials back and None after each part.
+        worker: says None when it is ready, takes parts from its end of a pipe, sends trials back, and None
+            after each part.
     """
     context = mp.get_context("spawn")
     process: Any = None
@@ -112,18 +113,32 @@ def run_parts(
             if time.monotonic() >= deadline:
                 yield Trial(part, "left out", failure="no time left")
                 continue
+            failure = None
             if pipe is None:
                 pipe, theirs = context.Pipe()
                 process = context.Process(target=worker, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()
-            failure = yield from _follow(pipe, part, deadline, silence_s)
+                failure = _started(pipe, deadline)
+            if failure is None:
+                failure = yield from _follow(pipe, part, deadline, silence_s)
             if failure is not None:
                 yield Trial(part, "left out", failure=failure)
                 _end(process)
                 pipe = process = None
     finally:
         _end(process)
+
+
+def _started(pipe: Connection, deadline: float) -> str | None:
+    """Wait until a worker has imported what it needs; why it will not be used, or None."""
+    try:
+        if not pipe.poll(max(0.0, deadline - time.monotonic())):
+            return "no time left"
+        pipe.recv()
+    except (EOFError, OSError):
+        return "the worker died"
+    return None
 
 
 def _follow(

@@ -137,10 +137,11 @@ _Timer = Callable[[Callable[[int], torch.Tensor], int], float]
 
 
 def work(pipe: Connection) -> None:
-    """Do parts until the pipe is closed: every trial is sent, and None after a part.
+    """Do parts until the pipe is closed: None to begin with, then every trial, and None after a part.
 
     A device that no longer works takes the worker with it.
     """
+    pipe.send(None)
     while True:
         try:
             part = pipe.recv()
