@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -65,19 +63,16 @@ def _write(file: Path, text: str) -> None:
     """All or nothing: what was there stays where writing fails.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or is a results store.
     """
-    temporary = None
+    from harness.store.exchange_text import is_store, replacing
+
+    written = text.encode()
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as new:
-            temporary = new.name
-            new.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is the owner's alone
-        os.replace(temporary, file)
+        if file.is_file() and is_store(file):
+            raise ConfigError(f"{file} is a results store; name another file for the report")
+        with replacing(file) as opened:
+            opened.write(written)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from None
-    typer.echo(f"{file}: {len(text.encode()) / 1e3:,.0f} kB", err=True)
+    typer.echo(f"{file}: {len(written) / 1e3:,.0f} kB", err=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from harness.errors import ConfigError
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
 
     from harness.context import Context
 
-__all__ = ["all_kept", "bitmap_bytes", "burn_in", "record_masks", "target_weights"]
+__all__ = [
+    "ZeroCount",
+    "all_kept",
+    "bitmap_bits",
+    "bitmap_bytes",
+    "burn_in",
+    "record_masks",
+    "target_weights",
+]
 
 
 def target_weights(model: nn.Module, targets: str | None) -> dict[str, nn.Parameter]:
@@ -40,9 +50,43 @@ def burn_in(weights: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tenso
         weight.mul_(masks[name])
 
 
+def bitmap_bits(places: int, kept: int, value_bits: int) -> int:
+    """One bit for each place, in whole bytes, and the surviving values of so many bits."""
+    return -(-places // 8) * 8 + kept * value_bits
+
+
 def bitmap_bytes(weight: torch.Tensor, keep: torch.Tensor) -> int:
     """One bit for each place and the surviving values in the weight's own type."""
-    return -(-weight.numel() // 8) + int(keep.sum()) * weight.element_size()
+    return bitmap_bits(weight.numel(), int(keep.sum()), 8 * weight.element_size()) // 8
+
+
+@dataclass
+class ZeroCount:
+    """What was pruned, added up layer by layer."""
+
+    zeros: int = 0
+    places: int = 0
+    stored_bits: int = 0
+    lowest_density: float = 1.0
+
+    def add(self, keep: torch.Tensor, value_bits: int) -> None:
+        """Take in a layer's keep mask; a surviving value takes `value_bits`."""
+        kept, places = int(keep.sum()), keep.numel()
+        self.zeros += places - kept
+        self.places += places
+        self.stored_bits += bitmap_bits(places, kept, value_bits)
+        self.lowest_density = min(self.lowest_density, kept / places)
+
+    def record(self, context: Context, model: nn.Module) -> None:
+        """Store the figures under the names that all pruning methods use."""
+        if not self.places:
+            raise ConfigError("no layer was pruned")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
+        context.record("bitmap_bytes", self.stored_bits / 8, "B", theoretical)
+        context.record("pruned_share_of_targets", self.zeros / self.places, "1")
+        context.record("pruned_share_of_all_parameters", self.zeros / parameters, "1")
+        context.record("lowest_layer_density", self.lowest_density, "1")
 
 
 def record_masks(
@@ -52,12 +96,7 @@ def record_masks(
     masks: Mapping[str, torch.Tensor],
 ) -> None:
     """Store how much is pruned, of the targets and of all, and the size on paper."""
-    zeros = sum(int((~keep).sum()) for keep in masks.values())
-    places = sum(keep.numel() for keep in masks.values())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    bitmap = sum(bitmap_bytes(weights[name], keep) for name, keep in masks.items())
-    theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
-    context.record("bitmap_bytes", bitmap, "B", theoretical)
-    context.record("pruned_share_of_targets", zeros / places, "1")
-    context.record("pruned_share_of_all_parameters", zeros / parameters, "1")
-    context.record("lowest_layer_density", min(keep.float().mean().item() for keep in masks.values()), "1")
+    count = ZeroCount()
+    for name, keep in masks.items():
+        count.add(keep, 8 * weights[name].element_size())
+    count.record(context, model)

@@ -25,7 +25,15 @@ from harness.errors import ConfigError
 from harness.store.encoding import untagged
 from harness.store.exchange_layout import MAX_DEPTH
 
-__all__ = ["MAX_CHARACTERS", "MAX_LINE", "problem", "read_lines", "write_lines"]
+__all__ = [
+    "MAX_CHARACTERS",
+    "MAX_LINE",
+    "is_store",
+    "problem",
+    "read_lines",
+    "replacing",
+    "write_lines",
+]
 
 MAX_LINE = 16 << 20
 MAX_CHARACTERS = 1 << 30
@@ -51,9 +59,9 @@ def write_lines(file: Path, lines: Iterable[str]) -> int:
     try:
         if file.is_dir():
             raise ConfigError(f"{file} is a directory, not a file to write to")
-        if file.exists() and _is_store(file):
+        if file.exists() and is_store(file):
             raise ConfigError(f"{file} is a results store; name another file for the exported text")
-        with _replacing(file) as raw, _packed(raw, file) as target:
+        with replacing(file) as raw, _packed(raw, file) as target:
             for line in lines:
                 target.write(line.encode() + b"\n")
         return file.stat().st_size
@@ -61,7 +69,8 @@ def write_lines(file: Path, lines: Iterable[str]) -> int:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from None
 
 
-def _is_store(file: Path) -> bool:
+def is_store(file: Path) -> bool:
+    """Whether an existing file is a results store, which no text may replace."""
     with file.open("rb") as opened:
         return opened.read(len(_SQLITE)) == _SQLITE
 
@@ -77,7 +86,8 @@ def _packed(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[IO[bytes]]:
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """A file beside this one that takes its place at the end; where that fails all is as it was."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as opened:

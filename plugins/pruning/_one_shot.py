@@ -1,4 +1,4 @@
-"""What one-shot pruning on calibration data shares: options, which layers, what is recorded.
+"""What one-shot pruning on calibration data shares: options, and which layers.
 
 A pruned layer keeps its dense form with zeros in it; masks are bool [out, in], True where a weight stays.
 """
@@ -6,13 +6,12 @@ A pruned layer keeps its dense form with zeros in it; masks are bool [out, in], 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, model_validator
 
-from harness import ConfigError, NotApplicable, NumericalFailure, Options
+from harness import NotApplicable, NumericalFailure, Options
 from harness.nn.anatomy import anatomy_of, blocks_of, sharing_input
 from harness.nn.magnitude import count_of, keep_largest_of_rows
 from harness.nn.n_of_m import keep_n_of_m
@@ -21,9 +20,9 @@ from harness.nn.surgery import block_linears
 if TYPE_CHECKING:
     from torch import nn
 
-    from harness import Context, ModelInfo
+    from harness import ModelInfo
 
-__all__ = ["MaskOptions", "ZeroCount", "keep_best", "prunable", "refusal"]
+__all__ = ["MaskOptions", "keep_best", "prunable", "refusal"]
 
 
 class MaskOptions(Options):
@@ -117,32 +116,3 @@ def refusal(info: ModelInfo, options: MaskOptions) -> str | None:
         if size % options.m:
             return f"groups of {options.m} do not divide the {what} {size}"
     return None
-
-
-@dataclass
-class ZeroCount:
-    """What was pruned, added up layer by layer."""
-
-    zeros: int = 0
-    places: int = 0
-    stored_bits: int = 0
-    lowest_density: float = 1.0
-
-    def add(self, keep: torch.Tensor, value_bits: int) -> None:
-        """Take in a layer's keep mask; a surviving value takes `value_bits`."""
-        kept, places = int(keep.sum()), keep.numel()
-        self.zeros += places - kept
-        self.places += places
-        self.stored_bits += -(-places // 8) * 8 + kept * value_bits
-        self.lowest_density = min(self.lowest_density, kept / places)
-
-    def record(self, context: Context, model: nn.Module) -> None:
-        """Store the figures under the names that all pruning methods use."""
-        if not self.places:
-            raise ConfigError("no layer was pruned")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
-        context.record("bitmap_bytes", self.stored_bits / 8, "B", theoretical)
-        context.record("pruned_share_of_targets", self.zeros / self.places, "1")
-        context.record("pruned_share_of_all_parameters", self.zeros / parameters, "1")
-        context.record("lowest_layer_density", self.lowest_density, "1")

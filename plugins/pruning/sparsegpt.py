@@ -33,10 +33,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from harness import Method, NotApplicable, NumericalFailure, Paper, hookimpl
 from harness.nn.folding import linears_of
 from harness.nn.hessian import factorise, observe_hessians, output_error, output_size
+from harness.nn.pruned import ZeroCount
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.surgery import replace_module
 
-from ._one_shot import MaskOptions, ZeroCount, prunable, refusal
+from ._one_shot import MaskOptions, prunable, refusal
 from ._sparsegpt import Pruning, SparseGptResult, prune_matrix, sparsegpt_prune
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ import torch
 
 from harness import ConfigError, Method, NumericalFailure, Paper, hookimpl
 from harness.nn.folding import linears_of
+from harness.nn.pruned import ZeroCount
 
-from ._one_shot import MaskOptions, ZeroCount, keep_best, prunable, refusal
+from ._one_shot import MaskOptions, keep_best, prunable, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

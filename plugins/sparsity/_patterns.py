@@ -10,6 +10,7 @@ from torch import nn
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.kernels import semi_structured as kernel
+from harness.nn.pruned import bitmap_bits
 from harness.nn.semi_structured import SemiStructuredLinear, misfit
 from harness.nn.surgery import block_linears, replace_module
 
@@ -170,7 +171,7 @@ def store_zeros(model: nn.Module, names: Iterable[str], options: PatternOptions,
         NumericalFailure: a group of a layer keeps more than `n` weights.
     """
     compressed = stores_compressed(options, context)
-    zeros = places = groups = bitmap_bytes = 0
+    zeros = places = groups = stored_bits = 0
     for name in names:
         linear: Any = model.get_submodule(name)
         weight = linear.weight
@@ -179,9 +180,10 @@ def store_zeros(model: nn.Module, names: Iterable[str], options: PatternOptions,
             raise NumericalFailure(
                 f"{name}: {int((counts > options.n).sum())} groups of {options.m} keep more than {options.n}"
             )
-        zeros += weight.numel() - int(counts.sum())
+        kept = int(counts.sum())
+        zeros += weight.numel() - kept
         places, groups = places + weight.numel(), groups + counts.numel()
-        bitmap_bytes += -(-weight.numel() // 8) + int(counts.sum()) * weight.element_size()
+        stored_bits += bitmap_bits(weight.numel(), kept, 8 * weight.element_size())
         if compressed:
             tuned = options.algorithm == "tuned"
             layer: nn.Module = SemiStructuredLinear.from_dense(weight, linear.bias, tuned=tuned)
@@ -200,4 +202,4 @@ def store_zeros(model: nn.Module, names: Iterable[str], options: PatternOptions,
         note = (
             f"theoretical size of the {pattern} layers; dense weights are what runs, so no speed is claimed"
         )
-        context.record("bitmap_bytes", bitmap_bytes, "B", note)
+        context.record("bitmap_bytes", stored_bits // 8, "B", note)

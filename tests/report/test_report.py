@@ -238,3 +238,11 @@ def test_one_clear_line(command, tmp_path, arguments, message):
     assert message in err
     assert err.count("\n") <= 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_never_replaces_a_store(command, database):
+    before = database.read_bytes()
+    code, out, err = command("--html", database)
+    assert (code, out) == (2, "")
+    assert "is a results store; name another file" in err
+    assert database.read_bytes() == before
