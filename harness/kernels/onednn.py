@@ -14,12 +14,13 @@ import platform
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from harness.cpuinfo import cpu_fact
 
 __all__ = ["OneDnnProducts", "onednn_products"]
 
@@ -109,8 +110,4 @@ def _is_faster() -> bool:
 
 
 def _maker() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
+    return cpu_fact("vendor_id")

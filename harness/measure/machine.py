@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from harness.cpuinfo import cpu_fact
 from harness.errors import ConfigError
 from harness.measure import MEASURING_VERSION
 from harness.privacy import without_passwords
@@ -232,15 +233,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Hardware") and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine() or "unknown CPU"
+    return cpu_fact("model name", "Hardware") or platform.processor() or platform.machine() or "unknown CPU"
 
 
 def _ram_bytes() -> int | None:
