@@ -68,6 +68,11 @@ class Request:
     range: str | None
 
 
+# What the hub's client asks for once in a process, whatever it was called for: refused beside the requests
+# that tests count and steer, so that none of them depends on which runs first.
+HOUSEKEEPING = "/api/agent-harnesses"
+
+
 @dataclass
 class Hub:
     """The running server: what it serves, what it was asked, and how it misbehaves."""
@@ -112,6 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
+        if path == HOUSEKEEPING:
+            self._error(404, "EntryNotFound", body=body)
+            return
         token, wanted = self.headers.get("Authorization"), self.headers.get("Range")
         self.hub.requests.append(Request(self.command, path, token, wanted))
         if self.hub.statuses:
