@@ -10,7 +10,7 @@ import streamlit as st
 from harness.store import queries as stored
 from harness.store.store import Store
 
-from .. import charts, page, queries
+from .. import charts, page, queries, tables
 
 __all__ = ["render"]
 
@@ -82,12 +82,12 @@ def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list
     if compared.empty:
         st.info("The first variant has none of these figures.")
     else:
-        page.show_table(page.delta_table(compared))
+        tables.show_table(tables.delta_table(compared))
     st.subheader("Options")
     st.dataframe(queries.option_table(rows, ids), width="stretch")
     st.subheader("What the transforms changed")
     variants = stored.variants(store).set_index("variant").loc[ids].reset_index()
-    page.show_table(
+    tables.show_table(
         pd.DataFrame(
             {
                 "variant": _in_order(rows, ids),

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from .. import page, queries
+from .. import page, queries, tables
 
 __all__ = ["render"]
 
@@ -36,7 +36,7 @@ def render() -> None:
         for place, (status, count) in zip(st.columns(len(counts)), counts.items(), strict=True):
             place.metric(str(status), int(count))
         shown = ["status", "model", "method", "place", "reason", "seconds", "sweep", "started_at"]
-        page.show_table(failed[shown])
+        tables.show_table(failed[shown])
         _draw_details(failed)
 
 

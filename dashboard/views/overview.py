@@ -7,7 +7,7 @@ import streamlit as st
 
 from harness.store.store import Store
 
-from .. import page, queries
+from .. import page, queries, tables
 
 __all__ = ["render"]
 
@@ -30,8 +30,8 @@ def render() -> None:
         about = queries.columns_of(rows)
         names = about["column"].tolist()
         chosen = page.choose_many("Columns", names, "column", default=queries.leading_columns(about))
-        table = page.overview_table(queries.overview(rows, chosen), about)
-        page.show_table(table)
+        table = tables.overview_table(queries.overview(rows, chosen), about)
+        tables.show_table(table)
         _draw_deltas(store, frame, rows, chosen)
 
 
@@ -51,4 +51,4 @@ def _draw_deltas(store: Store, frame: pd.DataFrame, rows: pd.DataFrame, chosen: 
         "and the interval is a paired bootstrap. *By intervals*: the two intervals are combined as if "
         "the measurements were independent."
     )
-    page.show_table(page.delta_table(compared))
+    tables.show_table(tables.delta_table(compared))
