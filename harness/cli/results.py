@@ -21,7 +21,7 @@ __all__ = ["print_summary", "results", "rows_of", "sweep_number"]
 JSON_FIELDS = (
     "sweep", "model", "method", "options", "seed", "dtype", "device", "status", "reason", "task",
     "scenario", "metric", "value", "unit", "lower", "upper", "n", "synthetic", "mode", "note",
-    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin",
+    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin", "variant",
 )  # fmt: skip
 
 PERCENTILES = ("p10", "p50", "p90", "p99")
@@ -82,7 +82,7 @@ def results(
         _add_conditions(row, conditions)
     more = PERCENTILES if percentiles else ()
     columns = [
-        "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n", *more,
+        "variant", "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n", *more,
         "limit", "mode", "status", "reason", *(["origin"] if any(row["origin"] for row in rows) else ()),
     ]  # fmt: skip
     if output is Format.JSON:
