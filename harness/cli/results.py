@@ -81,9 +81,10 @@ def results(
     for row in rows:
         _add_conditions(row, conditions)
     more = PERCENTILES if percentiles else ()
+    origin = ["origin"] if any(row["origin"] for row in rows) else []
     columns = [
-        "variant", "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n", *more,
-        "limit", "mode", "status", "reason", *(["origin"] if any(row["origin"] for row in rows) else ()),
+        "variant", "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n",
+        *more, "limit", "mode", "status", "reason", *origin,
     ]  # fmt: skip
     if output is Format.JSON:
         rows = [{name: row.get(name) for name in (*JSON_FIELDS, *more)} for row in rows]

@@ -178,7 +178,7 @@ class Stores:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-compare-"))
         path = Path(folder) / "results.db"
         with Store.open(path) as store:
-            import_results(store, [contents])
+            import_results(store, contents)
         return path
 
 
