@@ -223,8 +223,7 @@ def _results(run: _Run, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
             if subtask:
                 members.setdefault(task, []).append(subtask)
             entry = results.setdefault(subtask or task, {"name": subtask or task, "alias": subtask or task})
-            value = record.values["value"]
-            entry[f"{metric},{filter_name}"] = value if math.isfinite(value) else "N/A"
+            entry[f"{metric},{filter_name}"] = _shown(record.values["value"])
             entry[f"{metric}_stderr,{filter_name}"] = _error(cell, record) if not subtask else "N/A"
             entry["sample_len"] = max(entry.get("sample_len", 0), record.values["n"])
     tasks = list(results)
@@ -274,10 +273,7 @@ def _samples(cell: Row) -> Iterator[dict[str, Any]]:
             answers = [[str(detail["loglikelihood"]), "N/A"]]
         responses = [detail["response"]] if "response" in detail else answers
         target = str(detail.get("target", ""))
-        scores = {
-            split_record(each["metric"])[0]: each["outcome"] if math.isfinite(each["outcome"]) else "N/A"
-            for each in items
-        }
+        scores = {split_record(each["metric"])[0]: _finite(each["outcome"]) for each in items}
         yield {
             "doc_id": position,
             "doc": {"doc_id": position},
@@ -299,13 +295,29 @@ def _children(row: Row, name: str) -> list[Row]:
     return [child for child in row.children if child.section.name == name]
 
 
+def _finite(value: float | None) -> float | None:
+    """A number that JSON has; of the others (None is a stored NaN) ours stand beside it.
+
+    None, because a column of numbers and texts is none that a reader of data sets takes.
+    """
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> float | str:
+    """A number, or what lm-eval's tables show where there is none."""
+    found = _finite(value)
+    return "N/A" if found is None else found
+
+
 def _error(cell: Row, record: Row) -> float | str:
     metric = record.values["metric"]
     outcomes = [
         each.values["outcome"] for each in _children(cell, "items") if each.values["metric"] == metric
     ]
-    found = standard_error(record.values["value"], outcomes)
-    return found if found is not None else "N/A"
+    value = record.values["value"]
+    if value is None or not all(outcome is not None and math.isfinite(outcome) for outcome in outcomes):
+        return "N/A"
+    return _shown(standard_error(value, outcomes))
 
 
 def _directions(entry: Mapping[str, Any]) -> dict[str, bool]:
