@@ -185,7 +185,7 @@ def _compared(
                 by_baseline = a.is_baseline or b.is_baseline
                 yield _quality(base, items(a), items(b), by_baseline, bool(same_data))
             elif base.a > 0:
-                yield _ratio(base, a, b, is_one_scope)
+                yield _ratio(base, a, b, is_one_scope and a.origin == b.origin)
             else:
                 yield replace(base, difference=base.b - base.a)
 

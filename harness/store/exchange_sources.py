@@ -10,6 +10,7 @@ from harness.privacy import without_passwords
 from harness.store.exchange_export import Wanted, export_results
 from harness.store.exchange_read import Contents, read_results
 from harness.store.exchange_text import is_store
+from harness.store.lm_eval_files import holds_results
 from harness.store.store import Store
 
 __all__ = ["is_text", "read_source"]
@@ -23,8 +24,7 @@ def is_text(target: str | Path) -> bool:
     if text.endswith((*_EXPORTED, ".json")):
         return True
     try:
-        place = Path(text)
-        return place.is_dir() and any(place.rglob("results_*.json"))
+        return holds_results(Path(text))
     except (OSError, ValueError):  # a name that no folder can have
         return False
 
@@ -43,7 +43,7 @@ def read_source(target: str | Path) -> list[Contents]:
     if "://" in text or text.endswith((".db", ".sqlite", ".sqlite3")) or _is_store(Path(text)):
         return [_read_store(text)]
     path = Path(text)
-    if path.is_dir() or (text.endswith(".json")):
+    if path.is_dir() or text.endswith(".json"):
         from harness.store.lm_eval_read import read_lm_eval
 
         return read_lm_eval(path)

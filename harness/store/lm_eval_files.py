@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from harness.errors import ConfigError
 
-__all__ = ["results_files", "safe_name", "samples_files", "samples_name"]
+__all__ = ["holds_results", "results_files", "safe_name", "samples_files", "samples_name"]
 
 _LONGEST = 120
 _MOST_FILES = 1000
@@ -31,7 +32,7 @@ def results_files(place: Path) -> list[Path]:
         ConfigError: there are none, or it is a file of samples.
     """
     if place.is_dir():
-        found = sorted(file for file in place.rglob("results_*.json") if file.is_file())
+        found = sorted(_found(place))
         if not found:
             raise ConfigError(f"{place} holds no results_*.json of lm-eval")
         if len(found) > _MOST_FILES:
@@ -42,6 +43,16 @@ def results_files(place: Path) -> list[Path]:
     return [place]
 
 
+def holds_results(place: Path) -> bool:
+    """Whether it is a folder with output of lm-eval, at most two levels down."""
+    return place.is_dir() and next(_found(place), None) is not None
+
+
+def _found(place: Path) -> Iterator[Path]:
+    levels = chain.from_iterable(place.glob(f"{above}results_*.json") for above in ("", "*/", "*/*/"))
+    return (file for file in levels if file.is_file())
+
+
 def samples_files(results: Path, tasks: Iterable[str]) -> Mapping[str, Path]:
     """The files of samples beside a results file, by task.
 
@@ -49,7 +60,12 @@ def samples_files(results: Path, tasks: Iterable[str]) -> Mapping[str, Path]:
         ConfigError: a file of samples of the same moment that belongs to none of the tasks.
     """
     _, _, moment = results.stem.rpartition("_")
-    names = {samples_name(task, moment): task for task in tasks}
+    # lm-eval takes a task's name as it is; only names are compared, so one with a slash finds nothing.
+    names = {
+        name: task
+        for task in tasks
+        for name in (f"samples_{task}_{moment}.jsonl", samples_name(task, moment))
+    }
     found = {}
     for file in sorted(results.parent.glob(f"samples_*_{_literal(moment)}.jsonl")):
         if file.name not in names:
@@ -69,7 +85,7 @@ def safe_name(text: str) -> str:
     >>> safe_name("arc_easy"), safe_name("../x")
     ('arc_easy', '..__x-b20e77e2')
     """
-    kept = re.sub(r"[^\w.+=,@ -]+", "__", text)[:_LONGEST]
+    kept = re.sub(r"[^\w.+=,@ -]+", "__", text, flags=re.ASCII)[:_LONGEST]
     if kept == text and kept.strip(". "):
         return text
     return f"{kept}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:8]}"

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from harness.cli.app import run
-from harness.comparing import parse_side, parse_sides
+from harness.comparing import Stores, parse_side, parse_sides
 from harness.comparing.quality import outcome_of
 from harness.errors import ConfigError
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
@@ -114,6 +114,15 @@ def test_a_sqlite_file_is_a_store_whatever_it_is_called(tmp_path, monkeypatch):
     (tmp_path / "gptq").write_text("no store")
     assert parse_side("results").store == "results"
     assert parse_side("gptq").method == "gptq"
+
+
+def test_every_store_is_opened_read_only_and_once(two_stores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Stores("main.db") as stores:
+        first, second = stores.of(parse_side("main.db")), stores.of(parse_side("sweep:1"))
+        assert first is second
+        assert first.read_only
+        assert stores.of(parse_side("branch.db")).read_only
 
 
 # --- what is matched ----------------------------------------------------------------------------------

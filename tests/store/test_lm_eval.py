@@ -268,6 +268,22 @@ def test_a_hostile_name_stays_inside_the_folder(scored, tmp_path):
     assert safe_name("..") != ".."
     assert safe_name("a/b") != safe_name("a:b")
     assert len(safe_name("x" * 5000)) < 150
+    assert len(safe_name("语" * 5000).encode()) < 150
+
+
+def test_a_task_may_be_called_as_lm_eval_lets_it(output, sqlite_store):
+    """lm-eval takes the name of a task into the name of its file as it is."""
+    file = samples_file(output, "tiny_words")
+    file.rename(file.with_name(file.name.replace("tiny_words", "é: tiny")))
+
+    def renamed(content):
+        content["results"]["é: tiny"] = content["results"].pop("tiny_words")
+        content["configs"]["é: tiny"] = content["configs"].pop("tiny_words")
+
+    change(output, renamed)
+    imported(sqlite_store, output)
+    frame = queries.results(sqlite_store, tasks=["é: tiny"])
+    assert len(sqlite_store.items(int(frame["cell"].iloc[0]))) == 6
 
 
 def test_lm_evals_own_tools_read_our_files(scored, tmp_path, monkeypatch):
@@ -396,7 +412,7 @@ def test_numbers_that_are_none_and_numbers_that_are_huge(output, sqlite_store):
 def test_samples_alone_and_other_folders_are_refused(output, harness, tmp_path):
     for place, said in (
         (samples_file(output, "tiny_words"), "name the results_*.json beside it"),
-        (tmp_path, None),
+        (output.parent, None),
         ("none.json", "does not exist"),
     ):
         code, _, err = harness("results", "import", place, "--db", "new.db")
