@@ -151,13 +151,13 @@ def missing(groups: Sequence[Group], is_matrix: bool, metrics: Sequence[str] | N
         ok_a, ok_b = group.ok
         if ok_a and ok_b:
             found += _parts(ok_a, ok_b, is_matrix, metrics)
+            found += _stale(ok_a, group.b, is_matrix, metrics)
             continue
         for has, lacks, others in ((ok_a, "b", group.b), (ok_b, "a", group.a)):
             if not has or (not is_matrix and (lacks == "a" or not others)):
                 continue
             cell = has[-1]
-            names = [name for name in cell.records if is_compared(name, cell.units[name], is_matrix)]
-            names = [name for name in names if metrics is None or name in metrics]
+            names = _compared_metrics(cell, is_matrix, metrics)
             if metrics is None or names:
                 method = cell.method if is_matrix or not others else others[-1].method
                 why = _status(others)
@@ -182,6 +182,24 @@ def _parts(
     if names:
         why = "no number" if set(names) <= broken else "not measured"
         yield Absent("b", cell.model, cell.method, cell.label, tuple(names), why, is_part=True)
+
+
+def _stale(
+    ok_a: Sequence[Cell], of_b: Sequence[Cell], is_matrix: bool, metrics: Sequence[str] | None
+) -> Iterator[Absent]:
+    """Where b's newest attempt has no answer, an older one must not stand in for it."""
+    newest = {(cell.dtype, cell.device): cell for cell in sorted(of_b, key=lambda cell: cell.id)}
+    for (dtype, _), cell in newest.items():
+        mine = [each for each in ok_a if each.dtype == dtype]
+        names = _compared_metrics(mine[-1], is_matrix, metrics) if mine else []
+        if names and not cell.is_ok:
+            why = f"measured before, but the newest is {_status([cell])}"
+            yield Absent("b", cell.model, cell.method, cell.label, tuple(names), why)
+
+
+def _compared_metrics(cell: Cell, is_matrix: bool, metrics: Sequence[str] | None) -> list[str]:
+    names = [name for name in cell.records if is_compared(name, cell.units[name], is_matrix)]
+    return [name for name in names if metrics is None or name in metrics]
 
 
 def _status(others: Sequence[Cell]) -> str:

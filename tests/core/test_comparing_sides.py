@@ -295,6 +295,18 @@ def test_a_gate_whose_rows_are_missing_does_not_pass(compare, tmp_path):
     assert compare("baseline", "new", "--db", "branch.db", *gate)[0] == 3
 
 
+def test_an_older_answer_does_not_stand_in_for_a_newer_failure(compare, tmp_path):
+    """The key of a cell changes with the method's source: the old one stays in the store."""
+    with Store.open(tmp_path / "results.db") as store:
+        fill(store)
+        second = add_sweep(store)
+        fails(store, second, "new", task="grammar")
+    code, _, err = compare("baseline", "new", "--fail-on", "acc<-0.01")
+    assert code == 3
+    assert "(measured before, but the newest is crashed: killed by signal 9)" in err
+    assert compare("baseline", "new", "--fail-on", "decode_latency>1.5x")[0] == 0
+
+
 def test_a_gate_on_a_metric_that_only_a_has(compare, tmp_path):
     for name, records in (("main.db", 2), ("branch.db", 1)):
         with Store.open(tmp_path / name) as store:
