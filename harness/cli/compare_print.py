@@ -112,7 +112,7 @@ def _remarks(
 
     for line in incomparable(refused):
         yield f"{'DIFFERENT' if allow_different else 'not compared'}: {line}"
-    yield from map(_absence, found.absent)
+    yield from _absences(found.absent)
     same = sum(row.basis == "same measurement" for row in shown)
     if same:
         yield f"{same} of {len(shown)} rows are the same measurement on both sides (reused, or copied)"
@@ -122,8 +122,15 @@ def _remarks(
         yield f"{len(refused)} of {len(found.rows)} rows are left out; --allow-different shows them, marked"
 
 
-def _absence(absent: Absent) -> str:
-    return f"{'missing in b' if absent.lacks == 'b' else 'only in b'}: {absent}"
+def _absences(absent: Sequence[Absent]) -> Iterator[str]:
+    """One line for the cells of a variant that are missing for one reason."""
+    cells: dict[tuple[str, str, str, str], list[str]] = {}
+    for each in absent:
+        what = f"{', '.join(each.metrics)} of {each.cell}" if each.is_part else each.cell
+        cells.setdefault((each.lacks, each.model, each.method, each.why), []).append(what)
+    for (lacks, model, method, why), found in cells.items():
+        where = "missing in b" if lacks == "b" else "only in b"
+        yield f"{where}: {model} {method} {', '.join(dict.fromkeys(found))} ({why})"
 
 
 def _outcome_lines(outcome: Outcome) -> Iterator[str]:
@@ -169,7 +176,7 @@ def _markdown(
     lines = [[_cell(_row(row, Format.MARKDOWN).get(name)) for name in columns] for row in shown]
     parts.append(markdown_table(columns, lines))
     parts.append(_plain(f"{_title(sides)}; lower and upper bound the 95 % interval of ratio or difference"))
-    notes = [_absence(each) for each in found.absent]
+    notes = list(_absences(found.absent))
     notes += [f"not compared: {line}" for line in incomparable(refused)]
     if notes:
         more = [f"and {len(notes) - _MOST_LINES} more"] if len(notes) > _MOST_LINES else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lm_eval.utils import handle_non_serializable, hash_string
+from lm_eval.utils import handle_non_serializable
 
 from harness.errors import NumericalFailure
 from harness.evaluate.intervals import (
@@ -194,7 +195,7 @@ def _details_of(
 def _document_hash(document: Any) -> str:
     """The beginning of lm-eval's own hash of a document: its samples of the same document have it too."""
     text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    return str(hash_string(text))[:_HASH_DIGITS]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
 
 
 # --- records -----------------------------------------------------------------------------------------

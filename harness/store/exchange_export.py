@@ -209,7 +209,7 @@ class ExportTree:
     def _own(self, section: Section, row: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: row[name] for name in section.stored}
         for name, change in self._changes(section):
-            if section.name == "items" and "lm_eval" in values[name]:
+            if section.name == "items" and name == "detail" and "lm_eval" in values[name]:
                 continue  # a document of a public data set, which may hold any text, stays as it is
             values[name] = in_texts(values[name], change)
         return values

@@ -237,8 +237,8 @@ def test_seed_and_dtype_are_the_variant(compare, tmp_path):
             fill(store, seed=seed)
     code, out, err = compare("main.db", "branch.db", "--fail-on", "acc<-0.01")
     assert (code, "acc" in out) == (3, False)
-    assert "missing in b: m new grammar (not there)" in err
-    assert "only in b: m new grammar (not there)" in err
+    assert "missing in b: m new b1-p8-g2, grammar (not there)" in err
+    assert "only in b: m new b1-p8-g2, grammar (not there)" in err
 
 
 def test_a_method_is_not_compared_with_a_sweep(compare, two_stores):
@@ -338,7 +338,7 @@ def test_what_only_b_has_is_listed_and_fails_nothing(compare, tmp_path):
         fill(store)
     code, _, err = compare("main.db", "branch.db", "--fail-on", "acc<-0.01")
     assert code == 0
-    assert "only in b: m new grammar (not there)" in err
+    assert "only in b: m new b1-p8-g2, grammar (not there)" in err
 
 
 def test_nothing_in_common_is_an_error(compare, tmp_path):
