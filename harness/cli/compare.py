@@ -33,7 +33,9 @@ def compare(
     output: Annotated[Format, typer.Option("--format", help="table, json, csv or markdown.")] = Format.TABLE,
     db: Annotated[str | None, typer.Option(help="The store of sides that name none (or HARNESS_DB).")] = None,
     models: Annotated[str | None, typer.Option(help="Only on these models.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Only these metrics.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Only these metrics; all for every one. Tables show the leading ones.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Judge every other method in the store.")] = False,
     break_even: Annotated[
         bool,
@@ -88,10 +90,13 @@ def compare(
             if wanted_gates:
                 raise ConfigError("gates are not judged on --break-even: leave one of them out")
             return _break_even(stores, first, others, only, allow_different, output)
-        wanted = split_list(metrics) if metrics else None
+        is_every = metrics is not None and metrics.strip() == "all"
+        wanted = split_list(metrics) if metrics and not is_every else None
         sides = [load_side(name, stores, only) for name in (first, *others)]
         found = compare_sides(sides[0], sides[1:], metrics=wanted)
-    return print_comparison(found, sides, wanted_gates, output, allow_different, allow_missing)
+    return print_comparison(
+        found, sides, wanted_gates, output, allow_different, allow_missing, leading_only=metrics is None
+    )
 
 
 def _others(

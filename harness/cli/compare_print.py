@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,13 @@ def print_comparison(
     output: Format,
     allow_different: bool,
     allow_missing: bool,
+    leading_only: bool,
 ) -> int:
     """Print the rows to standard output and what is to be said of them to standard error.
+
+    Args:
+        leading_only: tables for people leave out what few questions are about (how loading went, the
+            parts of the memory, kernels); scores and what a gate asks for are always there.
 
     Returns:
         3 where a gate trips; else 2 where rows were refused; else 3 where a gate cannot be judged and
@@ -49,10 +54,19 @@ def print_comparison(
     kept = found.rows if allow_different else [row for row in found.rows if row.is_comparable]
     shown = adjusted(kept)
     outcomes = judged(gates, shown, found, () if allow_different else refused)
-    if output is Format.MARKDOWN:
-        print(_markdown(shown, found, sides, outcomes, [] if allow_different else refused))
+    if leading_only and output in (Format.TABLE, Format.MARKDOWN):
+        listed = _leading(shown, {gate.metric for gate in gates})
     else:
-        _print_rows(shown, sides, output)
+        listed = list(shown)
+    if output is Format.MARKDOWN:
+        print(_markdown(listed, found, sides, outcomes, [] if allow_different else refused))
+    else:
+        _print_rows(listed, sides, output)
+    if left := len(shown) - len(listed):
+        typer.echo(
+            f"{left} more row{'s' if left > 1 else ''} of other metrics: --metrics all, or --format json",
+            err=True,
+        )
     for line in _remarks(shown, found, refused, outcomes, allow_different, output):
         typer.echo(clean(line), err=True)
     if any(outcome.trips for outcome in outcomes):
@@ -64,9 +78,18 @@ def print_comparison(
     return GATE_TRIPPED if any(o.lacks for o in outcomes) and not allow_missing else 0
 
 
+def _leading(shown: Sequence[Comparison], gated: Collection[str]) -> list[Comparison]:
+    """The rows that most questions are about; all of them where none is."""
+    from harness.display import LEADING
+
+    wanted = {*LEADING, *gated}
+    return [row for row in shown if row.kind == "task" or row.metric in wanted] or list(shown)
+
+
 def _print_rows(shown: Sequence[Comparison], sides: Sequence[Side], output: Format) -> None:
-    columns = list(asdict(shown[0])) if output is Format.CSV and shown else _columns(sides)
-    print_rows([_row(row, output) for row in shown], columns, output, title=_title(sides))
+    rows = [_row(row, output) for row in shown]
+    columns = list(asdict(shown[0])) if output is Format.CSV and shown else _filled(_columns(sides), rows)
+    print_rows(rows, columns, output, title=_title(sides))
     tests = next((row.tests for row in shown if row.tests), 0)
     if tests and tests > 1 and output is Format.TABLE:
         typer.echo(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
@@ -80,6 +103,13 @@ def _columns(sides: Sequence[Side]) -> list[str]:
     if not (is_matrix and is_many):
         left_out.add("side_b")
     return [name for name in _COLUMNS if name not in left_out]
+
+
+def _filled(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Without the columns that hold nothing, where there are rows."""
+    if not rows:
+        return list(columns)
+    return [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
 
 
 def _title(sides: Sequence[Side]) -> str:
@@ -172,8 +202,9 @@ def _markdown(
     parts = []
     if outcomes:
         parts.append(markdown_table(("gate", "outcome", "rows", "where"), [_gate_row(o) for o in outcomes]))
-    columns = _columns(sides)
-    lines = [[_cell(_row(row, Format.MARKDOWN).get(name)) for name in columns] for row in shown]
+    rows = [_row(row, Format.MARKDOWN) for row in shown]
+    columns = _filled(_columns(sides), rows)
+    lines = [[_cell(row.get(name)) for name in columns] for row in rows]
     parts.append(markdown_table(columns, lines))
     parts.append(_plain(f"{_title(sides)}; lower and upper bound the 95 % interval of ratio or difference"))
     notes = list(_absences(found.absent))

@@ -410,6 +410,29 @@ def test_gates_may_stand_in_a_file(compare, two_stores, tmp_path):
     assert compare("main.db", "branch.db", "--allow-missing")[0] == 2
 
 
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def test_a_table_holds_what_questions_are_about_and_says_what_it_leaves_out(compare, tmp_path):
+    for name in ("main.db", "branch.db"):
+        with Store.open(tmp_path / name) as store:
+            sweep = fill(store)
+            how = Record("load_read_bytes", 5.0, "B"), Record("load_written_bytes", 6.0, "B")
+            add_cell(store, sweep, "new", *how)
+    code, out, err = compare("main.db", "branch.db")
+    assert code == 0
+    assert "weight_bytes" in out
+    assert "load_read_bytes" not in out
+    assert "2 more rows of other metrics: --metrics all" in err
+    for more in (("--metrics", "all"), ("--metrics", "load_read_bytes"), ("--format", "json")):
+        _, out, err = compare("main.db", "branch.db", *more)
+        assert "load_read_bytes" in out
+        assert "more rows" not in err
+    _, out, err = compare("main.db", "branch.db", "--fail-on", "load_read_bytes>1.0x")
+    assert "load_read_bytes" in out  # a gate asks for it
+    assert "1 more row of other metrics" in err
+
+
 # --- markdown -----------------------------------------------------------------------------------------
 
 
