@@ -40,6 +40,7 @@ def show_table(table: pd.DataFrame, name: str = "", where: Any = st, *, index: b
         width="stretch",
         height=_HEADER_PX + _ROW_PX * min(max(len(table), 1), _ROWS_SHOWN),
         column_config=column_settings(shown),
+        placeholder="–",
     )
     table_buttons(table, name or " ".join(str(column) for column in table.columns[:2]), where, index=index)
 
