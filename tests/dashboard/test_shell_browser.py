@@ -114,11 +114,9 @@ def open_page(browser):
     assert strangers == []
 
 
-def sign_in(page, url, token=TOKEN):
-    if "/sign-in" not in page.url:
-        page.goto(url)
-    page.get_by_label("The token").fill(token)
-    page.get_by_role("button", name="Sign in").click()
+def sign_in(page, url):
+    """By the same form, without drawing it."""
+    assert page.context.request.post(f"{url}/sign-in", form={"token": TOKEN, "next": "/sign-in"}).ok
 
 
 def test_nothing_is_shown_before_the_sign_in(server, open_page):
@@ -131,7 +129,8 @@ def test_nothing_is_shown_before_the_sign_in(server, open_page):
     assert "gptq" not in page.content()
     assert not any("stcore" in each or "static" in each for each in asked)
 
-    sign_in(page, server, "not-the-right-token-at-all")
+    page.get_by_label("The token").fill("not-the-right-token-at-all")
+    page.get_by_role("button", name="Sign in").click()
     page.get_by_text("That is not the token.").wait_for()
     page.keyboard.type(TOKEN)
     page.keyboard.press("Enter")
@@ -190,9 +189,11 @@ def test_tables_and_figures_can_be_taken_home(server, open_page, tmp_path):
     name, content = downloaded(page, camera.click)
     assert name.endswith(".png")
     assert content.startswith(b"\x89PNG")
-    page.get_by_role("radio", name="SVG").click()
-    page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
-    page.wait_for_timeout(500)
+    page.locator("[data-testid=stRadio] label", has_text="SVG").click()
+    page.wait_for_function(  # the chart is drawn anew, and for a moment there are two
+        f"(all => all.length == 1 && all[0]._context?.toImageButtonOptions.format == 'svg')"
+        f"(document.querySelectorAll('{CHART}'))"
+    )
     page.locator(CHART).hover()
     name, content = downloaded(page, camera.click)
     assert name.endswith(".svg")
@@ -240,7 +241,6 @@ def test_a_narrow_screen(server, open_page):
     for path, heading in PAGES.items():
         visit(page, f"{server}/{path}", heading)
         page.locator(TABLE).first.wait_for()
-        page.wait_for_timeout(300)
         widths = page.evaluate(
             "['body', '[data-testid=stMain]'].map(name => document.querySelector(name).scrollWidth)"
         )
