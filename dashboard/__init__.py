@@ -9,6 +9,7 @@
 `queries`       store in, DataFrames out; no Streamlit, no Plotly
 `charts`        DataFrames in, Plotly figures out; pure
 `theme`         light and dark, and figures in the colours of either; pure
+`theme_watch`   draws a page again when the reader's theme changes
 `tables`        frames in units and words for people
 `figures`       figures in the reader's theme
 `buttons`       the downloads below tables and figures

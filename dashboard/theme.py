@@ -15,7 +15,17 @@ import plotly.graph_objects as go
 
 from harness.display import DARK_FAMILY_COLOURS, FAMILY_COLOURS
 
-__all__ = ["DARK", "LIGHT", "SETTINGS", "TEXT_CONTRAST", "Theme", "contrast", "readable", "themed"]
+__all__ = [
+    "DARK",
+    "GRAPHIC_CONTRAST",
+    "LIGHT",
+    "SETTINGS",
+    "TEXT_CONTRAST",
+    "Theme",
+    "contrast",
+    "readable",
+    "themed",
+]
 
 GRAPHIC_CONTRAST, TEXT_CONTRAST = 3.0, 4.5
 """What WCAG 2.2 asks for at level AA: of parts of a chart (1.4.11) and of text (1.4.3)."""
