@@ -82,7 +82,7 @@ def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list
     if compared.empty:
         st.info("The first variant has none of these figures.")
     else:
-        tables.show_table(tables.delta_table(compared))
+        tables.show_table(tables.delta_table(compared), "against the first")
     st.subheader("Options")
     tables.show_table(queries.option_table(rows, ids), "options", index=True)
     st.subheader("What the transforms changed")
@@ -101,5 +101,6 @@ def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list
                     for simulated in variants["simulated"]
                 ],
             }
-        )
+        ),
+        "what the transforms changed",
     )

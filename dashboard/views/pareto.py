@@ -59,4 +59,4 @@ def render() -> None:
         front = charts.pareto_front(points, cost.direction[x], quality.direction[y])
         best = points[front].sort_values("x", ascending=cost.direction[x] == "lower")
         table = queries.overview(rows, [x, y]).loc[best["variant"]]
-        tables.show_table(tables.overview_table(table, queries.columns_of(rows)))
+        tables.show_table(tables.overview_table(table, queries.columns_of(rows)), "on the front")
