@@ -36,7 +36,7 @@ def render() -> None:
         for place, (status, count) in zip(st.columns(len(counts)), counts.items(), strict=True):
             place.metric(str(status), int(count))
         shown = ["status", "model", "method", "place", "reason", "seconds", "sweep", "started_at"]
-        tables.show_table(failed[shown])
+        tables.show_table(failed[shown], "cells")
         _draw_details(failed)
 
 

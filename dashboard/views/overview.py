@@ -31,7 +31,7 @@ def render() -> None:
         names = about["column"].tolist()
         chosen = page.choose_many("Columns", names, "column", default=queries.leading_columns(about))
         table = tables.overview_table(queries.overview(rows, chosen), about)
-        tables.show_table(table)
+        tables.show_table(table, "variants")
         _draw_deltas(store, frame, rows, chosen)
 
 
@@ -51,4 +51,4 @@ def _draw_deltas(store: Store, frame: pd.DataFrame, rows: pd.DataFrame, chosen: 
         "and the interval is a paired bootstrap. *By intervals*: the two intervals are combined as if "
         "the measurements were independent."
     )
-    tables.show_table(tables.delta_table(compared))
+    tables.show_table(tables.delta_table(compared), "against the baseline")

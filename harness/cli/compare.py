@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, print_rows
+from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
     from harness.comparing import BreakEvenRow, SideName, Stores
@@ -162,7 +162,7 @@ def _print_break_even(rows: Sequence[BreakEvenRow], allow_different: bool, outpu
     for row in refused:
         mark = "DIFFERENT" if allow_different else "not compared"
         for each in row.differences:
-            typer.echo(f"{mark}: {row.method_a} and {row.method_b} differ in {each} ({row.metric})", err=True)
+            say(f"{mark}: {row.method_a} and {row.method_b} differ in {each} ({row.metric})", err=True)
     return 2 if refused and not allow_different else 0
 
 

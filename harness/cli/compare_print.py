@@ -6,9 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from harness.cli.output import Format, clean, format_value, print_rows
+from harness.cli.output import Format, clean, format_value, print_rows, say
 
 if TYPE_CHECKING:
     from harness.comparing import Absent, Compared, Comparison, Gate, Outcome, Side
@@ -63,12 +61,12 @@ def print_comparison(
     else:
         _print_rows(listed, sides, output)
     if left := len(shown) - len(listed):
-        typer.echo(
+        say(
             f"{left} more row{'s' if left > 1 else ''} of other metrics: --metrics all, or --format json",
             err=True,
         )
     for line in _remarks(shown, found, refused, outcomes, allow_different, output):
-        typer.echo(clean(line), err=True)
+        say(line, err=True)
     if any(outcome.trips for outcome in outcomes):
         return GATE_TRIPPED
     if refused and not allow_different:
@@ -92,7 +90,7 @@ def _print_rows(shown: Sequence[Comparison], sides: Sequence[Side], output: Form
     print_rows(rows, columns, output, title=_title(sides))
     tests = next((row.tests for row in shown if row.tests), 0)
     if tests and tests > 1 and output is Format.TABLE:
-        typer.echo(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
+        say(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
 
 
 def _columns(sides: Sequence[Side]) -> list[str]:

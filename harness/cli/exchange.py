@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli.output import say
+
 if TYPE_CHECKING:
     from harness.store.exchange_export import Wanted
     from harness.store.exchange_import import Imported
@@ -91,7 +93,7 @@ def export(
     counts = [
         _counted(written.rows.get(f"{name}s", 0), name) for name in ("sweep", "variant", "cell", "record")
     ]
-    typer.echo(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
+    say(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
 
 
 def _export_lm_eval(
@@ -105,11 +107,9 @@ def _export_lm_eval(
         _counted(done.tasks, "task"),
         _counted(done.samples, "sample"),
     ]
-    typer.echo(f"{folder}: {', '.join(counts)}")
+    say(f"{folder}: {', '.join(counts)}")
     if done.left_out:
-        typer.echo(
-            f"note: {_counted(done.left_out, 'cell')} without scores left out (times, failures)", err=True
-        )
+        say(f"note: {_counted(done.left_out, 'cell')} without scores left out (times, failures)", err=True)
 
 
 def import_(
@@ -139,7 +139,7 @@ def import_(
     read = [contents for source in dict.fromkeys(sources) for contents in read_source(source)]
     with Store.open(database(db)) as store:
         for done in import_results(store, read, origin):
-            typer.echo(f"{done.file}: {_what_came(done)}")
+            say(f"{done.file}: {_what_came(done)}")
             _warn_of_versions(done)
 
 
@@ -158,7 +158,7 @@ def _warn_of_versions(done: Imported) -> None:
 
     others = [str(version) for version in done.measuring_versions if version != MEASURING_VERSION]
     if others:
-        typer.echo(
+        say(
             f"note: {done.file} was measured with measuring version {' and '.join(others)}, this harness "
             f"measures with {MEASURING_VERSION}: do not compare such rows",
             err=True,
