@@ -21,7 +21,7 @@ __all__ = ["print_summary", "results", "rows_of", "sweep_number"]
 JSON_FIELDS = (
     "sweep", "model", "method", "options", "seed", "dtype", "device", "status", "reason", "task",
     "scenario", "metric", "value", "unit", "lower", "upper", "n", "synthetic", "mode", "note",
-    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin",
+    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin", "variant",
 )  # fmt: skip
 
 PERCENTILES = ("p10", "p50", "p90", "p99")

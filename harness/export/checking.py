@@ -1,0 +1,240 @@
+"""Whether a written checkpoint is the variant: its files decoded, and the model loaded from them.
+
+Two checks. *Weights*: every matrix, read back from the files and decoded by the definition of the format,
+equals the one that the variant multiplies with. *Outputs*: the folder is loaded by transformers alone, and
+its outputs on a fixed text are compared with those of the variant in memory. Where the package that reads
+the format is not installed, the model of the second check is built from the decoded files instead, and the
+result says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.errors import HarnessError
+from harness.export import compressed_tensors, gptq
+from harness.export.stock import Contents, stock_config
+
+__all__ = [
+    "Agreement",
+    "agreement",
+    "build_dense",
+    "decoded_state",
+    "load_again",
+    "missing_reader",
+    "outputs_of",
+    "probe_tokens",
+    "round_no_inputs",
+    "tolerance",
+    "weights_differ",
+]
+
+TOKENS = 128
+
+_READERS = {"compressed-tensors": ("compressed_tensors",), "gptq": ("gptqmodel", "optimum")}
+_EXACT = 1e-3
+_HALF = 0.05
+_ROUNDED = 0.15
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models' outputs on the same tokens are apart.
+
+    Args:
+        max_difference: the largest absolute difference.
+        relative_rms: root mean square of the differences over the standard deviation of the variant's.
+        top1: share of positions with the same likeliest token; None for what has no logits.
+    """
+
+    max_difference: float
+    relative_rms: float
+    top1: float | None
+    tokens: int
+
+
+def agreement(ours: torch.Tensor, theirs: torch.Tensor, *, are_logits: bool) -> Agreement:
+    """Compare outputs [1, tokens, d]."""
+    ours, theirs = ours.double(), theirs.double()
+    difference = theirs - ours
+    spread = float(ours.std())
+    return Agreement(
+        max_difference=float(difference.abs().max()),
+        relative_rms=float(difference.square().mean().sqrt()) / spread if spread else float(difference.any()),
+        top1=float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()) if are_logits else None,
+        tokens=ours.shape[1],
+    )
+
+
+def tolerance(contents: Contents, dtype: torch.dtype, *, rounding: bool) -> tuple[float, str]:
+    """The largest `relative_rms` that is let through, and why.
+
+    Args:
+        rounding: the loaded model rounds the inputs of layers.
+    """
+    if rounding:
+        return _ROUNDED, (
+            "inputs are rounded by the loading library, on a grid of its own (int8: to 127.5 steps, not 127)"
+        )
+    if dtype in (torch.float16, torch.bfloat16):
+        return _HALF, "16-bit arithmetic; the loading library holds scales in the model's type"
+    return _EXACT, "the order of float32 sums"
+
+
+def probe_tokens(tokenizer: Any, vocab_size: int, max_positions: int) -> torch.Tensor:
+    """The fixed text as token ids int64 [1, n]: the start of the held-out books, or seeded ones without a tokenizer."""
+    length = min(TOKENS, max_positions)
+    if tokenizer is not None:
+        from harness.corpus import kjv_held_out_chapters
+
+        text = "\n".join(chapter.text for chapter in kjv_held_out_chapters()[:2])
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length]
+        return torch.tensor(ids)[None]
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, (1, length), generator=generator)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits, or last hidden states of a model without a head, float32 on the CPU."""
+    device = next(iter(model.parameters())).device
+    options = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
+    output = model(input_ids=tokens.to(device), **options)
+    found = getattr(output, "logits", None)
+    return (output.last_hidden_state if found is None else found).float().cpu()
+
+
+# --- the files --------------------------------------------------------------------------------------
+
+
+def weights_differ(contents: Contents, stored: Mapping[str, torch.Tensor]) -> str | None:
+    """Which tensor, decoded from the files, is not the one in memory; None where all are equal.
+
+    Args:
+        stored: the files' tensors by name.
+    """
+    left = set(stored)
+    for name, tensor in contents.rest.items():
+        if name not in stored or not torch.equal(stored[name], tensor.cpu()):
+            return f"{name} is not stored as it is in the variant"
+        left.discard(name)
+    for name, form in contents.layers.items():
+        weight, used = _decoded(contents, name, stored)
+        if not torch.equal(weight, contents.dense_weight(name).cpu()):
+            return f"{name}, decoded from the files, is not what the variant multiplies with"
+        bias = stored.get(f"{name}.bias")
+        if (bias is None) != (form.bias is None) or (
+            bias is not None and form.bias is not None and not torch.equal(bias.float(), form.bias.float().cpu())
+        ):
+            return f"the bias of {name} is not stored as it is in the variant"
+        left -= {*used, f"{name}.bias"}
+    return f"the files hold {min(left)}, which the variant does not have" if left else None
+
+
+def decoded_state(contents: Contents, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of the stock model, from the files and what config.json says of the format."""
+    state, used = {}, set()
+    for name in contents.layers:
+        state[f"{name}.weight"], names = _decoded(contents, name, stored)
+        used |= names
+    return state | {name: stored[name] for name in stored if name not in used}
+
+
+def _decoded(
+    contents: Contents, name: str, stored: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, set[str]]:
+    """A weight as the stock model would hold it, and the names of what it was made of; no bias."""
+    config = contents.quantization_config
+    if config is None or name not in contents.quantized:
+        return stored[f"{name}.weight"], {f"{name}.weight"}
+    names = {key for key in stored if key.rpartition(".")[0] == name and not key.endswith(".bias")}
+    parts = {key.rpartition(".")[2]: stored[key] for key in names}
+    decode: Any = gptq.decode if contents.layout == "gptq" else compressed_tensors.decode
+    weight: torch.Tensor = decode(parts, _scheme_of(name, config)).to(contents.config.dtype)
+    return weight.t().contiguous() if name in contents.transposed else weight, names
+
+
+def _scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    if config["quant_method"] == "gptq":
+        return config
+    groups: Mapping[str, Any] = config["config_groups"]
+    return next(
+        group for group in groups.values() if name in group["targets"] or group["targets"] == ["Linear"]
+    )
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+def missing_reader(layout: str) -> tuple[str, ...]:
+    """The packages that transformers needs to load a layout and that are not installed here."""
+    return tuple(name for name in _READERS.get(layout, ()) if not _can_be_imported(name))
+
+
+def _can_be_imported(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:  # it, or what it needs
+        return False
+    return True
+
+
+def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model that transformers loads from a folder, in eval mode.
+
+    Raises:
+        HarnessError: it cannot.
+    """
+    try:
+        with _silenced():
+            model, info = kind.from_pretrained(
+                folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
+            )
+    except Exception as error:  # the border to the libraries that read the format
+        raise HarnessError(f"transformers cannot load it: {' '.join(str(error).split())[:600]}") from error
+    unknown = {key: sorted(names)[:3] for key, names in info.items() if names}
+    if unknown:
+        raise HarnessError(f"transformers loads it incompletely: {json.dumps(unknown, default=str)}")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def build_dense(contents: Contents, kind: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """A stock model with this state, in eval mode, on the CPU."""
+    config = stock_config(contents.stock, dtype)
+    config.tie_word_embeddings = contents.config.tie_word_embeddings
+    with _silenced():
+        model: nn.Module = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
+    return model.eval()
+
+
+def round_no_inputs(model: nn.Module) -> None:
+    """Let a model that compressed-tensors loaded multiply with its weights only."""
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            module.quantization_enabled = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Without the progress bars of the libraries."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
