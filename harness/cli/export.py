@@ -72,7 +72,7 @@ def export(
         return 0
     if variant is None or folder is None:
         raise ConfigError("name a variant and a folder: harness export gptq ./folder; --list shows the variants")
-    with Interrupts() as _:
+    with Interrupts():
         try:
             return _export(
                 variant, folder, target, model, seed, dtype, layout,
@@ -114,6 +114,7 @@ def _export(
         found = find_variant(store, text, model=model, seed=seed, dtype=dtype)
         from harness.export.exporting import Rejected, export_variant
         from harness.export.folder import check_target
+        from harness.export.quiet import without_chatter
         from harness.export.stock import LAYOUTS
 
         if layout not in LAYOUTS:
@@ -121,17 +122,18 @@ def _export(
         check_target(folder, force=force)
         typer.echo(clean(found.label), err=True)
         try:
-            exported = export_variant(
-                store,
-                found,
-                plan_again(found, device=device, plugins=plugins),
-                folder,
-                layout=layout,
-                force=force,
-                allow_changed=allow_changed,
-                largest_difference=tolerance,
-                say=lambda line: typer.echo(f"  {clean(line)}", err=True),
-            )
+            with without_chatter():
+                exported = export_variant(
+                    store,
+                    found,
+                    plan_again(found, device=device, plugins=plugins),
+                    folder,
+                    layout=layout,
+                    force=force,
+                    allow_changed=allow_changed,
+                    largest_difference=tolerance,
+                    say=lambda line: typer.echo(f"  {clean(line)}", err=True),
+                )
         except Rejected as rejected:
             typer.echo(f"error: {clean(str(rejected))}", err=True)
             return 1

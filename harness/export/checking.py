@@ -9,11 +9,9 @@ result says so.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import nn
 
 from harness.errors import HarnessError
 from harness.export import compressed_tensors, gptq
+from harness.export.quiet import without_bars
 from harness.export.stock import Contents, stock_config
 
 __all__ = [
@@ -109,7 +108,8 @@ def outputs_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits, or last hidden states of a model without a head, float32 on the CPU."""
     device = next(iter(model.parameters())).device
     options = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
-    output = model(input_ids=tokens.to(device), **options)
+    with without_bars():  # compressed-tensors unpacks on the first pass
+        output = model(input_ids=tokens.to(device), **options)
     found = getattr(output, "logits", None)
     return (output.last_hidden_state if found is None else found).float().cpu()
 
@@ -196,7 +196,7 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
         HarnessError: it cannot.
     """
     try:
-        with _silenced():
+        with without_bars():
             model, info = kind.from_pretrained(
                 folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
             )
@@ -213,7 +213,7 @@ def build_dense(contents: Contents, kind: Any, tensors: Mapping[str, torch.Tenso
     """A stock model with this state, in eval mode, on the CPU."""
     config = stock_config(contents.stock, dtype)
     config.tie_word_embeddings = contents.config.tie_word_embeddings
-    with _silenced():
+    with without_bars():
         model: nn.Module = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
     return model.eval()
 
@@ -223,18 +223,3 @@ def round_no_inputs(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
             module.quantization_enabled = False  # type: ignore[assignment]
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Without the progress bars of the libraries."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()

@@ -87,12 +87,19 @@ def replacing_folder(folder: Path, *, needed_bytes: int) -> Iterator[Path]:
         except Exception as error:
             _say_full(error, partial)
             raise
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp's folders are for their owner only
+        _give_usual_modes(partial)
         _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """mkdtemp's folders and safetensors' files are for their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
 def _put_in_place(partial: Path, folder: Path) -> None:
@@ -127,10 +134,21 @@ def write_checkpoint(
     """Write weights, configuration, tokenizer (with its chat template) and generation settings."""
     from huggingface_hub import save_torch_state_dict
 
-    tensors = {name: _plain(tensor) for name, tensor in contents.rest.items()}
-    for name in contents.layers:
+    tensors: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+
+    def add(name: str, tensor: torch.Tensor) -> None:
+        plain = tensor.detach().cpu().contiguous()
+        # Layers may share a tensor (an input scale); each gets its own, or only one would be written.
+        tensors[name] = plain.clone() if plain.data_ptr() in addresses else plain
+        addresses.add(tensors[name].data_ptr())
+
+    for name, tensor in contents.rest.items():
+        add(name, tensor)
+    for layer in contents.layers:
         # One layer at a time: only its stored form stays, in main memory.
-        tensors |= {key: _plain(tensor) for key, tensor in contents.tensors_of(name).items()}
+        for name, tensor in contents.tensors_of(layer).items():
+            add(name, tensor)
     save_torch_state_dict(tensors, folder, max_shard_size=_SHARD)
     config = contents.config
     if (quantization := contents.quantization_config) is not None:
@@ -140,10 +158,6 @@ def write_checkpoint(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous()
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):

@@ -176,7 +176,8 @@ def dense_form_of(module: nn.Module) -> DenseForm | NoForm:
         return DenseForm(layer.weight.detach(), _bias(layer), getattr(layer, "kernel_name", None))
     rows = getattr(layer, "rows", None)  # of a packed embedding
     tell = getattr(layer, "dense_weight", None) or getattr(rows, "dense_weight", None)
-    return form if tell is None else DenseForm(tell(), _bias(layer))
+    differs = _ROUNDED if getattr(layer, "a_bits", 16) < 16 else None
+    return form if tell is None else DenseForm(tell(), _bias(layer), differs)
 
 
 def _of_linear(module: Any) -> Form | NoForm:
@@ -243,14 +244,20 @@ def _bias(module: Any) -> torch.Tensor | None:
 
 
 def _bias_in_offset(layer: StaticInt8Linear) -> torch.Tensor:
-    """The bias [out], out of the offset that also holds what the zero points of the input add."""
+    """The bias [out], out of the offset that also holds what the zero points of the input add.
+
+    Zeros where nothing but rounding is left of it.
+    """
     middle = 128 if layer.a_bits == 8 else 128 * 256 + 128
     shift = layer.input_scale.double() * (middle - layer.input_zero.double())  # [groups]
     sizes = torch.tensor(layer.sizes, device=shift.device)
     columns = shift.repeat_interleave(sizes)  # [in], as they are stored
     if layer.order is not None:
         columns = torch.empty_like(columns).index_copy_(0, layer.order.long(), columns)
-    return (layer.offset.double() - layer.dequantize().double() @ columns).float()
+    weight = layer.dequantize().double()
+    bias = layer.offset.double() - weight @ columns
+    rounding = 8 * torch.finfo(torch.float32).eps * (weight.abs() @ columns.abs())
+    return (torch.zeros_like(bias) if bool((bias.abs() <= rounding).all()) else bias).float()
 
 
 _FORMS: dict[type[nn.Module], Callable[[Any], Form | NoForm]] = {

@@ -30,6 +30,7 @@ LAYOUTS = ("auto", "compressed-tensors", "gptq", "dense")
 _SHARED_HEADS = "harness_shared_heads"  # transformers' own attention, that repeats no shared head
 _SITES = "harness_activation_sites"
 _HERE = "harness.nn."
+_UNPACKED = "weights are stored dequantized: size and speed are not the variant's"
 _SHOWN = 3  # of the layers that something is said of
 
 
@@ -43,7 +44,7 @@ class Contents:
         layers: what each linear layer (``dense``: and embedding) is stored as, by name.
         transposed: those that the stock model keeps transposed (GPT-2's).
         rest: all other tensors by name.
-        simulated: how a dense form computes otherwise than the variant; empty where it does not.
+        simulated: what a dense form is not that the variant is; empty where nothing was dequantized.
     """
 
     layout: str
@@ -71,6 +72,11 @@ class Contents:
     def rounds_inputs(self) -> bool:
         """Whether whoever loads it has to round the inputs of layers."""
         return any(getattr(form, "inputs", None) is not None for form in self.layers.values())
+
+    @property
+    def computes_otherwise(self) -> bool:
+        """Whether a dense form leaves out rounding that the variant does."""
+        return any(each != _UNPACKED for each in self.simulated)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -143,6 +149,7 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
     transposed: set[str] = set()
     simulated: dict[str, None] = {}
     dropped: list[str] = []
+    packed = False
     modules = dict(model.named_modules(remove_duplicate=False))
     stock_modules = dict(stock.named_modules(remove_duplicate=False))
     held: set[str] = set()  # modules that belong to a layer
@@ -158,12 +165,15 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
             dropped.append(name)
             held.add(name)
             continue
-        if _is_layer(module, place, dense):
+        if _is_layer(module, place):
             held.add(name)
             form = dense_form_of(module) if dense else form_of(module)
+            packed |= dense and not isinstance(form_of(module), DenseForm)
             if isinstance(form, NoForm):
                 reasons.setdefault(form.reason, []).append(name)
                 continue
+            if form.bias is not None and getattr(place, "bias", None) is None and not form.bias.any():
+                form = replace(form, bias=None)
             if type(place).__name__ == "Conv1D":
                 transposed.add(name)
             if isinstance(form, DenseForm) and form.differs is not None:
@@ -175,17 +185,19 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
             rest |= _own_state(name, module)
         else:
             raise NotApplicable(
-                f"{name} is a {type(module).__name__}, where transformers builds a {type(place).__name__}: "
-                "no checkpoint can say so"
+                f"{name} is of the class {type(module).__name__}, where transformers builds "
+                f"{type(place).__name__}: no checkpoint can say so"
             )
     if reasons:
         raise NotApplicable(_no_form(reasons))
     if dropped:
         simulated["activations between the layers are not rounded"] = None
+    if dense and (packed or simulated):
+        simulated[_UNPACKED] = None
     if missing := [name for name in stock_modules if name not in modules]:
         raise NotApplicable(f"transformers builds {missing[0]}, which the variant does not have")
     contents = Contents(
-        _layout_for(layers, layout, transposed, model),
+        "plain" if dense and not simulated else _layout_for(layers, layout, transposed, model),
         stock,
         config,
         layers,
@@ -221,7 +233,8 @@ def _stock_model(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     config = stock_config(model, dtype)
     if hasattr(config, "block_shapes"):
         raise NotApplicable(
-            "heads or channels were taken out of single blocks, and transformers builds all blocks alike"
+            f"the heads or channels that are left in the blocks fit no configuration of {config.model_type!r}: "
+            "transformers builds all blocks alike, and has rules of its own for the number of heads"
         )
     with torch.device("meta"):
         try:
@@ -230,10 +243,9 @@ def _stock_model(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]:
             raise NotApplicable(f"transformers cannot build the network again: {error}") from None
 
 
-def _is_layer(module: nn.Module, place: nn.Module, dense: bool) -> bool:
+def _is_layer(module: nn.Module, place: nn.Module) -> bool:
     is_place = isinstance(place, nn.Linear) or type(place).__name__ == "Conv1D"
-    # A packed embedding has a plain form only.
-    return is_place or (isinstance(place, nn.Embedding) and dense and type(module) is not type(place))
+    return is_place or (isinstance(place, nn.Embedding) and type(module) is not type(place))
 
 
 def _own_state(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
@@ -265,6 +277,8 @@ def _check_hooks(name: str, module: nn.Module, dense: bool, simulated: dict[str,
     for hook in hooks:
         home = f"{getattr(hook, '__module__', '')}."
         if home == f"{_HERE}quantized_tokens.":  # rounds once what each of the layers would round
+            continue
+        if home.startswith("transformers."):  # hands hidden states to who asks for them
             continue
         if dense and home == f"{_HERE}activation_sites.":
             simulated["activations between the layers are not rounded"] = None
