@@ -31,9 +31,7 @@ def export(
     dtype: Annotated[str | None, typer.Option(help="Of this dtype, where a method is named.")] = None,
     layout: Annotated[
         str,
-        typer.Option(
-            help="auto, compressed-tensors, gptq, or dense: dequantized weights, marked simulated."
-        ),
+        typer.Option(help="auto, compressed-tensors, gptq, or dense: dequantized weights, marked simulated."),
     ] = "auto",
     listed: Annotated[bool, typer.Option("--list", help="Show the variants of the store and end.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in the folder.")] = False,
@@ -71,7 +69,9 @@ def export(
         _print_list(target)
         return 0
     if variant is None or folder is None:
-        raise ConfigError("name a variant and a folder: harness export gptq ./folder; --list shows the variants")
+        raise ConfigError(
+            "name a variant and a folder: harness export gptq ./folder; --list shows the variants"
+        )
     with Interrupts():
         try:
             return _export(
@@ -160,7 +160,9 @@ def _print(exported: Exported) -> None:
             f"NOT LOADED again with transformers: {', '.join(written.unread)} not installed; run: "
             f"pip install {' '.join(name.replace('_', '-') for name in written.unread)}"
         )
-    typer.echo(f"disk     {written.weight_file_bytes / 1e6:,.2f} MB of weights, {written.folder_bytes / 1e6:,.2f} MB in all")
+    typer.echo(
+        f"disk     {written.weight_file_bytes / 1e6:,.2f} MB of weights, {written.folder_bytes / 1e6:,.2f} MB in all"
+    )
     typer.echo(f"folder   {clean(str(exported.folder))} (what was measured: {MANIFEST})")
 
 

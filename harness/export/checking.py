@@ -91,7 +91,7 @@ def tolerance(contents: Contents, dtype: torch.dtype, *, rounding: bool) -> tupl
 
 
 def probe_tokens(tokenizer: Any, vocab_size: int, max_positions: int) -> torch.Tensor:
-    """The fixed text as token ids int64 [1, n]: the start of the held-out books, or seeded ones without a tokenizer."""
+    """The start of the held-out books as token ids int64 [1, n]; seeded ones without a tokenizer."""
     length = min(TOKENS, max_positions)
     if tokenizer is not None:
         from harness.corpus import kjv_held_out_chapters
@@ -111,7 +111,8 @@ def outputs_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     with without_bars():  # compressed-tensors unpacks on the first pass
         output = model(input_ids=tokens.to(device), **options)
     found = getattr(output, "logits", None)
-    return (output.last_hidden_state if found is None else found).float().cpu()
+    values: torch.Tensor = output.last_hidden_state if found is None else found
+    return values.float().cpu()
 
 
 # --- the files --------------------------------------------------------------------------------------
@@ -134,11 +135,19 @@ def weights_differ(contents: Contents, stored: Mapping[str, torch.Tensor]) -> st
             return f"{name}, decoded from the files, is not what the variant multiplies with"
         bias = stored.get(f"{name}.bias")
         if (bias is None) != (form.bias is None) or (
-            bias is not None and form.bias is not None and not torch.equal(bias.float(), form.bias.float().cpu())
+            bias is not None
+            and form.bias is not None
+            and not torch.equal(bias.float(), form.bias.float().cpu())
         ):
             return f"the bias of {name} is not stored as it is in the variant"
         left -= {*used, f"{name}.bias"}
     return f"the files hold {min(left)}, which the variant does not have" if left else None
+
+
+def _are_equal(stored: torch.Tensor | None, held: torch.Tensor | None) -> bool:
+    if stored is None or held is None:
+        return stored is held
+    return torch.equal(stored.float(), held.float().cpu())
 
 
 def decoded_state(contents: Contents, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -209,7 +218,9 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
     return loaded
 
 
-def build_dense(contents: Contents, kind: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+def build_dense(
+    contents: Contents, kind: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> nn.Module:
     """A stock model with this state, in eval mode, on the CPU."""
     config = stock_config(contents.stock, dtype)
     config.tie_word_embeddings = contents.config.tie_word_embeddings

@@ -112,7 +112,7 @@ def decode(tensors: Mapping[str, torch.Tensor], scheme: Mapping[str, Any]) -> to
     weights, scale = scheme["weights"], tensors["weight_scale"].float()
     bits = weights["num_bits"]
     if scheme["format"] != "pack-quantized":
-        codes = tensors["weight"].float()
+        codes: torch.Tensor = tensors["weight"].float()
         if "weight_zero_point" in tensors:
             codes = codes - tensors["weight_zero_point"].float()
         return codes * (scale if scale.ndim == 2 else scale.view(1, 1))

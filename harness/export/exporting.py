@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -43,9 +44,19 @@ if TYPE_CHECKING:
     from harness.store.store import Store
     from harness.transforming import MadeVariant
 
-__all__ = ["Check", "Exported", "Rejected", "Written", "disk_record", "export_variant", "make_again", "write_variant"]
+__all__ = [
+    "Check",
+    "Exported",
+    "Rejected",
+    "Written",
+    "disk_record",
+    "export_variant",
+    "make_again",
+    "write_variant",
+]
 
 Say = Callable[[str], None]
+_SAME = 1e-2  # sums in another order move the outputs less, another variant more
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint that stands at `folder`, and what the variant's weights take in memory."""
+    """A checkpoint that stands at `folder`, and what is not as it was when its variant was measured."""
 
     folder: Path
     written: Written
@@ -133,12 +144,20 @@ def export_variant(
     if made.no_effect is not None:
         raise ConfigError(f"{made.no_effect}: export the baseline")
 
+    again = _compared_with_row(store, found, made)
+    changes = (*target.changes, *_not_as_measured(again))
+    if changes and not allow_changed:
+        raise ConfigError(
+            f"{found.label} made again is not what was measured: {'; '.join(changes)}. Its method may draw "
+            "numbers that no seed fixes on this device; export it all the same with --allow-changed"
+        )
+
     def manifest(written: Written) -> dict[str, Any]:
         about = {
             **_told(written),
             "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "changed_since_measured": list(target.changes),
-            "made_again": _compared_with_row(store, found, made),
+            "changed_since_measured": list(changes),
+            "made_again": again,
         }
         return manifest_of(store, found, about)
 
@@ -153,7 +172,7 @@ def export_variant(
         manifest=manifest,
         say=say,
     )
-    return Exported(folder, written, target.changes)
+    return Exported(folder, written, changes)
 
 
 def make_again(target: Target) -> MadeVariant:
@@ -174,7 +193,9 @@ def make_again(target: Target) -> MadeVariant:
         raise
     except Exception as error:  # the border to methods' code
         text = " ".join(str(error).split())[:600]
-        raise HarnessError(f"{target.variant.label} cannot be made again: {type(error).__name__}: {text}") from error
+        raise HarnessError(
+            f"{target.variant.label} cannot be made again: {type(error).__name__}: {text}"
+        ) from error
     finally:
         torch.set_num_threads(threads)
 
@@ -231,7 +252,9 @@ def write_variant(
 
 def disk_record(written: Written) -> Record:
     """The size of a checkpoint as the store keeps it."""
-    note = f"weight files of the exported checkpoint; with tokenizer and configuration {written.folder_bytes} B"
+    note = (
+        f"weight files of the exported checkpoint; with tokenizer and configuration {written.folder_bytes} B"
+    )
     mode = written.format if written.layout != "dense" else "simulated"
     return Record("disk_bytes", written.weight_file_bytes, "B", mode=mode, note=note)
 
@@ -278,7 +301,11 @@ def _checks(
         dense = build_dense(contents, kind, decoded_state(contents, StoredTensors(folder)), dtype).to(device)
         round_no_inputs(loaded)
         compare(
-            "outputs without rounded inputs", "transformers", outputs_of(dense, tokens), loaded, rounding=False
+            "outputs without rounded inputs",
+            "transformers",
+            outputs_of(dense, tokens),
+            loaded,
+            rounding=False,
         )
     return checks
 
@@ -296,6 +323,15 @@ def _told(written: Written) -> dict[str, Any]:
         "output_checks": [asdict(check) for check in written.checks],
         "not_loaded_for_want_of": list(written.unread),
     }
+
+
+def _not_as_measured(again: dict[str, Any]) -> list[str]:
+    """Figures of the variant made again that are not those of the row, but for rounding."""
+    return [
+        f"{name} ({each['measured']:.6g} then, {each['now']:.6g} now)"
+        for name, each in again.items()
+        if not math.isclose(each["measured"], each["now"], rel_tol=_SAME, abs_tol=_SAME)
+    ]
 
 
 def _compared_with_row(store: Store, found: StoredVariant, made: MadeVariant) -> dict[str, Any]:

@@ -123,14 +123,12 @@ def _say_full(error: BaseException, folder: Path) -> None:
         raise_if_full(error, folder)
     except DiskFull:
         raise DiskFull(
-            f"the disk of {folder.parent} became full; nothing of the checkpoint was left, and what was there "
-            "before still is"
+            f"the disk of {folder.parent} became full; nothing of the checkpoint was left, and what was "
+            "there before still is"
         ) from None
 
 
-def write_checkpoint(
-    contents: Contents, folder: Path, *, model: Any, tokenizer: Any
-) -> None:
+def write_checkpoint(contents: Contents, folder: Path, *, model: Any, tokenizer: Any) -> None:
     """Write weights, configuration, tokenizer (with its chat template) and generation settings."""
     from huggingface_hub import save_torch_state_dict
 

@@ -81,7 +81,8 @@ class IntegerForm:
         """The matrix [out, in] in float32."""
         places = self.places()
         zero: Any = 2 ** (self.bits - 1) if self.zero is None else self.zero.float()[:, places]
-        return (self.codes.float() - zero) * self.scale.float()[:, places]
+        weight: torch.Tensor = (self.codes.float() - zero) * self.scale.float()[:, places]
+        return weight
 
     def places(self) -> torch.Tensor:
         """The group of each column, int64 [in]."""

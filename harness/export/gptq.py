@@ -67,7 +67,9 @@ def quantization_config(forms: Mapping[str, Form]) -> dict[str, Any]:
         "bits": form.bits,
         "group_size": form.group_size,
         "sym": form.zero is None,
-        "desc_act": any(isinstance(each, IntegerForm) and each.group_of is not None for each in forms.values()),
+        "desc_act": any(
+            isinstance(each, IntegerForm) and each.group_of is not None for each in forms.values()
+        ),
         "lm_head": False,
         "pack_dtype": "int32",
     }

@@ -27,7 +27,17 @@ VERSION = 1
 """Of the layout of ``harness.json``; higher where an entry changes its meaning."""
 
 _STORE_OPTION = re.compile(r"\s--db[=\s]\s*\S+")
-_MACHINE = ("device", "device_name", "cpu", "cpu_count", "ram_bytes", "cuda", "cudnn", "python", "torch_threads")
+_MACHINE = (
+    "device",
+    "device_name",
+    "cpu",
+    "cpu_count",
+    "ram_bytes",
+    "cuda",
+    "cudnn",
+    "python",
+    "torch_threads",
+)
 
 
 def manifest_of(store: Store, found: StoredVariant, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,20 +85,19 @@ def manifest_of(store: Store, found: StoredVariant, checkpoint: Mapping[str, Any
 
 def _cells(store: Store, variant_id: int) -> list[dict[str, Any]]:
     """The newest cell of each key of the variant with its records, without raw readings."""
-    newest = select(cells.c.id).where(cells.c.variant_id == variant_id).order_by(cells.c.id)
     columns = ("id", "key", "kind", "task", "scenario", "status", "reason", "started_at", "seconds")
     with store.reading() as connection:
         found = {
             row["key"]: dict(row)
             for row in connection.execute(
-                select(*(cells.c[name] for name in columns)).where(cells.c.id.in_(newest)).order_by(cells.c.id)
+                select(*(cells.c[name] for name in columns))
+                .where(cells.c.id.in_(newest))
+                .order_by(cells.c.id)
             ).mappings()
         }
         for cell in found.values():
-            rows = connection.execute(
-                select(records).where(records.c.cell_id == cell.pop("id")).order_by(records.c.id)
-            ).mappings()
-            cell["records"] = [_record(row) for row in rows]
+            its = select(records).where(records.c.cell_id == cell.pop("id")).order_by(records.c.id)
+            cell["records"] = [_record(dict(row)) for row in connection.execute(its).mappings()]
     return list(found.values())
 
 

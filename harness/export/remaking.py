@@ -48,7 +48,7 @@ class StoredVariant:
 
 @dataclass(frozen=True)
 class Target:
-    """The variant planned again: the plan with this one variant, and what differs from when it was measured."""
+    """The variant planned again: a plan with this one variant, and what is not as it was when measured."""
 
     plan: SweepPlan
     variant: VariantPlan
@@ -90,6 +90,7 @@ def find_variant(
     rows = list_variants(store)
     if not rows:
         raise ConfigError(f"results store {store.label} holds no variant")
+    found: list[Mapping[str, Any]]
     if text.isdecimal():
         found = [row for row in rows if row["id"] == int(text)]
         if not found:
@@ -110,14 +111,25 @@ def find_variant(
 
 
 def _of_method(rows: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
-    exact = [row for row in rows if row["method"] == text]
-    if exact:
-        return exact
+    for label in (text, _shortest(text)):
+        if exact := [row for row in rows if row["method"] == label]:
+            return exact
     if not set(text) & set(":+"):
         settings = [row for row in rows if row["method"].startswith(f"{text}:") and "+" not in row["method"]]
         if settings:
             return settings
     raise UnknownName("variant", text, {row["method"] for row in rows}, "(a method, or a number of --list)")
+
+
+def _shortest(text: str) -> str:
+    """The label of a chain that was written with options at their defaults, if it is one."""
+    from harness.chain import parse_chain
+    from harness.plugins import load_plugins
+
+    try:
+        return parse_chain(text, load_plugins().methods).label
+    except ConfigError:
+        return text  # perhaps of a plugin that is not given: then the text must be the label
 
 
 def _described(row: Mapping[str, Any]) -> str:
@@ -173,9 +185,10 @@ def plan_again(
     loaded = load_plugins(names)
     chain = Chain(
         tuple(
-            Step(loaded.method(step["name"]), loaded.method(step["name"]).options.parse(
-                step["options"], method=step["name"]
-            ))
+            Step(
+                loaded.method(step["name"]),
+                loaded.method(step["name"]).options.parse(step["options"], method=step["name"]),
+            )
             for step in row["chain"]
         )
     )
@@ -215,7 +228,9 @@ def changes_since(found: StoredVariant, plan: SweepPlan, variant: VariantPlan) -
         ("the harness", versions.get("transformer-harness"), environment["harness"]),
         ("the measuring version", manifest.get("measuring_version"), environment["measuring"]),
     ]
-    changes = [f"{name} ({was} then, {now} now)" for name, was, now in pairs if was is not None and was != now]
+    changes = [
+        f"{name} ({was} then, {now} now)" for name, was, now in pairs if was is not None and was != now
+    ]
     if dump_json(found.row["chain"]) != dump_json(variant.chain.described()):
         changes.append("the options that its methods have")
     if found.row["model_identity"] != variant.model.identity:

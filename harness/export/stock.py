@@ -9,7 +9,7 @@ checkpoint, and is a reason to refuse it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -233,8 +233,8 @@ def _stock_model(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     config = stock_config(model, dtype)
     if hasattr(config, "block_shapes"):
         raise NotApplicable(
-            f"the heads or channels that are left in the blocks fit no configuration of {config.model_type!r}: "
-            "transformers builds all blocks alike, and has rules of its own for the number of heads"
+            f"the heads or channels that are left in the blocks fit no configuration of "
+            f"{config.model_type!r}: transformers builds all blocks alike, and has rules of its own for the number of heads"
         )
     with torch.device("meta"):
         try:
@@ -264,8 +264,8 @@ def _check_attention(model: nn.Module, dense: bool) -> None:
         return
     if name == _SITES:
         raise NotApplicable(
-            "tensors inside the attention are rounded, which no checkpoint can say; --layout dense leaves the "
-            "rounding out"
+            "tensors inside the attention are rounded, which no checkpoint can say; --layout dense leaves "
+            "the rounding out"
         )
     raise NotApplicable(
         "the attention computes another function than transformers' own, which no checkpoint can say"
@@ -288,7 +288,9 @@ def _check_hooks(name: str, module: nn.Module, dense: bool, simulated: dict[str,
             "computes, which no checkpoint can say" + _hint(dense, home == f"{_HERE}activation_sites.")
         )
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        raise NotApplicable(f"the forward pass of {name or 'the model'} was replaced, which no checkpoint can say")
+        raise NotApplicable(
+            f"the forward pass of {name or 'the model'} was replaced, which no checkpoint can say"
+        )
 
 
 def _hint(dense: bool, applies: bool) -> str:
@@ -342,11 +344,11 @@ def _layout_for(layers: dict[str, Form], layout: str, transposed: set[str], mode
     return layout
 
 
-def _first_unfit(quantized: dict[str, Form], unfit: Any) -> str | None:
+def _first_unfit(quantized: Mapping[str, Form], unfit: Any) -> str | None:
     return next((f"{name}: {why}" for name, form in quantized.items() if (why := unfit(form))), None)
 
 
-def _uneven(layers: dict[str, Form], quantized: dict[str, Form], model: nn.Module) -> str | None:
+def _uneven(layers: Mapping[str, Form], quantized: Mapping[str, Form], model: nn.Module) -> str | None:
     """GPTQ's loaders quantize every linear layer of the blocks with the same settings, and no other."""
     prefixes = tuple(f"{name}." for name, _ in blocks_of(model))
     inside = {name for name in layers if name.startswith(prefixes)}
@@ -432,6 +434,8 @@ def _is_shared(model: nn.Module, copied: str, source: str) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or a.data_ptr() == b.data_ptr()
     # A packed embedding and the head that reads its rows.
-    return a is None and b is None and (
-        getattr(head, "embedding", None) is embedding or getattr(embedding, "rows", None) is head
+    return (
+        a is None
+        and b is None
+        and (getattr(head, "embedding", None) is embedding or getattr(embedding, "rows", None) is head)
     )

@@ -9,7 +9,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationScheme
 
 from harness.export import compressed_tensors, gptq
-from harness.export.forms import FloatForm, IntegerForm, NoForm, dense_form_of, form_of
+from harness.export.forms import FloatForm, NoForm, dense_form_of, form_of
 from harness.export.words import pack_words, unpack_words
 from harness.nn.activation_grid import grouped_grid
 from harness.nn.fp8 import Fp8Linear
@@ -73,7 +73,9 @@ def decompressed(form):
     config = compressed_tensors.quantization_config({"layer": form}, [])
     (group,) = config["config_groups"].values()
     reader = BaseCompressor.get_value_from_registry(group["format"])
-    return reader.decompress(compressed_tensors.tensors_of(form), QuantizationScheme(**group))["weight"], group
+    return reader.decompress(compressed_tensors.tensors_of(form), QuantizationScheme(**group))[
+        "weight"
+    ], group
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -87,7 +89,9 @@ def test_the_package_reads_packed_layers_as_they_are(bits, sym, group_size):
     # The package multiplies in the scale's type.
     expected = layer.dequantize(layer.scales.dtype)
     assert torch.allclose(read.float(), expected.float(), rtol=2**-10, atol=0)
-    assert torch.equal(compressed_tensors.decode(compressed_tensors.tensors_of(form), group), layer.dequantize())
+    assert torch.equal(
+        compressed_tensors.decode(compressed_tensors.tensors_of(form), group), layer.dequantize()
+    )
 
 
 @pytest.mark.parametrize("per_tensor", [True, False])
@@ -193,9 +197,7 @@ def test_what_gptq_cannot_hold():
 
 
 def test_a_short_last_group_has_no_form():
-    layer = QuantizedLinear.from_weight(
-        quantize_weight(weight(), bits=4, group_size=64, sym=True, pad=True)
-    )
+    layer = QuantizedLinear.from_weight(quantize_weight(weight(), bits=4, group_size=64, sym=True, pad=True))
     form = form_of(layer)
     assert isinstance(form, NoForm)
     assert "do not divide its 96 columns" in form.reason
@@ -234,7 +236,13 @@ def test_the_bias_is_found_again_in_the_offset_of_a_static_layer(a_bits, is_reor
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "sym", "layout"),
-    [(4, 32, True, "ct"), (4, 32, False, "ct"), (8, -1, True, "ct"), (3, 32, False, "ct"), (4, 32, False, "gptq")],
+    [
+        (4, 32, True, "ct"),
+        (4, 32, False, "ct"),
+        (8, -1, True, "ct"),
+        (3, 32, False, "ct"),
+        (4, 32, False, "gptq"),
+    ],
 )
 def test_bytes_are_those_on_paper(bits, group_size, sym, layout):
     model = integer_model("llama", bits=bits, group_size=group_size, sym=sym)
@@ -243,7 +251,9 @@ def test_bytes_are_those_on_paper(bits, group_size, sym, layout):
         if not isinstance(layer, QuantizedLinear):
             continue
         tensors_of = compressed_tensors.tensors_of if layout == "ct" else gptq.tensors_of
-        stored += sum(t.numel() * t.element_size() for n, t in tensors_of(form_of(layer)).items() if n != "g_idx")
+        stored += sum(
+            t.numel() * t.element_size() for n, t in tensors_of(form_of(layer)).items() if n != "g_idx"
+        )
         weights, groups = layer.out_features * layer.in_features, layer.scales.numel()
         paper += weights * bits / 8 + groups * layer.scales.element_size() + (0 if sym else groups * bits / 8)
     assert stored == pytest.approx(paper, rel=0.02)

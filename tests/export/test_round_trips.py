@@ -121,7 +121,15 @@ def test_pruned_2_of_4_is_a_plain_matrix_with_its_zeros(tmp_path):
     assert (stored.view(-1, 4)[:, 2:] == 0).all()
 
 
-@pytest.mark.parametrize(("name", "options"), [("mqa", {}), ("structured-prune", {"head_ratio": 0.5}), ("distilbert", {}), ("smoothquant", {"quantize": False})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mqa", {}),
+        ("structured-prune", {"head_ratio": 0.5}),
+        ("distilbert", {}),
+        ("smoothquant", {"quantize": False}),
+    ],
+)
 def test_changed_shapes_are_in_the_configuration(name, options, tmp_path):
     method = load_plugins().method(name)
     model = tiny_model("llama")
@@ -156,10 +164,12 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokens = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
 with torch.no_grad():
     logits = model.eval()(tokens).logits
-print(json.dumps({"top": logits.argmax(-1).tolist(), "dtype": str(logits.dtype), "sum": float(logits.double().sum())}))
+total = float(logits.double().sum())
+print(json.dumps({"top": logits.argmax(-1).tolist(), "dtype": str(logits.dtype), "sum": total}))
 """
 
 
+@pytest.mark.slow
 def test_the_bundled_model_loads_in_a_process_without_the_harness(tmp_path):
     from transformers import AutoTokenizer
 
