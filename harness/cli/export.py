@@ -160,9 +160,8 @@ def _print(exported: Exported) -> None:
             f"NOT LOADED again with transformers: {', '.join(written.unread)} not installed; run: "
             f"pip install {' '.join(name.replace('_', '-') for name in written.unread)}"
         )
-    typer.echo(
-        f"disk     {written.weight_file_bytes / 1e6:,.2f} MB of weights, {written.folder_bytes / 1e6:,.2f} MB in all"
-    )
+    weights, whole = written.weight_file_bytes / 1e6, written.folder_bytes / 1e6
+    typer.echo(f"disk     {weights:,.2f} MB of weights, {whole:,.2f} MB in all")
     typer.echo(f"folder   {clean(str(exported.folder))} (what was measured: {MANIFEST})")
 
 

@@ -86,15 +86,10 @@ def manifest_of(store: Store, found: StoredVariant, checkpoint: Mapping[str, Any
 def _cells(store: Store, variant_id: int) -> list[dict[str, Any]]:
     """The newest cell of each key of the variant with its records, without raw readings."""
     columns = ("id", "key", "kind", "task", "scenario", "status", "reason", "started_at", "seconds")
+    query = select(*(cells.c[name] for name in columns)).where(cells.c.variant_id == variant_id)
     with store.reading() as connection:
-        found = {
-            row["key"]: dict(row)
-            for row in connection.execute(
-                select(*(cells.c[name] for name in columns))
-                .where(cells.c.id.in_(newest))
-                .order_by(cells.c.id)
-            ).mappings()
-        }
+        rows = connection.execute(query.order_by(cells.c.id)).mappings()
+        found = {row["key"]: dict(row) for row in rows}
         for cell in found.values():
             its = select(records).where(records.c.cell_id == cell.pop("id")).order_by(records.c.id)
             cell["records"] = [_record(dict(row)) for row in connection.execute(its).mappings()]

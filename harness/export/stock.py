@@ -233,8 +233,8 @@ def _stock_model(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     config = stock_config(model, dtype)
     if hasattr(config, "block_shapes"):
         raise NotApplicable(
-            f"the heads or channels that are left in the blocks fit no configuration of "
-            f"{config.model_type!r}: transformers builds all blocks alike, and has rules of its own for the number of heads"
+            "the heads or channels that are left in the blocks fit no configuration of "
+            f"{config.model_type!r}: all blocks must be alike, with as many heads as transformers can build"
         )
     with torch.device("meta"):
         try:
