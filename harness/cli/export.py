@@ -54,7 +54,7 @@ def export(
         typer.Option(min=0.0, help="Let outputs differ by this share of their spread. Default: by format."),
     ] = None,
 ) -> int:
-    """Write a compressed model as a checkpoint that transformers and vLLM load.
+    """Write a compressed model as a checkpoint that transformers loads without the harness.
 
     The variant is made again as its sweep made it, written in the format of compressed-tensors or GPTQ (or
     as it is, where nothing is quantized), loaded again with transformers and compared with the variant in
@@ -74,13 +74,19 @@ def export(
         )
     with Interrupts():
         try:
-            return _export(
+            done = _export(
                 variant, folder, target, model, seed, dtype, layout,
                 force, allow_changed, device, tuple(plugin) if plugin else None, tolerance,
             )  # fmt: skip
         except Interrupted as stopped:
             typer.echo(f"interrupted ({stopped}); nothing was written", err=True)
             return stopped.exit_code
+    if done is None:
+        return 1
+    found, exported = done
+    _print(exported)
+    _record_size(target, found, exported.written)
+    return 0
 
 
 def _print_list(target: str) -> None:
@@ -105,7 +111,8 @@ def _export(
     device: str | None,
     plugins: tuple[str, ...] | None,
     tolerance: float | None,
-) -> int:
+) -> tuple[StoredVariant, Exported] | None:
+    """What was exported; None where it was rejected, which is said."""
     from harness.errors import UnknownName
     from harness.export.remaking import find_variant, plan_again
     from harness.store.store import Store
@@ -136,10 +143,8 @@ def _export(
                 )
         except Rejected as rejected:
             typer.echo(f"error: {clean(str(rejected))}", err=True)
-            return 1
-    _print(exported)
-    _record_size(target, found, exported.written)
-    return 0
+            return None
+    return found, exported
 
 
 def _print(exported: Exported) -> None:

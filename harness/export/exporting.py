@@ -285,8 +285,9 @@ def _checks(
 
     rounding = contents.rounds_inputs
     if unread:
-        built = build_dense(contents, kind, decoded_state(contents, StoredTensors(folder)), dtype).to(device)
-        if not rounding:
+        if not rounding:  # which the files do not tell how to do
+            state = decoded_state(contents, StoredTensors(folder))
+            built = build_dense(contents, kind, state, dtype).to(device)
             compare("outputs", "decoded files", ours, built, rounding=False)
         return checks
     loaded = load_again(folder, kind, dtype, device)

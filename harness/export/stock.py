@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class Contents:
         """Whether a dense form leaves out rounding that the variant does."""
         return any(each != _UNPACKED for each in self.simulated)
 
-    @property
+    @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
         """What config.json says of the format; None where nothing is quantized."""
         if not self.quantized:
