@@ -21,11 +21,13 @@ from torch import nn
 
 from harness.errors import HarnessError
 from harness.export import compressed_tensors, gptq
+from harness.export.forms import DenseForm, weight_of
 from harness.export.quiet import without_bars
 from harness.export.stock import Contents, stock_config
 
 __all__ = [
     "Agreement",
+    "Rejected",
     "agreement",
     "build_dense",
     "decoded_state",
@@ -41,9 +43,14 @@ __all__ = [
 TOKENS = 128
 
 _READERS = {"compressed-tensors": ("compressed_tensors",), "gptq": ("gptqmodel", "optimum")}
+_LAST_BITS = 1e-6
 _EXACT = 1e-3
 _HALF = 0.05
 _ROUNDED = 0.15
+
+
+class Rejected(HarnessError):
+    """A checkpoint that is not the variant; nothing of it was left."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,10 @@ def outputs_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def weights_differ(contents: Contents, stored: Mapping[str, torch.Tensor]) -> str | None:
-    """Which tensor, decoded from the files, is not the one in memory; None where all are equal.
+    """Which tensor, decoded from the files, is not the variant's own; None where all are.
+
+    Decoded weights may differ from those of the variant in the last bits of float32, where its kernels
+    multiply in another order; whatever is stored as it is must be equal.
 
     Args:
         stored: the files' tensors by name.
@@ -131,14 +141,14 @@ def weights_differ(contents: Contents, stored: Mapping[str, torch.Tensor]) -> st
         left.discard(name)
     for name, form in contents.layers.items():
         weight, used = _decoded(contents, name, stored)
-        if not torch.equal(weight, contents.dense_weight(name).cpu()):
+        held = weight_of(contents.sources[name]).cpu()
+        if isinstance(form, DenseForm):
+            is_same = torch.equal(weight, held.to(weight.dtype))
+        else:
+            is_same = weight.shape == held.shape and torch.allclose(weight, held, rtol=_LAST_BITS, atol=0)
+        if not is_same:
             return f"{name}, decoded from the files, is not what the variant multiplies with"
-        bias = stored.get(f"{name}.bias")
-        if (bias is None) != (form.bias is None) or (
-            bias is not None
-            and form.bias is not None
-            and not torch.equal(bias.float(), form.bias.float().cpu())
-        ):
+        if not _are_equal(stored.get(f"{name}.bias"), form.bias):
             return f"the bias of {name} is not stored as it is in the variant"
         left -= {*used, f"{name}.bias"}
     return f"the files hold {min(left)}, which the variant does not have" if left else None
@@ -147,14 +157,17 @@ def weights_differ(contents: Contents, stored: Mapping[str, torch.Tensor]) -> st
 def _are_equal(stored: torch.Tensor | None, held: torch.Tensor | None) -> bool:
     if stored is None or held is None:
         return stored is held
-    return torch.equal(stored.float(), held.float().cpu())
+    return torch.equal(stored, held.cpu().to(stored.dtype))
 
 
 def decoded_state(contents: Contents, stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state of the stock model, from the files and what config.json says of the format."""
-    state, used = {}, set()
+    state: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
     for name in contents.layers:
-        state[f"{name}.weight"], names = _decoded(contents, name, stored)
+        weight, names = _decoded(contents, name, stored)
+        weight = weight.to(contents.config.dtype)
+        state[f"{name}.weight"] = weight.t().contiguous() if name in contents.transposed else weight
         used |= names
     return state | {name: stored[name] for name in stored if name not in used}
 
@@ -162,15 +175,15 @@ def decoded_state(contents: Contents, stored: Mapping[str, torch.Tensor]) -> dic
 def _decoded(
     contents: Contents, name: str, stored: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, set[str]]:
-    """A weight as the stock model would hold it, and the names of what it was made of; no bias."""
+    """A weight [out, in], float32 where it was quantized, and the names of what it was made of; no bias."""
     config = contents.quantization_config
     if config is None or name not in contents.quantized:
-        return stored[f"{name}.weight"], {f"{name}.weight"}
+        weight = stored[f"{name}.weight"]
+        return weight.t() if name in contents.transposed else weight, {f"{name}.weight"}
     names = {key for key in stored if key.rpartition(".")[0] == name and not key.endswith(".bias")}
     parts = {key.rpartition(".")[2]: stored[key] for key in names}
     decode: Any = gptq.decode if contents.layout == "gptq" else compressed_tensors.decode
-    weight: torch.Tensor = decode(parts, _scheme_of(name, config)).to(contents.config.dtype)
-    return weight.t().contiguous() if name in contents.transposed else weight, names
+    return decode(parts, _scheme_of(name, config)), names
 
 
 def _scheme_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -202,7 +215,7 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
     """The model that transformers loads from a folder, in eval mode.
 
     Raises:
-        HarnessError: it cannot.
+        Rejected: it cannot.
     """
     try:
         with without_bars():
@@ -210,10 +223,10 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
                 folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
             )
     except Exception as error:  # the border to the libraries that read the format
-        raise HarnessError(f"transformers cannot load it: {' '.join(str(error).split())[:600]}") from error
+        raise Rejected(f"transformers cannot load it: {' '.join(str(error).split())[:600]}") from error
     unknown = {key: sorted(names)[:3] for key, names in info.items() if names}
     if unknown:
-        raise HarnessError(f"transformers loads it incompletely: {json.dumps(unknown, default=str)}")
+        raise Rejected(f"transformers loads it incompletely: {json.dumps(unknown, default=str)}")
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -15,6 +15,7 @@ from torch import nn
 from harness.errors import ConfigError, HarnessError
 from harness.export.checking import (
     Agreement,
+    Rejected,
     agreement,
     build_dense,
     decoded_state,
@@ -102,10 +103,6 @@ class Exported:
     folder: Path
     written: Written
     changes: tuple[str, ...]
-
-
-class Rejected(HarnessError):
-    """A checkpoint that is not the variant; nothing of it was left."""
 
 
 def export_variant(

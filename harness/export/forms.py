@@ -31,6 +31,7 @@ __all__ = [
     "NoForm",
     "dense_form_of",
     "form_of",
+    "weight_of",
 ]
 
 
@@ -179,6 +180,18 @@ def dense_form_of(module: nn.Module) -> DenseForm | NoForm:
     tell = getattr(layer, "dense_weight", None) or getattr(rows, "dense_weight", None)
     differs = _ROUNDED if getattr(layer, "a_bits", 16) < 16 else None
     return form if tell is None else DenseForm(tell(), _bias(layer), differs)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The matrix [out, in] that a layer or embedding says it multiplies with, float32 unless it is plain."""
+    layer: Any = module
+    for name in ("dequantize", "dense_weight"):
+        if hasattr(layer, name):
+            weight: torch.Tensor = getattr(layer, name)()
+            return weight
+    form = dense_form_of(module)
+    assert isinstance(form, DenseForm)
+    return form.weight
 
 
 def _of_linear(module: Any) -> Form | NoForm:

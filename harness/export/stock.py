@@ -45,6 +45,7 @@ class Contents:
         layers: what each linear layer (``dense``: and embedding) is stored as, by name.
         transposed: those that the stock model keeps transposed (GPT-2's).
         rest: all other tensors by name.
+        sources: the variant's own modules that `layers` were taken out of.
         simulated: what a dense form is not that the variant is; empty where nothing was dequantized.
     """
 
@@ -54,6 +55,7 @@ class Contents:
     layers: dict[str, Form]
     transposed: frozenset[str]
     rest: dict[str, torch.Tensor]
+    sources: dict[str, nn.Module] = field(default_factory=dict)
     simulated: list[str] = field(default_factory=list)
 
     @property
@@ -124,11 +126,6 @@ class Contents:
         total = sum(tensor.numel() * tensor.element_size() for tensor in self.rest.values())
         return total + sum(_form_bytes(form, self.config.dtype) for form in self.layers.values())
 
-    def dense_weight(self, name: str) -> torch.Tensor:
-        """The weight of one of `layers` as the stock model would hold it: dequantized, in its type."""
-        weight = self.layers[name].dequantize().to(self.config.dtype)
-        return weight.t().contiguous() if name in self.transposed else weight
-
 
 def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
     """Lay out the checkpoint of a variant; nothing is copied that need not be.
@@ -145,6 +142,7 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
     stock, config = _stock_model(model, dtype)
     _check_attention(model, dense)
     layers: dict[str, Form] = {}
+    sources: dict[str, nn.Module] = {}
     reasons: dict[str, list[str]] = {}
     rest: dict[str, torch.Tensor] = {}
     transposed: set[str] = set()
@@ -179,7 +177,7 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
                 transposed.add(name)
             if isinstance(form, DenseForm) and form.differs is not None:
                 simulated[form.differs] = None
-            layers[name] = form
+            layers[name], sources[name] = form, module
         elif type(module) is type(place) or isinstance(module, QuantizingNorm):
             if dense and isinstance(module, QuantizingNorm):
                 simulated["the output of its norms is not rounded to 8 bits"] = None
@@ -204,6 +202,7 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
         layers,
         frozenset(transposed),
         rest,
+        sources,
         list(simulated),
     )
     _check_shapes(contents)

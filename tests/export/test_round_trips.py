@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from harness.corpus import kjv_held_out_chapters
 from harness.errors import NotApplicable
-from harness.export import exporting
+from harness.export import exporting, stock
 from harness.export.checking import probe_tokens
 from harness.export.exporting import Rejected, write_variant
 from harness.export.folder import StoredTensors
+from harness.export.forms import IntegerForm, form_of
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import quantize_weight
 from harness.nn.semi_structured import SemiStructuredLinear
@@ -307,6 +309,21 @@ def test_files_that_are_not_the_variant_are_rejected_and_removed(tmp_path, monke
     monkeypatch.setattr(StoredTensors, "__getitem__", spoiled)
     with pytest.raises(Rejected, match=r"layers\.1\.mlp\.down_proj, decoded from the files"):
         write(integer_model("llama", bits=4), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [lambda: integer_model("llama", bits=4), lambda: int8_model("llama")])
+def test_a_layer_that_was_taken_apart_wrongly_is_rejected(make, tmp_path, monkeypatch):
+    """What is written agrees with itself then, and only the layer in memory knows better."""
+
+    def wrong(module):
+        form = form_of(module)
+        is_chosen = isinstance(form, IntegerForm) and module.in_features == 256
+        return replace(form, codes=form.codes.flip(1)) if is_chosen else form
+
+    monkeypatch.setattr(stock, "form_of", wrong)
+    with pytest.raises(Rejected, match="down_proj, decoded from the files, is not what the variant"):
+        write(make(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
