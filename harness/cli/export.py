@@ -113,13 +113,13 @@ def _export(
     tolerance: float | None,
 ) -> tuple[StoredVariant, Exported] | None:
     """What was exported; None where it was rejected, which is said."""
-    from harness.errors import UnknownName
+    from harness.errors import ExportRejected, UnknownName
     from harness.export.remaking import find_variant, plan_again
     from harness.store.store import Store
 
     with Store.open_readonly(target) as store:
         found = find_variant(store, text, model=model, seed=seed, dtype=dtype)
-        from harness.export.exporting import Rejected, export_variant
+        from harness.export.exporting import export_variant
         from harness.export.folder import check_target
         from harness.export.quiet import without_chatter
         from harness.export.stock import LAYOUTS
@@ -141,7 +141,7 @@ def _export(
                     largest_difference=tolerance,
                     say=lambda line: typer.echo(f"  {clean(line)}", err=True),
                 )
-        except Rejected as rejected:
+        except ExportRejected as rejected:
             typer.echo(f"error: {clean(str(rejected))}", err=True)
             return None
     return found, exported

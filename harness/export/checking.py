@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.errors import HarnessError
+from harness.errors import ExportRejected
 from harness.export import compressed_tensors, gptq
 from harness.export.forms import DenseForm, weight_of
 from harness.export.quiet import without_bars
@@ -27,7 +27,6 @@ from harness.export.stock import Contents, stock_config
 
 __all__ = [
     "Agreement",
-    "Rejected",
     "agreement",
     "build_dense",
     "decoded_state",
@@ -47,10 +46,6 @@ _LAST_BITS = 1e-6
 _EXACT = 1e-3
 _HALF = 0.05
 _ROUNDED = 0.15
-
-
-class Rejected(HarnessError):
-    """A checkpoint that is not the variant; nothing of it was left."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +210,7 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
     """The model that transformers loads from a folder, in eval mode.
 
     Raises:
-        Rejected: it cannot.
+        ExportRejected: it cannot.
     """
     try:
         with without_bars():
@@ -223,10 +218,10 @@ def load_again(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device
                 folder, dtype=dtype, device_map={"": device}, output_loading_info=True, local_files_only=True
             )
     except Exception as error:  # the border to the libraries that read the format
-        raise Rejected(f"transformers cannot load it: {' '.join(str(error).split())[:600]}") from error
+        raise ExportRejected(f"transformers cannot load it: {' '.join(str(error).split())[:600]}") from error
     unknown = {key: sorted(names)[:3] for key, names in info.items() if names}
     if unknown:
-        raise Rejected(f"transformers loads it incompletely: {json.dumps(unknown, default=str)}")
+        raise ExportRejected(f"transformers loads it incompletely: {json.dumps(unknown, default=str)}")
     loaded: nn.Module = model.eval()
     return loaded
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from harness.errors import ConfigError, HarnessError
+from harness.errors import ConfigError, ExportRejected, HarnessError
 from harness.export.checking import (
     Agreement,
-    Rejected,
     agreement,
     build_dense,
     decoded_state,
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Check",
     "Exported",
-    "Rejected",
     "Written",
     "disk_record",
     "export_variant",
@@ -127,7 +125,7 @@ def export_variant(
     Raises:
         ConfigError: the folder cannot be written, or what the variant was made of has changed.
         NotApplicable: there is no standard form of it.
-        Rejected: what was written is not the variant.
+        ExportRejected: what was written is not the variant.
         DiskFull: there is no room.
     """
     check_target(folder, force=force)
@@ -212,7 +210,7 @@ def write_variant(
     """Write a transformed model as a checkpoint, all or nothing, and check it against the model.
 
     Raises:
-        NotApplicable, Rejected, DiskFull: as `export_variant`.
+        NotApplicable, ExportRejected, DiskFull: as `export_variant`.
     """
     model = getattr(model, "_orig_mod", model).eval()
     contents = contents_of(model, layout, dtype)
@@ -221,13 +219,13 @@ def write_variant(
         write_checkpoint(contents, partial, model=model, tokenizer=tokenizer)
         sizes = folder_bytes(partial)
         if problem := weights_differ(contents, StoredTensors(partial)):
-            raise Rejected(f"the checkpoint is not the variant: {problem}; nothing was left of it")
+            raise ExportRejected(f"the checkpoint is not the variant: {problem}; nothing was left of it")
         tokens = probe_tokens(tokenizer, contents.config.vocab_size, max_positions)
         unread = missing_reader(contents.layout)
         checks = _checks(contents, model, partial, tokens, dtype, unread, largest_difference)
         for check in checks:
             if not check.passed:
-                raise Rejected(
+                raise ExportRejected(
                     f"the checkpoint is not the variant: {check.compared} differ by "
                     f"{check.found.relative_rms:.3g} of their spread, and {check.tolerance:g} is let through "
                     f"({check.because}); nothing was left of it"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from harness.corpus import kjv_held_out_chapters
-from harness.errors import NotApplicable
+from harness.errors import ExportRejected, NotApplicable
 from harness.export import exporting, stock
 from harness.export.checking import probe_tokens
-from harness.export.exporting import Rejected, write_variant
+from harness.export.exporting import write_variant
 from harness.export.folder import StoredTensors
 from harness.export.forms import IntegerForm, form_of
 from harness.nn.quantized import QuantizedLinear
@@ -46,8 +46,10 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "encoder"])
-@pytest.mark.parametrize(("bits", "sym"), [(4, False), (4, True), (8, False), (3, True)])
+@pytest.mark.parametrize(
+    ("family", "bits", "sym"),
+    [("llama", 4, False), ("llama", 3, True), ("llama", 8, False), ("opt", 4, True), ("encoder", 4, False)],
+)
 def test_packed_integers(family, bits, sym, tmp_path):
     model = integer_model(family, bits=bits, sym=sym)
     written = write(model, tmp_path / "out")
@@ -307,7 +309,7 @@ def test_files_that_are_not_the_variant_are_rejected_and_removed(tmp_path, monke
         return tensor + 1 if name.endswith("layers.1.mlp.down_proj.weight_packed") else tensor
 
     monkeypatch.setattr(StoredTensors, "__getitem__", spoiled)
-    with pytest.raises(Rejected, match=r"layers\.1\.mlp\.down_proj, decoded from the files"):
+    with pytest.raises(ExportRejected, match=r"layers\.1\.mlp\.down_proj, decoded from the files"):
         write(integer_model("llama", bits=4), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -322,7 +324,7 @@ def test_a_layer_that_was_taken_apart_wrongly_is_rejected(make, tmp_path, monkey
         return replace(form, codes=form.codes.flip(1)) if is_chosen else form
 
     monkeypatch.setattr(stock, "form_of", wrong)
-    with pytest.raises(Rejected, match="down_proj, decoded from the files, is not what the variant"):
+    with pytest.raises(ExportRejected, match="down_proj, decoded from the files, is not what the variant"):
         write(make(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -332,7 +334,7 @@ def test_a_model_that_loads_as_another_is_rejected_and_removed(tmp_path, monkeyp
         return tiny_model("llama", seed=1)
 
     monkeypatch.setattr(exporting, "load_again", other)
-    with pytest.raises(Rejected, match="outputs differ by"):
+    with pytest.raises(ExportRejected, match="outputs differ by"):
         write(integer_model("llama", bits=4), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
