@@ -223,7 +223,7 @@ def _check_chain(harness, folder, chain, model):
 
 def test_a_chain(harness, template, tmp_path):
     shutil.copytree(template / "tiny", tmp_path / "tiny")
-    _check_chain(harness, tmp_path, "smoothquant+gptq:group_size=64", "./tiny")
+    _check_chain(harness, tmp_path, "smoothquant+gptq:clip=absmax:group_size=64", "./tiny")
 
 
 @pytest.mark.slow
