@@ -9,6 +9,7 @@ The tree::
     ├── DiskFull                 the cache cannot be written: ends a sweep, which can be resumed
     ├── NotApplicable            a method that does not fit this model, device or combination
     ├── MissingExtra             an optional package is not installed (names the pip line)
+    ├── ExportRejected           an exported checkpoint that is not the variant; nothing of it was left
     ├── NumericalFailure         NaN, a Cholesky factorisation that fails, a training run that diverges
     └── StoreError               a results store that cannot be opened, read or written
 
@@ -24,6 +25,7 @@ from collections.abc import Iterable
 __all__ = [
     "ConfigError",
     "DiskFull",
+    "ExportRejected",
     "HarnessError",
     "MissingExtra",
     "NotApplicable",
@@ -90,6 +92,10 @@ class MissingExtra(HarnessError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (MissingExtra, (self.package, self.extra))
+
+
+class ExportRejected(HarnessError):
+    """An exported checkpoint that is not the variant; nothing of it was left."""
 
 
 class NumericalFailure(HarnessError):

@@ -260,7 +260,8 @@ class Method:
         return digest.hexdigest()
 
     def _sources(self) -> list[Path]:
-        file = inspect.getsourcefile(self.transform)
+        # Under decorators (`torch.no_grad`), whose own file says nothing of the method.
+        file = inspect.getsourcefile(inspect.unwrap(self.transform))
         if file is None or not Path(file).is_file():
             raise PluginError(f"method {self.name!r}: the source of its transform cannot be found")
         own = Path(file)

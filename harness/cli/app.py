@@ -19,6 +19,7 @@ from harness.cli import (
     dashboard,
     doctor,
     exchange,
+    export,
     new,
     report,
     results,
@@ -64,6 +65,7 @@ app.command("scaling")(scaling.scaling)
 app.command("why")(why.why)
 app.command("report")(report.report)
 app.command("dashboard")(dashboard.dashboard)
+app.command("export")(export.export)
 app.command("new")(new.new)
 app.command("doctor")(doctor.doctor)
 
