@@ -51,8 +51,8 @@ def cli_page() -> str:
 
     command: Any = typer.main.get_command(app)
     pages = [_HEADER + "# Command line", "", "Option names may be written with underscores too.", ""]
-    pages += ["Exit codes: 0 all well; 1 some cells failed; 2 bad input; 3 a gate of `compare` tripped;"]
-    pages += ["130 or 143 interrupted."]
+    pages += ["Exit codes: 0 all well; 1 some cells failed; 2 bad input; 3 a gate of `compare` tripped or"]
+    pages += ["could not be judged; 130 or 143 interrupted."]
     for path, each in _commands("harness", command):
         with each.make_context(path, [], resilient_parsing=True) as context:
             context.info_name = path

@@ -1,7 +1,7 @@
 """The Typer application and the border at which errors become one line and an exit code.
 
-Exit codes: 0 all well; 1 some cells failed; 2 usage or bad input; 3 a gate of ``compare`` tripped;
-130 and 143 interrupted by SIGINT and SIGTERM.
+Exit codes: 0 all well; 1 some cells failed; 2 usage or bad input; 3 a gate of ``compare`` tripped or
+could not be judged; 130 and 143 interrupted by SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
