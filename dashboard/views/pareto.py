@@ -2,61 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pandas as pd
 import streamlit as st
 
-from .. import charts, page, queries, tables
+from harness.display import ASPECTS, aspect_of
+from harness.store.store import Store
+
+from .. import kept, page, queries, tables
+from ..boards import board
+from ..pareto_charts import Axis, pareto, pareto_front
+from ..queries import Column, Filters
 
 __all__ = ["render"]
 
-
-def _models(rows: pd.DataFrame) -> list[str]:
-    """Those with quality and cost first."""
-    kinds = rows[rows["column"].notna()].groupby("model")["kind"].agg(set)
-    return sorted(kinds.index, key=lambda model: (not {"task", "scenario"} <= kinds[model], model))
+_MOST_MODELS = 6
+_MOST_LISTED = 100
+_NOTHING = "nothing"
 
 
 def render() -> None:
     """Draw the page."""
     st.title("Pareto")
     with page.opened() as store:
-        frame = page.records(store, page.ask_sweep(store))
-        rows = queries.filtered(frame, page.ask_filters(frame))
-        # A front over several models would only say that small models are small.
-        model = page.choose_one("Model", _models(rows), "on")
-        rows = queries.named(rows[rows["model"] == model])
-        quality = queries.columns_of(rows, ["task"]).set_index("column")
-        cost = queries.columns_of(rows, ["scenario", "transform"]).set_index("column")
-        quality = quality[quality["direction"].notna()]
-        cost = cost[cost["direction"].notna()]
-        if quality.empty or cost.empty:
+        sweep = page.ask_sweep(store)
+        filters = page.ask_filters(store, sweep)
+        offered = [column for column in kept.columns(store, sweep) if column.direction is not None]
+        models = _ask_models(offered, filters, kept.options(store, sweep).models)
+        if not models:
+            st.info("Choose at least one model.")
+            return
+        offered = queries.of_models(offered, models, filters.tasks)
+        quality = [column for column in offered if column.kind == "task"]
+        cost = [column for column in offered if column.kind != "task"]
+        if not quality or not cost:
             st.info(
                 "A front needs a quality and a cost: a sweep with `--tasks` and with timed shapes. "
                 "Models with random weights have no quality."
             )
             return
-        left, middle, right = st.columns([4, 4, 1], vertical_alignment="bottom")
-        y = page.choose_one("Quality", quality.index.tolist(), "quality", left)
-        x = page.choose_one("Cost", cost.index.tolist(), "cost", middle)
-        log_x = right.toggle("log", key="log_x", help="Logarithmic cost axis")
-        points = queries.points(rows, x, y)
-        if points.empty:
-            st.info("No variant has both figures.")
-            return
-        figure = charts.pareto(
-            points,
-            x_name=x, x_unit=cost.unit[x], x_better=cost.direction[x],
-            y_name=y, y_unit=quality.unit[y], y_better=quality.direction[y],
-            log_x=log_x,
-        )  # fmt: skip
-        st.plotly_chart(figure, width="stretch", key="pareto")
-        if points["marks"].astype(bool).any():
-            st.caption(
-                "Hollow: *simulated*, the arithmetic of the method without a kernel that makes it "
-                "fast or small; *synthetic*, random weights."
-            )
-        st.subheader("On the front")
-        front = charts.pareto_front(points, cost.direction[x], quality.direction[y])
-        best = points[front].sort_values("x", ascending=cost.direction[x] == "lower")
-        table = queries.overview(rows, [x, y]).loc[best["variant"]]
-        tables.show_table(tables.overview_table(table, queries.columns_of(rows)))
+        columns, axes = _ask_axes(quality, cost, offered)
+        drawn = [
+            model for model in models if _draw_model(store, model, filters, sweep, columns, axes, len(models))
+        ]
+        if not drawn:
+            st.info("No variant has all of these figures.")

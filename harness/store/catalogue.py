@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Select, case, func, select
+from sqlalchemy import ColumnElement, Connection, case, func, select, true
 from sqlalchemy.dialects import postgresql, sqlite
 
 from harness.evaluate.definitions import windows_in
 from harness.records import CellKind
 from harness.store.tables import catalogue, cells, records, sweeps, variants
 
-__all__ = ["add_to_catalogue", "item_limits"]
+__all__ = ["Entry", "add_to_catalogue", "item_limits", "measured_in"]
 
 _CHUNK = 10_000  # parameters of one statement
+
+
+class Entry(NamedTuple):
+    """A row of the catalogue: a metric of a model at a place. `item_limit` is 0 where there was none."""
+
+    model: str
+    kind: str
+    place: str
+    metric: str
+    unit: str
+    item_limit: int
+    windows: str
 
 
 def add_to_catalogue(connection: Connection, cell_ids: Iterable[int] | None) -> None:
@@ -23,6 +35,16 @@ def add_to_catalogue(connection: Connection, cell_ids: Iterable[int] | None) -> 
     Args:
         cell_ids: None means all cells (after rows were inserted in bulk).
     """
+    if cell_ids is None:
+        _enter(connection, measured_in(connection, true()))
+        return
+    wanted = sorted(set(cell_ids))
+    for start in range(0, len(wanted), _CHUNK):
+        _enter(connection, measured_in(connection, cells.c.id.in_(wanted[start : start + _CHUNK])))
+
+
+def measured_in(connection: Connection, of_cells: ColumnElement[bool]) -> set[Entry]:
+    """What the records of the cells are about, read from the records themselves."""
     is_task = cells.c.kind == str(CellKind.TASK)
     query = (
         select(
@@ -38,14 +60,23 @@ def add_to_catalogue(connection: Connection, cell_ids: Iterable[int] | None) -> 
         .select_from(cells)
         .join(records, records.c.cell_id == cells.c.id)
         .join(variants, variants.c.id == cells.c.variant_id)
+        .where(of_cells)
         .distinct()
     )
-    if cell_ids is None:
-        _add(connection, query)
-        return
-    wanted = sorted(set(cell_ids))
-    for start in range(0, len(wanted), _CHUNK):
-        _add(connection, query.where(cells.c.id.in_(wanted[start : start + _CHUNK])))
+    found = connection.execute(query).all()
+    limits = item_limits(connection, {row.sweep for row in found if row.sweep is not None})
+    return {
+        Entry(
+            row.model,
+            row.kind,
+            row.place,
+            row.metric,
+            row.unit,
+            limits.get(row.sweep, 0),
+            windows_in(row.note),
+        )
+        for row in found
+    }
 
 
 def item_limits(connection: Connection, sweep_ids: Iterable[int] | None = None) -> dict[int, int]:
@@ -57,19 +88,10 @@ def item_limits(connection: Connection, sweep_ids: Iterable[int] | None = None) 
     return {sweep: int(limit) for sweep, limit in limits if limit is not None}
 
 
-def _add(connection: Connection, query: Select[Any]) -> None:
-    found = connection.execute(query).all()
-    if not found:
+def _enter(connection: Connection, entries: set[Entry]) -> None:
+    if not entries:
         return
-    limits = item_limits(connection, {row.sweep for row in found if row.sweep is not None})
-    rows = {_entry(row, limits) for row in found}
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    names = [column.name for column in catalogue.c]
-    values = [dict(zip(names, row, strict=True)) for row in sorted(rows)]
     # Two sweeps on a server may enter the same at the same time.
-    connection.execute(dialect.insert(catalogue).on_conflict_do_nothing(), values)
-
-
-def _entry(row: Any, limits: Mapping[int, int]) -> tuple[str, str, str, str, str, int, str]:
-    limit = limits.get(row.sweep, 0)
-    return row.model, row.kind, row.place, row.metric, row.unit, limit, windows_in(row.note)
+    statement = dialect.insert(catalogue).on_conflict_do_nothing()
+    connection.execute(statement, [entry._asdict() for entry in sorted(entries)])

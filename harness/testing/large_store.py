@@ -131,7 +131,9 @@ def _sweep(store: Store, number: int) -> int:
     return sweep_id
 
 
-def _fill(rows: _Rows, sweep_ids: Sequence[int], variant_count: int, left: int, chance: random.Random) -> None:
+def _fill(
+    rows: _Rows, sweep_ids: Sequence[int], variant_count: int, left: int, chance: random.Random
+) -> None:
     kinds = _kinds()
     for number in range(variant_count):
         # One model after the other, so that each has every method, a baseline first.
@@ -154,7 +156,9 @@ def _kinds() -> list[_Kind]:
             label = ":".join([name, *(f"{option}={value}" for option, value in options.items())])
             spread = 1 + 0.05 * number
             chain = [{"name": name, "options": options}]
-            found.append(_Kind(label, family, chain, bytes_share / spread, time_share * spread, lost * spread))
+            found.append(
+                _Kind(label, family, chain, bytes_share / spread, time_share * spread, lost * spread)
+            )
     return found
 
 
