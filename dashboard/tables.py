@@ -8,10 +8,12 @@ import pandas as pd
 import streamlit as st
 
 from harness.display import scale
+from harness.glossary import VALUES, explain, heading_of
 
+from .buttons import table_buttons
 from .charts import format_value, reading
 
-__all__ = ["delta_table", "overview_table", "show_table"]
+__all__ = ["column_settings", "delta_table", "overview_table", "show_table"]
 
 _ROW_PX, _HEADER_PX, _ROWS_SHOWN = 35, 38, 20
 _STYLED_CELLS = 200_000  # pandas refuses to style more than 262,144
@@ -20,25 +22,50 @@ _WIDTHS_PX = {"marks": 100, "verdict": 140, "compared": 110, "reason": 420}
 _OPTIONAL = ("marks", "caution")  # columns that are left out where nothing is in them
 
 
-def show_table(table: pd.DataFrame) -> None:
-    """A sortable table, as high as it needs; its cells are drawn as plain text and numbers."""
-    height = _HEADER_PX + _ROW_PX * min(max(len(table), 1), _ROWS_SHOWN)
-    blank = [name for name in _OPTIONAL if name in table and not table[name].astype(bool).any()]
+def show_table(table: pd.DataFrame, name: str = "", where: Any = st, *, index: bool = False) -> None:
+    """A sortable table, as high as it needs, with its downloads; cells are drawn as plain text and numbers.
+
+    A heading says the unit and which way is good; hovering over it says what the column means.
+
+    Args:
+        name: what the table shows, unique on its page; by default made of its first columns.
+        where: a Streamlit container.
+        index: whether the rows' names are shown.
+    """
+    blank = [column for column in _OPTIONAL if column in table and not table[column].astype(bool).any()]
     shown = table.drop(columns=blank)
-    numbers = shown.select_dtypes("float").columns
-    pinned = {name: {"pinned": True} for name in _PINNED if name in shown}
-    widths = {name: {"width": width} for name, width in _WIDTHS_PX.items() if name in shown}
-    drawn: Any = shown
-    if shown.size <= _STYLED_CELLS:  # a styled number is drawn as text and still sorted as a number
-        drawn = shown.style.format(na_rep="–")
-        drawn = drawn.format(format_value, subset=list(numbers), na_rep="–")
-    st.dataframe(
-        drawn,
-        hide_index=True,
+    where.dataframe(
+        _formatted(shown),
+        hide_index=not index,
         width="stretch",
-        height=height,
-        column_config={**pinned, **widths},
+        height=_HEADER_PX + _ROW_PX * min(max(len(table), 1), _ROWS_SHOWN),
+        column_config=column_settings(shown),
     )
+    table_buttons(table, name or " ".join(str(column) for column in table.columns[:2]), where, index=index)
+
+
+def column_settings(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """How each column is headed and explained, by its name."""
+    settings = {}
+    for column in table.columns:
+        words = table[column] if column in VALUES or column in ("metric", "cells") else ()
+        setting = {
+            "label": f"{column} {heading_of(column).arrow}".strip(),
+            "help": explain(column, words),
+            "width": _WIDTHS_PX.get(column),
+            "pinned": True if column in _PINNED else None,
+        }
+        settings[column] = {key: value for key, value in setting.items() if value is not None}
+    return settings
+
+
+def _formatted(table: pd.DataFrame) -> Any:
+    """The table with numbers for people; a styled number is drawn as text and still sorted as a number."""
+    if table.size > _STYLED_CELLS or not (table.index.is_unique and table.columns.is_unique):
+        return table
+    drawn = table.style.format(na_rep="–")
+    numbers = list(table.select_dtypes("float").columns)
+    return drawn.format(format_value, subset=numbers, na_rep="–")
 
 
 def overview_table(table: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
