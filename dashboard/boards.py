@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,10 +14,10 @@ from harness.display import scale
 from .charts import format_value, reading
 from .queries import Column
 
-__all__ = ["ARROWS", "Board", "badge", "board", "difference_table", "value_table"]
+__all__ = ["ARROWS", "HOW_COMPARED", "Board", "badge", "board", "difference_table", "value_table"]
 
 ARROWS = {"lower": "↓", "higher": "↑"}
-"""Which way is good, in headings: a legend says it in words."""
+"""Which way is good, beside the name of a figure."""
 
 _BADGES = {
     "ok": "✓",
@@ -30,34 +30,14 @@ _BADGES = {
     "skipped": "↷",
 }
 _SIGNS = {"better": "▲", "worse": "▼", "equal": "=", "no clear difference": "≈"}
-_HELP = {
-    "#": "The place in the order that is chosen above.",
-    "method": "The method with its options as they were asked for; chains are joined by a plus sign.",
-    "model": "The network that the method was applied to.",
-    "cells": "How the cells of the variant (its transform, its shapes, its tasks) ended.",
-    "marks": (
-        "simulated: the method's arithmetic without a kernel that makes it fast or small. "
-        "synthetic: random weights. imported: measured elsewhere."
-    ),
-    "against the baseline": (
-        "Times and sizes: the variant over its baseline. Scores: the difference. With its 95 % interval, "
-        "where there is one."
-    ),
-    "verdict": (
-        "▲ better, ▼ worse, ≈ no clear difference (which is not equality), = equal; empty where there is "
-        "neither an interval nor a test."
-    ),
-    "p": "The p-value of a paired test, adjusted for all tests of this table (Benjamini-Hochberg).",
-    "caution": "What makes the comparison doubtful.",
-    "readings": "How the raw readings are spread, from the lowest to the highest.",
-    "history": "Every value that was ever measured, the oldest first.",
-    "options": "All options of the method, those not asked for too.",
-    "family": "What kind of method it is.",
-    "seed": "What random choices began with.",
-    "dtype": "The type of the numbers before the transform.",
-    "device": "What it was measured on.",
-    "sweep": "The last sweep that measured any of its cells.",
-}
+HOW_COMPARED = (
+    "Times and sizes: the variant over the first, scores: the difference, with 95 % intervals. *items*: both "
+    "answered the same items (McNemar's test, or sign flips). *paired*: rounds timed in turn in one process. "
+    "*control*: in units of a fixed workload timed beside each. *intervals*: the two intervals combined as if "
+    "the measurements were independent, which is cautious. ▲ better, ▼ worse, ≈ no clear difference, which is "
+    "not equality."
+)
+"""What a table of differences rests on, for those who read it."""
 
 
 def badge(status: str) -> str:
@@ -71,10 +51,9 @@ def badge(status: str) -> str:
 
 @dataclass(frozen=True)
 class Board:
-    """A table for people; `spread` and `course` name its columns of small charts, `help` explains headings."""
+    """A table for people; `spread` and `course` name its columns of small charts."""
 
     table: pd.DataFrame
-    help: dict[str, str] = field(default_factory=dict)
     spread: str | None = None
     course: str | None = None
 
@@ -106,12 +85,10 @@ def board(
     table["model"] = about["model"].tolist()
     table["cells"] = [statuses.get(variant, "") for variant in ids]
     table["marks"] = about["marks"].tolist()
-    helps = dict(_HELP)
     for column in columns:
         found = values[values["column"] == column.name].set_index("variant")["value"]
         heading, shown = _scaled(column, found.reindex(ids))
         table[heading] = shown.tolist()
-        helps[heading] = explained(column)
     if differences is not None and len(differences):
         of = differences.set_index("variant")
         rows = [of.loc[variant] if variant in of.index else None for variant in ids]
@@ -131,10 +108,7 @@ def board(
     for name in ("family", "seed", "dtype"):
         table[name] = about[name].tolist()
     table["device"] = about["device_name"].tolist()
-    for name in ("marks", "caution"):
-        if name in table and not table[name].astype(bool).any():
-            table = table.drop(columns=name)
-    return Board(table, {name: helps[name] for name in table.columns if name in helps}, spread, course)
+    return Board(table, spread, course)
 
 
 def difference_table(differences: pd.DataFrame, names: Mapping[int, str]) -> pd.DataFrame:
@@ -203,14 +177,6 @@ def verdict(row: Any) -> str:
     return ""
 
 
-def explained(column: Column) -> str:
-    """What a heading says when hovering."""
-    where = {"task": "the task", "scenario": "the shape"}.get(column.kind)
-    said = f"{column.metric}, {where} {column.place}" if where else column.metric
-    better = {"lower": "lower is better", "higher": "higher is better"}.get(column.direction or "")
-    return f"{said}; {better}." if better else f"{said}."
-
-
 def _statuses(ended: pd.DataFrame) -> dict[int, str]:
     found: dict[int, list[str]] = {}
     for variant, status, count in ended[["variant", "status", "cells"]].itertuples(index=False, name=None):
@@ -222,7 +188,7 @@ def _scaled(column: Column, values: pd.Series) -> tuple[str, pd.Series]:
     # The middle value decides the unit: one huge model must not make all others 0.
     factor, unit = scale(column.unit, [values.abs().median()])
     heading = f"{column.name} [{unit}]" if unit else column.name
-    return heading + _arrow(column.direction), values * factor
+    return heading, values * factor
 
 
 def _arrow(direction: str | None) -> str:

@@ -51,8 +51,8 @@ def comparison(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
     """One metric at one place, one point with its interval for each of the variants.
 
     Args:
-        frame: the readings of one column (`harness_dashboard.queries.values`) with what describes each variant
-            and the column's metric, unit and kind.
+        frame: the readings of one column (`harness_dashboard.queries.values`) with what describes each
+            variant and the column's metric, unit and kind.
         names: all variants in the order of the page; one without a value keeps its line.
     """
     first = frame.iloc[0]

@@ -12,7 +12,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import plotly.graph_objects as go
 import streamlit as st
 
 from harness.errors import HarnessError
@@ -23,6 +22,7 @@ from .boards import badge
 from .queries import Filters
 
 __all__ = [
+    "already",
     "ask_filters",
     "ask_flag",
     "ask_place",
@@ -32,7 +32,6 @@ __all__ = [
     "choose_one",
     "how_to_fill",
     "opened",
-    "show_figure",
 ]
 
 ENVIRONMENT = "HARNESS_DB"
@@ -188,6 +187,12 @@ def choose_one(label: str, options: Sequence[str], key: str, where: Any = st, **
     return chosen
 
 
+def already(key: str) -> list[str]:
+    """What is chosen under a key, before its widget is drawn."""
+    state = f"choice_{key}"
+    return list(st.session_state[state]) if state in st.session_state else _remembered(key)
+
+
 def _remembered(key: str) -> list[str]:
     # The address is emptied when another page is opened, so choices are kept in the session too.
     if key in st.query_params:
@@ -201,13 +206,3 @@ def _remember(key: str, chosen: list[str], default: list[str]) -> None:
         st.query_params[key] = chosen
     elif key in st.query_params:
         del st.query_params[key]
-
-
-def show_figure(figure: go.Figure, name: str, where: Any = st, *, alt: str | None = None) -> None:
-    """Draw a figure as wide as its place.
-
-    Args:
-        name: what the figure shows, unique on its page.
-        alt: what it shows in words, for those who cannot see it.
-    """
-    where.plotly_chart(figure, width="stretch", key=f"figure {name}", alt=alt)

@@ -1,7 +1,7 @@
 """Quality against cost: the front, two or three axes, one figure a model. Pure: no store, no Streamlit.
 
-A third axis is the area of the points: a drawing in three dimensions hides what is behind, and colour is taken by
-the family.
+A third axis is the area of the points: a drawing in three dimensions hides what is behind, and colour is
+taken by the family.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def pareto_front(frame: pd.DataFrame, better: Mapping[str, str]) -> pd.Series:
 def pareto(frame: pd.DataFrame, x: Axis, y: Axis, z: Axis | None = None, *, height: int = 560) -> go.Figure:
     """One point a variant, with intervals and the front.
 
-    With a third axis the front is that of all three, and what is on it has a ring. With many points the names,
-    the intervals of what is not on the front, and at last some of the points that are beaten are left out; the
-    number of those is in the figure's ``layout.meta["left_out"]``.
+    With a third axis the front is that of all three, and what is on it has a ring. With many points the
+    names, the intervals of what is not on the front, and at last some of the points that are beaten are left
+    out; the number of those is in the figure's ``layout.meta["left_out"]``.
 
     Args:
         frame: rows of `harness_dashboard.queries.points` with what describes each variant.

@@ -28,8 +28,8 @@ from .details import (
     shapes,
 )
 from .failures import failures, what_was_said
-from .scope import Filters, Options, Stamp, is_empty, options, stamp, sweep_ids
-from .values import histories, points, values
+from .scope import Filters, Options, Stamp, is_empty, only_model, options, stamp, sweep_ids
+from .values import everything, histories, points, values
 from .variants import (
     baselines,
     changes,
@@ -55,6 +55,7 @@ __all__ = [
     "columns",
     "described",
     "differences",
+    "everything",
     "explanations",
     "failures",
     "has_readings",
@@ -70,6 +71,7 @@ __all__ = [
     "matching",
     "named",
     "of_models",
+    "only_model",
     "option_table",
     "options",
     "points",

@@ -38,6 +38,18 @@ class Column:
     models: frozenset[str]
     meanings: tuple[tuple[int, str], ...] | None = None
 
+    @property
+    def aspect(self) -> str:
+        """What it is about: quality, latency, throughput, memory, energy, cost to compress, or other."""
+        if self.kind == "task":
+            return "quality"
+        if self.kind == "transform" and (self.metric.startswith("transform_") or self.unit == "tokens"):
+            return "cost to compress"
+        base, _, per = self.unit.partition("/")
+        if per == "s":
+            return "throughput"
+        return {"s": "latency", "B": "memory", "J": "energy", "W": "energy"}.get(base, "other")
+
     def of_cells(self) -> ColumnElement[bool]:
         """The condition on `cells`; every column of the index is named, so that the database uses it."""
         task = self.place if self.kind == "task" else None

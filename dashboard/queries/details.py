@@ -80,7 +80,7 @@ def item_places(store: Store, first: int, other: int, sweep: int | None) -> dict
 
 
 class Changed(NamedTuple):
-    """The items of two cells whose outcomes differ, those that differ most first, as many as were asked for."""
+    """The items of two cells whose outcomes differ, those that differ most first, as many as asked for."""
 
     items: int  # that both answered
     changed: int

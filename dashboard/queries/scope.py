@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Select, func, or_, select
@@ -24,6 +24,7 @@ __all__ = [
     "is_empty",
     "measured",
     "methods_named",
+    "only_model",
     "options",
     "passing",
     "plain_method",
@@ -180,3 +181,8 @@ def measured(sweep: int | None) -> list[ColumnElement[bool]]:
 def chunks(values: Sequence[int], size: int = 10_000) -> list[Sequence[int]]:
     """Values in parts that fit into one statement."""
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def only_model(filters: Filters, model: str) -> Filters:
+    """The filters, for one model."""
+    return replace(filters, models=(model,))

@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from harness.glossary import explain
 from harness.store.store import Store
 
 from .. import kept, page, queries, tables
-from ..boards import Board, board, difference_table
+from ..boards import HOW_COMPARED, Board, board, difference_table
 from ..queries import Column, Filters
 
 __all__ = ["render"]
@@ -19,7 +20,6 @@ __all__ = ["render"]
 _SIZES = ("25", "50", "100", "250")
 _ATTRIBUTES = ("newest", "model", "method")
 _ORDERS = ("best first", "worst first")
-_ROW_PX, _HEADER_PX, _ROWS_SHOWN = 35, 38, 20
 
 
 def render() -> None:
@@ -95,12 +95,10 @@ def _page_of(
     about = (filters, sweep, order.name, order.best_first, size)
     first = page.ask_place(total, size, about, right)
     by = order.column or order.name
-    shown = queries.shown(
-        store, filters, sweep, by=by, descending=order.descending, first=first, count=size
-    )
+    shown = queries.shown(store, filters, sweep, by=by, descending=order.descending, first=first, count=size)
     st.caption(
-        f"{first + 1:,} to {first + len(shown):,} of {total:,} variants. ↓ lower is better, ↑ higher is better. "
-        "A click on a heading sorts this page, *Ranked by* the whole list."
+        f"{first + 1:,} to {first + len(shown):,} of {total:,} variants. ↓ lower is better, ↑ higher is "
+        "better. A click on a heading sorts this page, *Ranked by* the whole list."
     )
     return shown, first
 
@@ -144,15 +142,12 @@ def _differences(
 
 
 def _show(drawn: Board) -> None:
-    configured: dict[str, Any] = {
-        name: st.column_config.Column(help=words, pinned=name == "method")
-        for name, words in drawn.help.items()
-    }
+    charts: dict[str, Any] = {}
     if drawn.spread:
-        configured[drawn.spread] = st.column_config.BarChartColumn(help=drawn.help[drawn.spread], y_min=0)
+        charts[drawn.spread] = st.column_config.BarChartColumn(help=explain(drawn.spread), y_min=0)
     if drawn.course:
-        configured[drawn.course] = st.column_config.LineChartColumn(help=drawn.help[drawn.course])
-    tables.show_table(drawn.table, configured)
+        charts[drawn.course] = st.column_config.LineChartColumn(help=explain(drawn.course))
+    tables.show_table(drawn.table, "leaderboard", charts=charts)
 
 
 def _draw_differences(
@@ -164,5 +159,6 @@ def _draw_differences(
     if found.empty:
         st.info("There is no baseline with these figures; `harness sweep` measures one by itself.")
         return
-    page.explain_differences()
-    tables.show_table(difference_table(found, dict(zip(about["variant"], about["name"], strict=True))))
+    st.caption(HOW_COMPARED)
+    names = dict(zip(about["variant"], about["name"], strict=True))
+    tables.show_table(difference_table(found, names), "differences")
