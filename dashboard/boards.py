@@ -33,8 +33,8 @@ _SIGNS = {"better": "▲", "worse": "▼", "equal": "=", "no clear difference": 
 HOW_COMPARED = (
     "Times and sizes: the variant over the first, scores: the difference, with 95 % intervals. *items*: both "
     "answered the same items (McNemar's test, or sign flips). *paired*: rounds timed in turn in one process. "
-    "*control*: in units of a fixed workload timed beside each. *intervals*: the two intervals combined as if "
-    "the measurements were independent, which is cautious. ▲ better, ▼ worse, ≈ no clear difference, which is "
+    "*control*: in units of a fixed workload timed beside each. *intervals*: the two intervals combined as "
+    "if independent, which is cautious. ▲ better, ▼ worse, ≈ no clear difference, which is "
     "not equality."
 )
 """What a table of differences rests on, for those who read it."""

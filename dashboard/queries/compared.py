@@ -157,7 +157,7 @@ def against(
         cells.c.variant_id.in_([first, *others]), cells.c.status == "ok", chosen_cells(sweep)
     )
     with store.reading() as connection:
-        variant_of = dict(connection.execute(query).tuples().all())
+        variant_of = dict(connection.execute(query).all())
     stored, conditions = cells_at(store, variant_of), read_conditions(store, variant_of)
     items = cache(store.items)
     of_variant: dict[int, list[Cell]] = {}

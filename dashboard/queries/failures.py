@@ -61,7 +61,7 @@ def failures(
         .offset(first)
     )
     with store.reading() as connection:
-        counted = dict(connection.execute(counts.group_by(cells.c.status)).tuples().all())
+        counted = dict(connection.execute(counts.group_by(cells.c.status)).all())
         frame = frame_of(connection, rows)
     frame["started_at"] = frame["started_at"].str.slice(0, 19).str.replace("T", " ").astype(object)
     frame = typed(frame, floats=("seconds",), integers=("cell", "variant", "sweep"))
