@@ -1,9 +1,9 @@
 """How fast the dashboard is on a store, as a reader sees it, and what memory its server takes.
 
-``python -m tests.dashboard.speed FILE [--repeats 5]`` (made by ``python -m harness.testing.large_store FILE``)
+``python -m tests.dashboard.speed FILE``, after ``python -m harness.testing.large_store FILE``.
 
-The real server and a real browser. A time is from the request, or the click on an option, to everything drawn:
-the script has run, and no table or figure is still a placeholder. Prints one line of JSON.
+The real server and a real browser. A time is from the request, or the click on an option, to everything
+drawn: the script has run, and no table or figure is still a placeholder. Prints one line of JSON.
 """
 
 from __future__ import annotations

@@ -42,14 +42,21 @@ def url(filled_path):
         yield server.url
 
 
-@pytest.fixture
-def page():
+@pytest.fixture(scope="module")
+def window():
     pytest.importorskip("playwright.sync_api")
     if chromium() is None:
         pytest.skip("no Chromium is installed")
     with browsing() as opened:
         yield opened
-        assert opened.complaints == []
+
+
+@pytest.fixture
+def page(window):
+    window.complaints.clear()
+    window.set_viewport_size({"width": 1500, "height": 1100})
+    yield window
+    assert window.complaints == []
 
 
 def number(page, place=0):
@@ -97,7 +104,7 @@ def test_every_page_of_a_filled_store(url, page):
     save(page, "pareto-models")
 
     visit(page, f"{url}/compare", "Compare")
-    count(page, CHART, 7)
+    count(page, CHART, 9)
     count(page, TABLE, 5)
     save(page, "compare")
 
@@ -124,34 +131,29 @@ def test_no_page_is_wider_than_its_window(url, page, width):
         page.set_viewport_size({"width": width, "height": 900})
 
 
-@pytest.mark.parametrize(
-    ("label", "option", "key", "left"),
-    [
+def test_each_filter_goes_into_the_address_and_comes_from_it(url, page):
+    for label, option, key, left in (
         ("Models", SHAPE, "model", 3),
         ("Methods", "gptq:bits=4", "method", 2),
         ("Families", "pruning", "family", 2),
         ("Devices", "NVIDIA H100 80GB HBM3", "device", 15),
         ("Tasks", "wikitext", "task", 15),
         ("Status", "✕ oom", "status", 1),
-    ],
-)
-def test_each_filter_goes_into_the_address_and_comes_from_it(url, page, label, option, key, left):
-    visit(page, url, "Overview")
-    choose(page, label, option)
-    page.wait_for_function(f"location.search.includes('{key}=')")
-    settle(page)
-    assert number(page) == left
+    ):
+        visit(page, url, "Overview")
+        choose(page, label, option)
+        page.wait_for_function(f"location.search.includes('{key}=')")
+        settle(page)
+        assert number(page) == left
     shared = page.url
     visit(page, shared, "Overview")
-    assert number(page) == left
-    if key == "task":
-        assert not page.get_by_text("acc · hellaswag").count()
+    assert number(page) == 1
 
 
 def test_searching_and_turning_pages(url, page):
     visit(page, url, "Overview")
-    page.get_by_label("Search").fill("gptq llama-6m")
-    page.get_by_label("Search").press("Enter")
+    page.get_by_role("textbox", name="Search").fill("gptq llama-6m")
+    page.get_by_role("textbox", name="Search").press("Enter")
     page.get_by_text("1 to 3 of 3 variants").wait_for()
     page.wait_for_function("location.search.includes('q=')")
     page.get_by_role("link", name="Pareto").click()

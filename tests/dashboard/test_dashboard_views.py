@@ -247,13 +247,13 @@ def test_pareto_says_that_random_weights_have_no_quality(filled_path, monkeypatc
 
 def test_compare_begins_with_a_baseline(filled_path, monkeypatch):
     app = draw("compare", filled_path, monkeypatch)
-    assert len(app.get("plotly_chart")) == 7, "six figures and the raw readings"
+    assert len(app.get("plotly_chart")) == 9, "six figures, the raw readings, kernels of two phases"
     differences, items, values, options, changed = (table(app, place) for place in range(5))
     assert options.columns[0] == "baseline"
     assert set(differences["variant"]) == set(options.columns[1:])
     assert {"McNemar", ""} == set(differences["test"])
     assert {"item", "baseline", "change"} <= set(items.columns)
-    assert len(values) == 15
+    assert len(values) == 14
     assert values.columns.tolist()[2:] == options.columns.tolist()
     assert changed["variant"].tolist() == list(options.columns)
 
