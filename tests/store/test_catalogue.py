@@ -12,6 +12,7 @@ from harness.store.catalogue import Entry, add_to_catalogue, item_limits, measur
 from harness.store.store import Store
 from harness.store.tables import VERSION_TABLE, catalogue
 from tests.core.stores import add_cell, add_sweep
+from tests.store.test_exchange import fill as measured
 
 NOTE = "seq_len=128, windows=9, dropped_tokens=0"
 
@@ -62,11 +63,13 @@ def test_what_is_imported(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     with Store.open("theirs.db") as store:
-        fill(store)
+        measured(store)
+        expected = entries(store)
+    assert expected
     assert run(["results", "export", "theirs.jsonl", "--db", "theirs.db"]) == 0
     assert run(["results", "import", "theirs.jsonl", "--db", "ours.db"]) == 0
     with Store.open_readonly("ours.db") as store:
-        assert entries(store) == EXPECTED
+        assert entries(store) == expected
 
 
 def test_what_a_store_of_an_older_version_holds(tmp_path):
