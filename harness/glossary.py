@@ -25,7 +25,10 @@ COLUMNS = {
     "first": "The figure of the variant that the others are compared with.",
     "flips [%]": "Share of the items that changed between right and wrong, either way.",
     "history": "Every value that was ever measured of this figure, the oldest first.",
+    "change": "The outcome of the other variant less that of the first.",
+    "item": "The place of the item among the task's documents.",
     "items": "How many items both answered.",
+    "other": "The outcome of the variant that is held against the first.",
     "p": "How often a difference as large as this would be seen between equals: the p-value of a paired "
     "test, adjusted for all tests of the table (Benjamini-Hochberg).",
     "readings": "How the raw readings of the figure are spread, from the lowest to the highest.",

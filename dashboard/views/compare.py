@@ -182,10 +182,7 @@ def _draw_items(chosen: _Chosen) -> None:
         return
     if found.changed > len(found.rows):
         st.caption(f"The first {len(found.rows):,} are listed.")
-    shown = found.rows.rename(
-        columns={"index": "item", "first": names[first], "other": names[int(str(other))]}
-    )
-    tables.show_table(shown, "items")
+    tables.show_table(found.rows.rename(columns={"index": "item"}), "items")
     _draw_item(chosen, (a, b), metric, found.rows["index"].tolist(), int(str(other)))
 
 

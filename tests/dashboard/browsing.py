@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -34,15 +35,24 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
 
-    def resident_bytes(self) -> int:
-        """Memory of the server and what it started, each process once."""
-        total, waiting = 0, [self.process.pid]
+    def processes(self) -> list[Path]:
+        """The server's processes in /proc: the command and what it started."""
+        found, waiting = [], [self.process.pid]
         while waiting:
             folder = Path("/proc") / str(waiting.pop())
-            status = (folder / "status").read_text()
-            total += int(status.partition("VmRSS:")[2].split()[0]) * 1024
+            found.append(folder)
             waiting += map(int, (folder / f"task/{folder.name}/children").read_text().split())
-        return total
+        return found
+
+    def resident_bytes(self) -> int:
+        statuses = [(folder / "status").read_text() for folder in self.processes()]
+        return sum(int(status.partition("VmRSS:")[2].split()[0]) * 1024 for status in statuses)
+
+    def cpu_s(self) -> float:
+        """The processor's time since the start, which other work on the machine does not stretch."""
+        fields = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in self.processes()]
+        ticks = sum(int(each[11]) + int(each[12]) for each in fields)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -132,6 +142,7 @@ def choose(page: Any, label: str, option: str, kind: str = "stMultiSelect") -> N
     """Choose an option of a list, by what the reader sees."""
     box = page.locator(f'[data-testid="{kind}"]').filter(has=page.get_by_text(label, exact=True))
     box.locator("input").click()
+    box.locator("input").fill(option)  # a long list is drawn in parts
     page.get_by_role("option", name=option, exact=True).click()
 
 

@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,35 @@ FILTERS = (
 )
 
 
-def measure(path: Path, repeats: int = 3) -> dict[str, Any]:
-    """Seconds by page (opened for the first time since the server started, and again) and by filter, as the
-    median of the repeats; ``server_mb`` when all is done."""
-    found: dict[str, Any] = {}
+def measure(path: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
+    """For each step the median of the repeats: ``seconds`` as the reader waits, and ``server_cpu_s`` of them.
+
+    ``first`` steps are the first of their page since the server was started. The last entry is the server's
+    memory when all is done, in MB.
+    """
+    found: dict[str, dict[str, float]] = {}
     with serving(path) as server, browsing() as page:
-        for name, heading in PAGES.items():
-            url = f"{server.url}/{name}"
-            found[f"{heading} first"] = timed(lambda url=url, heading=heading: drawn(page, url, heading))
-            again = [
-                timed(lambda url=url, heading=heading: drawn(page, url, heading)) for _ in range(repeats)
-            ]
-            found[heading] = statistics.median(again)
+
+        def step(name: str, do: Callable[[], None], before: Callable[[], None] = lambda: None) -> None:
+            taken = []
+            for _ in range(repeats if "first" not in name else 1):
+                before()
+                cpu_s, began = server.cpu_s(), time.perf_counter()
+                do()
+                taken.append((time.perf_counter() - began, server.cpu_s() - cpu_s))
+            seconds, used = (round(statistics.median(each), 2) for each in zip(*taken, strict=True))
+            found[name] = {"seconds": seconds, "server_cpu_s": used}
+
+        for path_, heading in PAGES.items():
+            open_page = partial(drawn, page, f"{server.url}/{path_}", heading)
+            step(f"{heading} first", open_page)
+            step(heading, open_page)
+        overview = partial(drawn, page, f"{server.url}/", "Overview")
         for label, option in FILTERS:
-            times = []
-            for _ in range(repeats):
-                drawn(page, f"{server.url}/", "Overview")
-                times.append(filtered(page, label, option))
-            found[f"filter {label}"] = statistics.median(times)
+            step(f"filter {label}", partial(filtered, page, label, option), overview)
         assert page.complaints == [], page.complaints
-        found["server_mb"] = server.resident_bytes() / 1e6
-    return {name: round(value, 2) for name, value in found.items()}
-
-
-def timed(step: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+        found["server"] = {"mb": round(server.resident_bytes() / 1e6)}
+    return found
 
 
 def drawn(page: Any, url: str, heading: str) -> None:
@@ -62,17 +65,14 @@ def drawn(page: Any, url: str, heading: str) -> None:
     page.locator(TABLE).first.wait_for()
 
 
-def filtered(page: Any, label: str, option: str) -> float:
-    """From the click on an option until the number of variants and the table are the new ones."""
-    number = page.locator('[data-testid="stMetricValue"]').first
-    before = number.inner_text()
-    began = time.perf_counter()
+def filtered(page: Any, label: str, option: str) -> None:
+    """From the click into a list until the number of variants and the table are the new ones."""
+    before = page.locator('[data-testid="stMetricValue"]').first.inner_text()
     choose(page, label, option)
     page.wait_for_function(
         "before => document.querySelector('[data-testid=stMetricValue]').innerText != before", arg=before
     )
     settle(page)
-    return time.perf_counter() - began
 
 
 def main() -> None:
