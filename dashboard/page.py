@@ -38,6 +38,7 @@ ENVIRONMENT = "HARNESS_DB"
 NEWEST = "newest of each cell"
 
 _FILL = "harness sweep --methods gptq,smoothquant"
+_LONGEST = 200  # of a text that is searched for
 _SEARCH = "Words that are all in a variant's method, model, family or device."
 _METHODS = "A method without options also means every setting of it."
 _TASKS = "Which tasks' scores are shown; timings stay."
@@ -122,8 +123,8 @@ def ask_text(label: str, key: str, where: Any = st, **widget: Any) -> str:
     """A text whose state is in the address as ``key=...``."""
     state = f"choice_{key}"
     if state not in st.session_state:
-        st.session_state[state] = next(iter(_remembered(key)), "")
-    text: str = where.text_input(label, key=state, max_chars=200, **widget)
+        st.session_state[state] = next(iter(_remembered(key)), "")[:_LONGEST]
+    text: str = where.text_input(label, key=state, max_chars=_LONGEST, **widget)
     _remember(key, [text] if text else [], [])
     return text
 
@@ -165,8 +166,9 @@ def choose_many(
     state = f"choice_{key}"
     if state not in st.session_state:
         st.session_state[state] = _remembered(key) or list(default)
-    # What the store no longer offers cannot stay chosen.
-    st.session_state[state] = [each for each in st.session_state[state] if each in options]
+    # What the store no longer offers cannot stay chosen, nor more than may be: an address can hold anything.
+    known = [each for each in dict.fromkeys(st.session_state[state]) if each in options]
+    st.session_state[state] = known[: widget.get("max_selections")]
     chosen: list[str] = where.multiselect(label, options, key=state, **widget)
     _remember(key, chosen, list(default))
     return chosen

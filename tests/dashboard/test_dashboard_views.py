@@ -269,6 +269,13 @@ def test_compare_takes_the_variants_of_the_address(filled_path, monkeypatch):
     assert app.info[0].value == "Choose at least 2 variants."
 
 
+def test_an_address_may_ask_for_more_than_a_page_can_show(filled_path, monkeypatch):
+    app = draw("compare", filled_path, monkeypatch, variant=[*map(str, range(1, 9)), "1"])
+    assert len(table(app, 3).columns) == 6
+    app = draw("pareto", filled_path, monkeypatch, on=[MODEL, MODEL], q="x" * 999)
+    assert app.query_params["q"] == "x" * 200
+
+
 def test_compare_keeps_what_was_chosen_where_it_offers_only_some(filled_path, monkeypatch):
     monkeypatch.setattr("harness_dashboard.views.compare._OFFERED", 2)
     app = draw("compare", filled_path, monkeypatch, variant=["1", "2"], q="llama")
