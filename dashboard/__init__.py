@@ -12,6 +12,7 @@
                 `detail_charts`: readings, kernels and the device's ceilings
 `boards`        frames in units and words for people; pure
 `theme`         light and dark, and figures in the colours of either; pure
+`theme_watch`   draws a page again when the reader's theme changes
 `tables`        tables on a page
 `figures`       figures in the reader's theme
 `buttons`       the downloads below tables and figures

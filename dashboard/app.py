@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import streamlit as st
+from harness_dashboard.theme_watch import follow_theme
 from harness_dashboard.views import compare, failures, overview, pareto
 
 st.set_page_config(page_title="harness", layout="wide")
+with st.sidebar:
+    follow_theme()
 st.navigation(
     [
         st.Page(overview.render, title="Overview", url_path="overview", default=True),

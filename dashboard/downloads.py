@@ -33,7 +33,8 @@ def csv_of(table: pd.DataFrame, *, index: bool = False) -> bytes:
     whole = table.reset_index() if index else table
     writer.writerow([spreadsheet_cell(str(name)) for name in whole.columns])
     for row in whole.itertuples(index=False, name=None):
-        writer.writerow([spreadsheet_cell("" if _is_missing(value) else _plain(value)) for value in row])
+        plain = [_plain(value) for value in row]
+        writer.writerow(["" if _is_missing(value) else spreadsheet_cell(value) for value in plain])
     return buffer.getvalue().encode("utf-8-sig", "backslashreplace")
 
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 import colorsys
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.display import DARK_FAMILY_COLOURS, FAMILY_COLOURS
 
-__all__ = ["DARK", "LIGHT", "SETTINGS", "TEXT_CONTRAST", "Theme", "contrast", "readable", "themed"]
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+__all__ = [
+    "DARK",
+    "GRAPHIC_CONTRAST",
+    "LIGHT",
+    "SETTINGS",
+    "TEXT_CONTRAST",
+    "Theme",
+    "contrast",
+    "readable",
+    "themed",
+]
 
 GRAPHIC_CONTRAST, TEXT_CONTRAST = 3.0, 4.5
 """What WCAG 2.2 asks for at level AA: of parts of a chart (1.4.11) and of text (1.4.3)."""
@@ -52,6 +63,8 @@ _DARK_OF = {
 
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
     """The figure for the reader's theme, as a copy."""
+    import plotly.graph_objects as go  # not needed to start the server, nor to say that it is missing
+
     drawn = figure.to_dict()
     layout = dict(drawn.get("layout", {}))
     layout.pop("template", None)  # Streamlit brings its own for either theme

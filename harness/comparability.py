@@ -349,9 +349,10 @@ def _cell_conditions(row: Any, sweep: _SweepFacts, spent: set[tuple[int, str]]) 
     }
     facts = {
         **sweep.facts,
-        "device": row.device_name,
-        "dtype": row.dtype,
-        "model": row.model_identity,
+        # What lm-eval's files do not say of an imported row is empty, or unknown.
+        "device": row.device_name or None,
+        "dtype": None if row.dtype == "unknown" else row.dtype,
+        "model": row.model_identity or None,
         "limit": sweep.limit if is_task else None,
         "task": sweep.tasks.get(row.task) if is_task else None,
         **{name: _budget(sweep.budget.get(name)) if used[name] else None for name in used},

@@ -16,7 +16,7 @@ Nothing here reads all records: conditions, order and page go into the query, an
 from __future__ import annotations
 
 from .columns import Column, columns, leading, of_models
-from .compared import against, differences
+from .compared import differences
 from .details import (
     changed_items,
     explanations,
@@ -48,7 +48,6 @@ __all__ = [
     "Filters",
     "Options",
     "Stamp",
-    "against",
     "baselines",
     "changed_items",
     "changes",

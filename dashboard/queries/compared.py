@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,8 @@ from sqlalchemy import select
 
 from harness.comparability import read_conditions
 from harness.comparing import Comparison, Reading, adjusted
-from harness.comparing.methods import Cell, compare_cells, ratio_verdict
+from harness.comparing.cells import Cell
+from harness.comparing.methods import compare_cells, ratio_verdict
 from harness.display import COUNTED, better
 from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
@@ -21,9 +21,9 @@ from harness.store.store import Store
 from harness.store.tables import cells, records, variants
 
 from .columns import Column
-from .scope import chosen_cells, chunks
+from .scope import chunks
 
-__all__ = ["DIFFERENCES", "against", "cells_at", "differences", "independent_interval", "with_interval"]
+__all__ = ["DIFFERENCES", "cells_at", "differences", "independent_interval", "with_interval"]
 
 DIFFERENCES = (
     "variant", "column", "metric", "place", "unit", "direction", "baseline", "value", "difference", "ratio",
@@ -34,30 +34,32 @@ _NUMBERS = ("baseline", "value", "difference", "ratio", "lower", "upper", "p", "
 
 
 def cells_at(store: Store, cell_ids: Iterable[int]) -> dict[int, Cell]:
-    """Cells with their finite records and raw readings, by id, ready to be compared with any other.
+    """Cells with their finite records, readings and conditions, by id, ready to be compared with any other.
 
     They are known by what was measured alone, so that variants of two models, seeds or files can be put side
     by side; what differs between them is said as a caution.
     """
     wanted = sorted(set(cell_ids))
     about = select(
-        cells.c.id, cells.c.kind, cells.c.task, cells.c.scenario, cells.c.sweep_id,
+        cells.c.id.label("cell"), cells.c.variant_id.label("variant"), cells.c.sweep_id.label("sweep"),
+        cells.c.kind, cells.c.task, cells.c.scenario, cells.c.status, cells.c.reason,
         variants.c.method, variants.c.family, variants.c.dtype, variants.c.device_name,
     ).join(variants, variants.c.id == cells.c.variant_id)  # fmt: skip
     names = ("cell_id", "metric", "value", "unit", "lower", "upper", "mode")
     measured = select(*(records.c[name] for name in names)).where(records.c.value.is_not(None))
-    samples = all_readings(store, wanted)
-    found: dict[int, tuple[dict[str, Any], dict[str, Reading], dict[str, str]]] = {}
+    samples, conditions = all_readings(store, wanted), read_conditions(store, wanted)
+    anywhere = {"model": "", "seed": 0, "origin": None, "options": {}}
+    found: dict[int, Cell] = {}
     with store.reading() as connection:
         for part in chunks(wanted):
             for row in connection.execute(about.where(cells.c.id.in_(part))).mappings():
-                place = {"model": "", "seed": 0, "origin": None, "cell": row["id"], "sweep": row["sweep_id"]}
-                found[row["id"]] = ({**row, **place}, {}, {})
+                cell = found[row["cell"]] = Cell(store, [{**row, **anywhere}], (row["cell"],))
+                cell.conditions = conditions[cell.id]
             ordered = measured.where(records.c.cell_id.in_(part)).order_by(records.c.id)
-            for cell, metric, value, unit, lower, upper, mode in connection.execute(ordered):
-                reading = Reading(nan_if_null(value), samples.get((cell, metric), ()), lower, upper, mode)
-                found[cell][1][metric], found[cell][2][metric] = reading, unit
-    return {id_: Cell(*parts) for id_, parts in found.items()}
+            for id_, metric, value, unit, lower, upper, mode in connection.execute(ordered):
+                reading = Reading(nan_if_null(value), samples.get((id_, metric), ()), lower, upper, mode)
+                found[id_].records[metric], found[id_].units[metric] = reading, unit
+    return found
 
 
 def differences(
@@ -90,12 +92,10 @@ def differences(
         if (base, column.name) in by_place and (variant, column.name) in by_place
     ]
     ids = {cell for *_, a, b in wanted for cell in (a, b)}
-    stored, conditions, items = cells_at(store, ids), read_conditions(store, ids), cache(store.items)
+    stored = cells_at(store, ids)
     rows: list[tuple[int, Column, Comparison, tuple[Reading, Reading]]] = []
     for variant, column, a, b in wanted:
-        both = compare_cells(
-            store, [stored[a]], [stored[b]], [column.metric], conditions=conditions, items=items
-        )
+        both = compare_cells(stored[a], stored[b], [column.metric])
         sides = stored[a].records[column.metric], stored[b].records[column.metric]
         rows += [(variant, column, row, sides) for row in both]
     known = about.set_index("variant")
@@ -144,36 +144,6 @@ def independent_interval(a: tuple[float, float, float], b: tuple[float, float, f
 
 def _judged(row: Comparison) -> Comparison:
     return row if row.ratio is None else replace(row, verdict=ratio_verdict(row))
-
-
-def against(
-    store: Store, first: int, others: Sequence[int], sweep: int | None
-) -> dict[int, list[Comparison]]:
-    """Everything that other variants have in common with the first, tested; p-values adjusted over all.
-
-    This reads all readings and items of the variants, so it takes seconds where there are many.
-    """
-    query = select(cells.c.id, cells.c.variant_id).where(
-        cells.c.variant_id.in_([first, *others]), cells.c.status == "ok", chosen_cells(sweep)
-    )
-    with store.reading() as connection:
-        variant_of = dict(connection.execute(query).all())
-    stored, conditions = cells_at(store, variant_of), read_conditions(store, variant_of)
-    items = cache(store.items)
-    of_variant: dict[int, list[Cell]] = {}
-    for id_, cell in stored.items():
-        of_variant.setdefault(variant_of[id_], []).append(cell)
-    found = [
-        (other, row)
-        for other in others
-        for row in compare_cells(
-            store, of_variant.get(first, []), of_variant.get(other, []), conditions=conditions, items=items
-        )
-    ]
-    tested: dict[int, list[Comparison]] = {other: [] for other in others}
-    for (other, _), row in zip(found, adjusted([row for _, row in found]), strict=True):
-        tested[other].append(row)
-    return tested
 
 
 def _cautions(base: pd.Series, variant: pd.Series) -> list[str]:

@@ -1,9 +1,10 @@
-"""``harness compare``: methods side by side, with gates for CI."""
+"""``harness compare``: methods, variants, sweeps or stores side by side, with gates for CI."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,25 +12,30 @@ import typer
 from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
-    from harness.comparing import BreakEvenRow, Comparison, Gate
+    from harness.comparing import BreakEvenRow, SideName, Stores
     from harness.store.store import Store
 
 __all__ = ["compare"]
 
-REFUSED = 2
-GATE_TRIPPED = 3
-
 
 def compare(
-    a: Annotated[str, typer.Argument(help="The method to compare with, such as baseline.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="What to compare with: a method (baseline), variant:12, sweep:3, sweep:last~1, a store, a "
+            "file that `harness results export` or lm-eval wrote, or a part of one (main.db#sweep:2)."
+        ),
+    ],
     b: Annotated[
         list[str] | None,
-        typer.Argument(help="The methods that are judged, such as gptq:bits=3 smoothquant."),
+        typer.Argument(help="What is judged, written alike: gptq:bits=3 smoothquant, or sweep:last."),
     ] = None,
     output: Annotated[Format, typer.Option("--format", help="table, json, csv or markdown.")] = Format.TABLE,
-    db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
+    db: Annotated[str | None, typer.Option(help="The store of sides that name none (or HARNESS_DB).")] = None,
     models: Annotated[str | None, typer.Option(help="Only on these models.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Only these metrics.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Only these metrics; all for every one. Tables show the leading ones.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Judge every other method in the store.")] = False,
     break_even: Annotated[
         bool,
@@ -44,112 +50,105 @@ def compare(
     ] = False,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 3 where this holds: 'decode_latency>1.05x', 'acc<-0.01'."),
+        typer.Option(
+            help="Exit with 3 where this holds: 'decode_latency>1.05x', 'acc<-0.01'; with ! behind it only "
+            "where it is clear from the interval: 'acc<-0.01!'."
+        ),
     ] = None,
+    gates: Annotated[
+        Path | None, typer.Option(help="A YAML file with such gates, as a list under fail_on:.")
+    ] = None,
+    allow_missing: Annotated[
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Do not exit with 3 where a gate cannot be judged, because rows are missing.",
+        ),
+    ] = False,
 ) -> int:
-    """Compare methods with a: ratios of times and sizes, paired tests of quality.
+    """Compare methods with a, or two sweeps or stores variant by variant.
 
-    Rows that were measured under different conditions are refused (exit code 2). P-values are adjusted
-    over all tests of the call, so give several methods at once.
+    Ratios of times and sizes, paired tests of quality. Rows that were measured under different conditions
+    are refused (exit code 2). Exit code 3: a gate trips, or it cannot be judged because rows are missing.
+    P-values are adjusted over all tests of the call, so give several methods at once.
     """
     from harness.chain import split_list
+    from harness.cli.compare_print import print_comparison
     from harness.cli.sweep import database
-    from harness.comparing import break_even_batches, compare_methods, parse_gate
-    from harness.store.store import Store
+    from harness.comparing import Stores, compare_sides, load_side, parse_gate, parse_side, read_gates
+    from harness.errors import ConfigError
 
-    gates = [parse_gate(text) for text in fail_on or ()]
+    texts = [*(fail_on or ()), *(read_gates(gates) if gates is not None else ())]
+    wanted_gates = [parse_gate(text) for text in dict.fromkeys(texts)]
+    if allow_missing and not wanted_gates:
+        raise ConfigError("--allow-missing says what becomes of gates: give --fail-on or --gates too")
     only = split_list(models) if models else None
-    with Store.open_readonly(database(db)) as store:
-        others = _others(store, a, b or (), every, only, timed=break_even)
+    first = parse_side(a)
+    with Stores(database(db)) as stores:
+        others = _others(stores, first, b or (), every, only, timed=break_even)
         if break_even:
-            found = break_even_batches(store, a, others, only)
-            return _print_break_even(found, allow_different, output)
-        wanted = split_list(metrics) if metrics else None
-        rows = compare_methods(store, a, others, only, metrics=wanted, allow_different=True)
-    return _print_comparison(rows, gates, a, others, allow_different, output)
+            if wanted_gates:
+                raise ConfigError("gates are not judged on --break-even: leave one of them out")
+            return _break_even(stores, first, others, only, allow_different, output)
+        is_every = metrics is not None and metrics.strip() == "all"
+        wanted = split_list(metrics) if metrics and not is_every else None
+        sides = [load_side(name, stores, only) for name in (first, *others)]
+        found = compare_sides(sides[0], sides[1:], metrics=wanted)
+    return print_comparison(
+        found, sides, wanted_gates, output, allow_different, allow_missing, leading_only=metrics is None
+    )
 
 
 def _others(
-    store: Store, a: str, named: Sequence[str], every: bool, models: Sequence[str] | None, *, timed: bool
-) -> list[str]:
-    from harness.chain import split_list
+    stores: Stores,
+    a: SideName,
+    named: Sequence[str],
+    every: bool,
+    models: Sequence[str] | None,
+    *,
+    timed: bool,
+) -> list[SideName]:
+    from dataclasses import replace
+
+    from harness.comparing import load_side, parse_sides
     from harness.errors import ConfigError
-    from harness.store import queries
 
     if not every:
         if not named:
-            raise ConfigError(f"name the methods to compare with {a}, or give --all")
-        return list(dict.fromkeys(method for text in named for method in split_list(text)))
+            what = "a sweep or store" if a.is_matrix else "the methods"
+            raise ConfigError(
+                f"name {what} to compare with {a.text}" + ("" if a.is_matrix else ", or give --all")
+            )
+        return parse_sides(named)
     if named:
         raise ConfigError("give either the methods to judge or --all")
-    frame = queries.results(store, models=models, statuses=["ok"])
-    kept = frame[frame["kind"] == "scenario"] if timed else frame
-    return sorted(set(kept["method"]) - {a})
-
-
-# --- comparing ----------------------------------------------------------------------------------------
-
-_COLUMNS = (
-    "model", "method_b", "cell", "metric", "unit", "a", "b", "ratio", "difference", "lower", "upper",
-    "p", "test", "detectable", "basis", "verdict", "flags",
-)  # fmt: skip
-
-
-def _print_comparison(
-    rows: Sequence[Comparison],
-    gates: Sequence[Gate],
-    a: str,
-    others: Sequence[str],
-    allow_different: bool,
-    output: Format,
-) -> int:
-    from harness.comparing import adjusted, incomparable, tripped
-
-    refused = [row for row in rows if not row.is_comparable]
-    shown = adjusted(rows if allow_different else [row for row in rows if row.is_comparable])
-    judged = gates
-    if refused and not allow_different:
-        # A gate on rows that are left out neither trips nor passes.
-        judged = [gate for gate in gates if any(row.metric == gate.metric for row in shown)]
-    trips = tripped(judged, shown)
-    columns = [name for name in _COLUMNS if name != "method_b" or len(others) > 1]
-    columns = list(asdict(shown[0])) if output is Format.CSV and shown else columns
-    table = [_row(row, output) for row in shown]
-    print_rows(table, columns, output, title=f"a = {a}, b = {', '.join(others)}")
-    tests = next((row.tests for row in shown if row.tests), 0)
-    if tests and tests > 1 and output is Format.TABLE:
-        say(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
-    for line in incomparable(refused):
-        say(f"{'DIFFERENT' if allow_different else 'not compared'}: {line}", err=True)
-    for gate, row in trips:
-        mark = "" if row.is_comparable else " (rows that should not be compared)"
-        say(
-            f"gate {gate.text} trips on {row.model} {row.cell}: {row.a:.6g} -> {row.b:.6g}{mark}",
-            err=True,
-        )
-    if refused and not allow_different:
-        for gate in gates:
-            if any(row.metric == gate.metric for row in refused):
-                say(f"gate {gate.text} cannot be judged on rows that are not compared", err=True)
-        say(
-            f"{len(refused)} of {len(rows)} rows are left out; --allow-different shows them, marked", err=True
-        )
-        return REFUSED
-    return GATE_TRIPPED if trips else 0
-
-
-def _row(row: Comparison, output: Format) -> dict[str, Any]:
-    """A comparison as a row; for people, what is different stands among the flags."""
-    shown = asdict(row)
-    if output is Format.JSON:
-        return shown
-    different = [f"DIFFERENT {each}" for each in row.differences]
-    shown["flags"] = "; ".join((*different, *row.flags))
-    shown["differences"] = "; ".join(map(str, row.differences))
-    return shown
+    if a.method is None:
+        raise ConfigError(f"--all judges every other method: compare with a method, not with {a.text}")
+    cells = load_side(replace(a, method=None), stores, models).ok
+    methods = {cell.method for cell in cells if cell.kind == "scenario" or not timed} - {a.method}
+    return [replace(a, text=method, method=method) for method in sorted(methods)]
 
 
 # --- break-even ---------------------------------------------------------------------------------------
+
+
+def _break_even(
+    stores: Stores,
+    a: SideName,
+    others: Sequence[SideName],
+    models: Sequence[str] | None,
+    allow_different: bool,
+    output: Format,
+) -> int:
+    from harness.comparing import break_even_batches
+    from harness.errors import ConfigError
+
+    for side in (a, *others):
+        if side.method is None or side.sweep is not None or side.store != a.store:
+            raise ConfigError(f"--break-even compares methods of one store, not {side.text}")
+    store: Store = stores.of(a)
+    names = [str(side.method) for side in others]
+    return _print_break_even(break_even_batches(store, str(a.method), names, models), allow_different, output)
 
 
 def _print_break_even(rows: Sequence[BreakEvenRow], allow_different: bool, output: Format) -> int:
@@ -164,7 +163,7 @@ def _print_break_even(rows: Sequence[BreakEvenRow], allow_different: bool, outpu
         mark = "DIFFERENT" if allow_different else "not compared"
         for each in row.differences:
             say(f"{mark}: {row.method_a} and {row.method_b} differ in {each} ({row.metric})", err=True)
-    return REFUSED if refused and not allow_different else 0
+    return 2 if refused and not allow_different else 0
 
 
 def _break_even_row(row: BreakEvenRow, output: Format) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,13 +11,27 @@ import typer
 from harness.cli.output import say
 
 if TYPE_CHECKING:
+    from harness.store.exchange_export import Wanted
     from harness.store.exchange_import import Imported
+    from harness.store.store import Store
 
-__all__ = ["export", "import_"]
+__all__ = ["Layout", "export", "import_"]
+
+
+class Layout(StrEnum):
+    """What `--layout` takes."""
+
+    JSONL = "jsonl"
+    LM_EVAL = "lm-eval"
 
 
 def export(
-    file: Annotated[Path, typer.Argument(help="The file to write (JSON Lines); gzipped if it ends in .gz.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The file to write (JSON Lines), gzipped if it ends in .gz; with --layout lm-eval a folder."
+        ),
+    ],
     db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
     sweep: Annotated[
         str | None,
@@ -27,6 +42,10 @@ def export(
     tasks: Annotated[str | None, typer.Option(help="Only these tasks.")] = None,
     scenarios: Annotated[str | None, typer.Option(help="Only these shapes, such as b1-p512-g64.")] = None,
     status: Annotated[str | None, typer.Option(help="Only cells with these statuses.")] = None,
+    layout: Annotated[
+        Layout,
+        typer.Option(help="jsonl, all there is; or lm-eval, the scores as lm-eval writes them."),
+    ] = Layout.JSONL,
     no_samples: Annotated[bool, typer.Option("--no-samples", help="Leave out the raw readings.")] = False,
     no_items: Annotated[
         bool, typer.Option("--no-items", help="Leave out the outcomes of single items.")
@@ -40,7 +59,7 @@ def export(
         typer.Option("--with-host", help="Keep host names, commands, paths, tracebacks and logs."),
     ] = False,
 ) -> None:
-    """Write results to a text file that `harness results import` reads.
+    """Write results to a file, or in lm-eval's form to a folder, that `harness results import` reads.
 
     The file is small and in a fixed order. Passwords never leave the store; host names, absolute
     paths, tracebacks and logs only with --with-host.
@@ -67,6 +86,9 @@ def export(
     }
     leave_out = [name for name, given in left_out.items() if given]
     with Store.open_readonly(database(db)) as store:
+        if layout is Layout.LM_EVAL:
+            _export_lm_eval(store, file, wanted, leave_out, with_host)
+            return
         written = export_results(store, file, wanted, leave_out=leave_out, with_host=with_host)
     counts = [
         _counted(written.rows.get(f"{name}s", 0), name) for name in ("sweep", "variant", "cell", "record")
@@ -74,24 +96,47 @@ def export(
     say(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
 
 
+def _export_lm_eval(
+    store: Store, folder: Path, wanted: Wanted, leave_out: list[str], with_host: bool
+) -> None:
+    from harness.store.lm_eval_write import export_lm_eval
+
+    done = export_lm_eval(store, folder, wanted, leave_out=leave_out, with_host=with_host)
+    counts = [
+        _counted(done.files, "results file"),
+        _counted(done.tasks, "task"),
+        _counted(done.samples, "sample"),
+    ]
+    say(f"{folder}: {', '.join(counts)}")
+    if done.left_out:
+        say(f"note: {_counted(done.left_out, 'cell')} without scores left out (times, failures)", err=True)
+
+
 def import_(
-    files: Annotated[list[Path], typer.Argument(help="Files that `harness results export` wrote.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files that `harness results export` wrote, other stores (a path or a URL), or what lm-eval "
+            "wrote (its output folder, or a results_*.json with the samples beside it)."
+        ),
+    ],
     db: Annotated[str | None, typer.Option(help="The results store (or HARNESS_DB).")] = None,
     origin: Annotated[
         str | None, typer.Option(help="What to call where the rows came from. Default: the file's name.")
     ] = None,
 ) -> None:
-    """Add exported results to a store, all or nothing.
+    """Add results from files, other stores or lm-eval to a store, all or nothing.
 
     Importing a file again adds nothing. Imported rows keep their origin, replace nothing, and no
     sweep takes them for its own.
     """
     from harness.cli.sweep import database
     from harness.store.exchange_import import import_results
-    from harness.store.exchange_read import read_results
+    from harness.store.exchange_sources import read_source
     from harness.store.store import Store
 
-    read = [read_results(file) for file in files]  # before a store is made for nothing
+    # Before a store is made for nothing.
+    read = [contents for source in dict.fromkeys(sources) for contents in read_source(source)]
     with Store.open(database(db)) as store:
         for done in import_results(store, read, origin):
             say(f"{done.file}: {_what_came(done)}")

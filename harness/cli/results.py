@@ -21,7 +21,7 @@ __all__ = ["print_summary", "results", "rows_of", "sweep_number"]
 JSON_FIELDS = (
     "sweep", "model", "method", "options", "seed", "dtype", "device", "status", "reason", "task",
     "scenario", "metric", "value", "unit", "lower", "upper", "n", "synthetic", "mode", "note",
-    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin",
+    "kind", "family", "device_name", "simulated", "limit", "conditions", "origin", "variant",
 )  # fmt: skip
 
 PERCENTILES = ("p10", "p50", "p90", "p99")
@@ -81,9 +81,10 @@ def results(
     for row in rows:
         _add_conditions(row, conditions)
     more = PERCENTILES if percentiles else ()
+    origin = ["origin"] if any(row["origin"] for row in rows) else []
     columns = [
-        "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n", *more,
-        "limit", "mode", "status", "reason", *(["origin"] if any(row["origin"] for row in rows) else ()),
+        "variant", "model", "method", "task", "scenario", "metric", "value", "unit", "lower", "upper", "n",
+        *more, "limit", "mode", "status", "reason", *origin,
     ]  # fmt: skip
     if output is Format.JSON:
         rows = [{name: row.get(name) for name in (*JSON_FIELDS, *more)} for row in rows]

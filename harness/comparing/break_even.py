@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.comparability import Conditions, Difference, Scope, read_conditions
-from harness.comparing.methods import Cell, cells_of, pairs_of
+from harness.comparability import Difference, Scope
+from harness.comparing.cells import Cell, cells_of
+from harness.comparing.matching import pairs_of
 from harness.comparing.ratios import TimingRatio, timing_ratio
 from harness.errors import ConfigError, UnknownName
 from harness.scaling import BreakEven, Point, break_even
@@ -80,11 +81,10 @@ def break_even_batches(
     for name in (a, *others):
         if name not in known:
             raise UnknownName("timed method in this store:", name, known)
-    conditions = read_conditions(store, {cell.id for cell in cells})
     rows = []
     for b in others:
         series: dict[_Series, list[_Measured]] = {}
-        for key, measured in _ratios(cells, conditions, a, b):
+        for key, measured in _ratios(cells, a, b):
             series.setdefault(key, []).append(measured)
         for key, found in series.items():
             if len(found) >= 2:
@@ -116,9 +116,7 @@ class _Measured(NamedTuple):
     passed_over: str | None
 
 
-def _ratios(
-    cells: Sequence[Cell], conditions: Mapping[int, Conditions], a: str, b: str
-) -> Iterator[tuple[_Series, _Measured]]:
+def _ratios(cells: Sequence[Cell], a: str, b: str) -> Iterator[tuple[_Series, _Measured]]:
     for place in dict.fromkeys(cell.place for cell in cells):
         shape = shape_of(str(place[4]))
         assert shape is not None
@@ -129,7 +127,7 @@ def _ratios(
             )
             if not (mine and theirs):
                 continue
-            first, second, found, passed = next(pairs_of(mine, theirs, Scope.TIMING, conditions, metric))
+            first, second, found, passed = next(pairs_of(mine, theirs, Scope.TIMING, metric))
             ratio = timing_ratio(
                 metric,
                 first.records,

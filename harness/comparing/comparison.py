@@ -21,11 +21,15 @@ class Comparison:
     - ``control``: each time divided by a fixed workload's that was timed next to it;
     - ``unpaired``: two medians taken at different times, so that a drift of the machine counts as a
       difference;
-    - ``items``: the same items of a task; ``reading``: single readings without an interval.
+    - ``speed-ups``: of two sweeps or stores, each one's own speed-up over its own baseline, whose readings
+      are ratios of rounds: no drift of the machine between the two is in it;
+    - ``items``: the same items of a task; ``reading``: single readings without an interval;
+    - ``same measurement``: both sides hold the very same one, so nothing was compared.
 
     `p_raw` is the two-sided p-value of the paired `test` and `p` is adjusted for all `tests` of the whole
     comparison (Benjamini-Hochberg); `detectable` is the smallest difference that this many items (`n`)
-    would show, `flips` the share of them that changed sides. `verdict` puts it in words. `differences`
+    would show, `flips` the share of them that changed sides. `side_a` and `side_b` are the two as they
+    were written in the call. `verdict` puts it in words. `differences`
     keep the two from being compared; `flags` are what a reader must know.
     """
 
@@ -59,10 +63,17 @@ class Comparison:
     differences: tuple[Difference, ...] = ()
     sweep_a: int = 0
     sweep_b: int = 0
+    side_a: str = ""
+    side_b: str = ""
 
     @property
     def is_comparable(self) -> bool:
         return not self.differences
 
     def __str__(self) -> str:
-        return f"{self.model} {self.cell} {self.metric}, {self.method_a} and {self.method_b}"
+        return f"{self.where} {self.metric}"
+
+    @property
+    def where(self) -> str:
+        """What was compared: the model, the method that is judged, and the cell."""
+        return f"{self.model} {self.method_b} {self.cell}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from harness.comparability import Conditions, base_mode, differences, read_conditions, scope_of
+from harness.comparability import Conditions, base_mode, differences, scope_of
 from harness.comparing.break_even import shape_of
-from harness.comparing.methods import Cell, cells_of
+from harness.comparing.cells import Cell, cells_of
 from harness.comparing.ratios import CONTROL, DRAWS, MIN_SAMPLES, Reading
 from harness.errors import ConfigError
 from harness.evaluate.intervals import Floats, generator
@@ -68,8 +68,7 @@ def length_sweeps(
         for cell in cells_of(store, models)
         if shape_of(cell.label) is not None and (methods is None or cell.method in methods)
     ]
-    conditions = read_conditions(store, {cell.id for cell in cells})
-    rows = [row for key in dict.fromkeys(map(_variant, cells)) for row in _rows(key, cells, conditions)]
+    rows = [row for key in dict.fromkeys(map(_variant, cells)) for row in _rows(key, cells)]
     if not rows:
         raise ConfigError(
             f"nothing in this store was timed at {MIN_LENGTHS} prompt lengths: "
@@ -89,14 +88,14 @@ def _variant(cell: Cell) -> _Key:
     return model, cell.method, seed, str(cell.dtype), str(cell.device), batch, new
 
 
-def _rows(key: _Key, cells: Sequence[Cell], conditions: dict[int, Conditions]) -> Iterator[LengthSweep]:
+def _rows(key: _Key, cells: Sequence[Cell]) -> Iterator[LengthSweep]:
     model, method, seed, dtype, device, batch, new = key
     mine = [cell for cell in cells if _variant(cell) == key]
     for metric in _METRICS:
         lines: list[_Line] = []
         for cell in sorted(mine, key=lambda cell: cell.id):
             if metric in cell.records and cell.records[metric].value > 0:
-                _put(lines, cell, metric, conditions)
+                _put(lines, cell, metric)
         lengths = {length for line in lines for length in line.cells}
         if len(lengths) < MIN_LENGTHS:
             continue
@@ -120,11 +119,11 @@ class _Line:
     cells: dict[int, Cell]
 
 
-def _put(lines: list[_Line], cell: Cell, metric: str, conditions: dict[int, Conditions]) -> None:
+def _put(lines: list[_Line], cell: Cell, metric: str) -> None:
     """Add a cell to the line it belongs to; of one length the newest is kept."""
     shape = shape_of(cell.label)
     assert shape is not None
-    mode, about = base_mode(cell.records[metric].mode), conditions[cell.id]
+    mode, about = base_mode(cell.records[metric].mode), cell.conditions
     scope = scope_of(cell.kind, cell.units[metric], metric)
     for line in lines:
         alike = line.mode == mode and next(iter(line.cells.values())).origin == cell.origin

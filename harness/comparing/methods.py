@@ -1,45 +1,42 @@
-"""Comparing methods by what is stored: which cells belong together, and what their records say."""
+"""Comparing two sides by what is stored: rows of ratios for times and sizes, paired tests for quality."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from harness.comparability import Conditions, Difference, Scope, differences, read_conditions, scope_of
+from harness.comparability import Difference, scope_of
+from harness.comparing.cells import Cell, all_cells
 from harness.comparing.comparison import Comparison
+from harness.comparing.matching import Absent, Group, groups_of, is_compared, missing, pairs_of
 from harness.comparing.quality import outcome_of
-from harness.comparing.ratios import CONTROL, Reading, timing_ratio
+from harness.comparing.ratios import across, timing_ratio
+from harness.comparing.sides import Side, SideName
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import benjamini_hochberg
-from harness.records import Item
-from harness.store import queries
-from harness.store.readings import all_readings
 from harness.store.store import Store
 
 __all__ = [
-    "Cell",
+    "LEVEL",
+    "Compared",
     "adjusted",
-    "cells_of",
     "compare_cells",
     "compare_methods",
+    "compare_sides",
     "incomparable",
-    "pairs_of",
     "ratio_verdict",
 ]
 
 LEVEL = 0.05
-_PLACE = ["model", "seed", "kind", "task", "scenario", "origin"]  # what was imported stands apart
-_COUNTS = frozenset({"outlier_column_share", "outlier_columns_beyond_capacity"})  # neither good nor bad
-_NOT_COMPARED = frozenset({CONTROL, "flips", "choice_kl", "verdict"}) | _COUNTS
-_DERIVED = ("_difference", "_rise", "_p", "_detectable", "_speedup")
+SAME = "same measurement"
 _AGAINST_BASELINE = frozenset({"mean_kl", "top1_agreement", "embedding_distance"})
 _RATIO_WORDS = {
     "s": ("faster", "slower"),
     "tokens/s": ("faster", "slower"),
+    "x": ("faster", "slower"),
     "B": ("smaller", "larger"),
     "B/token": ("smaller", "larger"),
     "J": ("less", "more"),
@@ -48,23 +45,74 @@ _RATIO_WORDS = {
 }
 
 
-class Cell:
-    """A stored cell with its records and readings by metric."""
+@dataclass(frozen=True)
+class Compared:
+    """What two or more sides say: `rows`, comparable or not, and what is `absent` on one of them.
 
-    def __init__(self, row: Mapping[str, Any], records: dict[str, Reading], units: dict[str, str]) -> None:
-        self.id, self.method = int(row["cell"]), str(row["method"])
-        self.sweep, self.dtype, self.device = int(row["sweep"]), row["dtype"], row["device_name"]
-        self.is_baseline, self.origin = row["family"] == "baseline", row["origin"]
-        self.place: tuple[Any, ...] = tuple(row[name] for name in _PLACE)
-        self.records, self.units = records, units
+    `metrics` are all that any cell of theirs recorded, compared or not.
+    """
 
-    @property
-    def kind(self) -> str:
-        return str(self.place[2])
+    rows: tuple[Comparison, ...]
+    absent: tuple[Absent, ...]
+    metrics: frozenset[str]
 
-    @property
-    def label(self) -> str:
-        return str(self.place[3] or self.place[4])
+
+def compare_sides(a: Side, others: Sequence[Side], *, metrics: Sequence[str] | None = None) -> Compared:
+    """Compare each of the others with `a`, methods with methods or sweeps and stores with their like.
+
+    P-values are adjusted over all tests of the call. Rows that should not be compared are among them, with
+    their `differences`.
+
+    Raises:
+        ConfigError: a side is compared with itself, or two share nothing; a method with a whole sweep.
+        UnknownName: a metric that no side has.
+    """
+    rows: list[Comparison] = []
+    absent: list[Absent] = []
+    for b in others:
+        if b.scope == a.scope and b.name.method == a.name.method and b.name.variant == a.name.variant:
+            raise ConfigError(f"{a.text} is compared with itself")
+        groups = groups_of(a, b)
+        found = [
+            row for group in groups for row in _compared(group, a.scope == b.scope, a.name.is_matrix, metrics)
+        ]
+        lacking = missing(groups, a.name.is_matrix, metrics)
+        if not found and not lacking and metrics is None:
+            if a.name.is_matrix:
+                raise ConfigError(f"{a.text} and {b.text} share no variant: nothing to compare")
+            raise ConfigError(
+                f"{a.text} and {b.text} share no model, seed and cell: sweep both with the same command"
+            )
+        rows += [replace(row, side_a=a.text, side_b=b.text) for row in _weighed_once(found)]
+        absent += lacking
+    known = frozenset(
+        m for side in (a, *others) for cell in side.cells for m in (*cell.records, *cell.broken)
+    )
+    if metrics is not None and (unknown := sorted(set(metrics) - {row.metric for row in rows} - _of(absent))):
+        raise UnknownName("compared metric", unknown[0], known)
+    return Compared(tuple(adjusted(rows)), tuple(absent), known)
+
+
+def compare_cells(a: Cell, b: Cell, metrics: Sequence[str] | None = None) -> list[Comparison]:
+    """Compare two cells of one store that ask the same; p-values are not adjusted yet (`adjusted`)."""
+    return list(_compared(Group((a,), (b,)), True, False, metrics))
+
+
+def _weighed_once(rows: Sequence[Comparison]) -> list[Comparison]:
+    """The same object is weighed in each of its cells: one row says it."""
+    seen: set[tuple[Any, ...]] = set()
+    kept = []
+    for row in rows:
+        what = (row.model, row.method_a, row.method_b, row.seed, row.dtype, row.device, row.a, row.b)
+        if row.metric != "weight_bytes" or what not in seen:
+            kept.append(row)
+        if row.metric == "weight_bytes":
+            seen.add(what)
+    return kept
+
+
+def _of(absent: Sequence[Absent]) -> set[str]:
+    return {metric for each in absent for metric in each.metrics}
 
 
 def compare_methods(
@@ -92,49 +140,18 @@ def compare_methods(
             conditions and `allow_different` is not set.
     """
     names = [others] if isinstance(others, str) else list(dict.fromkeys(others))
-    found: list[Comparison] = []
-    cells = cells_of(store, models)
-    known = sorted({cell.method for cell in cells})
+    cells = all_cells(store, models)
+    known = sorted({cell.method for cell in cells if cell.is_ok})
+    sides = []
     for name in (a, *names):
         if name not in known:
             raise UnknownName("method in this store:", name, known)
-    mine = [cell for cell in cells if cell.method == a]
-    for name in names:
-        if name == a:
-            raise ConfigError(f"{a} is compared with itself")
-        theirs = [cell for cell in cells if cell.method == name]
-        rows = compare_cells(store, mine, theirs, metrics)
-        if not rows and metrics is None:
-            raise ConfigError(
-                f"{a} and {name} share no model, seed and cell in this store: "
-                "sweep both with the same command"
-            )
-        found += rows
-    if metrics is not None and (absent := sorted(set(metrics) - {row.metric for row in found})):
-        raise UnknownName("compared metric", absent[0], {m for cell in mine for m in cell.records})
+        kept = tuple(cell for cell in cells if cell.method == name)
+        sides.append(Side(SideName(name, method=name), kept, (store.label, None)))
+    found = compare_sides(sides[0], sides[1:], metrics=metrics).rows
     if not allow_different and (refused := incomparable(found)):
         raise ConfigError("; ".join(refused))
-    return adjusted(found)
-
-
-def compare_cells(
-    store: Store,
-    mine: Sequence[Cell],
-    theirs: Sequence[Cell],
-    metrics: Sequence[str] | None = None,
-    *,
-    conditions: Mapping[int, Conditions] | None = None,
-    items: Callable[[int], Sequence[Item]] | None = None,
-) -> list[Comparison]:
-    """Compare the cells of two variants at every place that both have; p-values are not adjusted yet.
-
-    Args:
-        conditions, items: what many comparisons share; they are read from the store where they are not given.
-    """
-    known = (
-        read_conditions(store, {cell.id for cell in (*mine, *theirs)}) if conditions is None else conditions
-    )
-    return list(_compared(mine, theirs, metrics, known, items or cache(store.items)))
+    return list(found)
 
 
 def incomparable(found: Sequence[Comparison]) -> list[str]:
@@ -142,137 +159,71 @@ def incomparable(found: Sequence[Comparison]) -> list[str]:
     seen: dict[tuple[str, str, Difference], list[str]] = {}
     for row in found:
         for each in row.differences:
-            seen.setdefault((row.method_a, row.method_b, each), []).append(row.cell)
+            seen.setdefault((*_names(row), each), []).append(row.cell)
     return [
         f"{a} and {b} differ in {each} ({', '.join(dict.fromkeys(places))})"
         for (a, b, each), places in seen.items()
     ]
 
 
-def cells_of(store: Store, models: Sequence[str] | None = None) -> list[Cell]:
-    """The current ok cells with their finite records and raw readings."""
-    frame = queries.results(store, models=models, statuses=["ok"])
-    frame = frame[frame["metric"].notna() & frame["value"].notna()]
-    frame = frame.astype(object).where(frame.notna(), None)
-    readings = all_readings(store, {int(cell) for cell in frame["cell"]})
-    cells = []
-    for _, group in frame.groupby("cell", sort=True):
-        rows = group.to_dict("records")
-        records = {
-            row["metric"]: Reading(
-                row["value"],
-                readings.get((int(row["cell"]), row["metric"]), ()),
-                row["lower"],
-                row["upper"],
-                row["mode"],
-            )
-            for row in rows
-            if math.isfinite(row["value"])
-        }
-        units = {row["metric"]: row["unit"] or "" for row in rows}
-        cells.append(Cell({str(key): value for key, value in rows[0].items()}, records, units))
-    return cells
+def _names(row: Comparison) -> tuple[str, str]:
+    """What two sides are called: the methods, or where the one method's rows are."""
+    if row.method_a != row.method_b:
+        return row.method_a, row.method_b
+    return f"{row.method_a} of {row.side_a}", f"{row.method_b} of {row.side_b}"
 
 
-# --- which cells belong together ----------------------------------------------------------------------
-
-
-def pairs_of(
-    mine: Sequence[Cell],
-    theirs: Sequence[Cell],
-    scope: Scope,
-    conditions: Mapping[int, Conditions],
-    metric: str,
-) -> Iterator[tuple[Cell, Cell, tuple[Difference, ...], str | None]]:
-    """For one place the pairs to compare: the newest comparable one of each device and type.
-
-    Where no pair is comparable, the newest with what keeps it from being compared. The text says where a
-    newer measurement of b was passed over.
-    """
-    judged = []
-    for b in sorted(theirs, key=lambda cell: -cell.id):
-        for a in sorted(mine, key=lambda cell: -cell.id):
-            modes = a.records[metric].mode, b.records[metric].mode
-            judged.append((a, b, differences(conditions[a.id], conditions[b.id], scope, modes)))
-    comparable = [each for each in judged if not each[2]]
-    if not comparable:
-        yield (*judged[0], None)
-        return
-    # All items of a task are better evidence than the first few, whichever is newer.
-    comparable.sort(key=lambda each: conditions[each[1].id].limit or math.inf, reverse=True)
-    has_partner = {b.id for _, b, _ in comparable}
-    done = set()
-    for a, b, none in comparable:
-        setting = b.dtype, b.device
-        if setting in done:
-            continue
-        done.add(setting)
-        newer = [
-            x.sweep for x in theirs
-            if x.id > b.id and (x.dtype, x.device) == setting and x.id not in has_partner
-        ]  # fmt: skip
-        passed = f"sweep {max(newer)} measured b under other conditions" if newer else None
-        yield a, b, none, passed
+# --- rows ---------------------------------------------------------------------------------------------
 
 
 def _compared(
-    mine: Sequence[Cell],
-    theirs: Sequence[Cell],
-    metrics: Sequence[str] | None,
-    conditions: Mapping[int, Conditions],
-    items: Callable[[int], Sequence[Item]],
+    group: Group, is_one_scope: bool, is_matrix: bool, metrics: Sequence[str] | None
 ) -> Iterator[Comparison]:
-    weighed: set[tuple[Any, ...]] = set()
-    for place in dict.fromkeys(cell.place for cell in mine):
-        of_a = [cell for cell in mine if cell.place == place]
-        of_b = [cell for cell in theirs if cell.place == place]
-        for metric in dict.fromkeys(name for cell in of_a for name in cell.records):
-            if metrics is not None and metric not in metrics:
-                continue
-            with_a, with_b = ([cell for cell in side if metric in cell.records] for side in (of_a, of_b))
-            if not with_b or not _is_compared(metric, with_a[0].units[metric]):
-                continue
-            scope = scope_of(with_a[0].kind, with_a[0].units[metric], metric)
-            for a, b, found, passed in pairs_of(with_a, with_b, scope, conditions, metric):
-                base = _base(a, b, metric, conditions, found, passed)
-                if metric == "weight_bytes":
-                    # The same object is weighed in each of its cells: one row says it.
-                    if (what := (base.model, base.seed, base.dtype, base.device, base.a, base.b)) in weighed:
-                        continue
-                    weighed.add(what)
-                if a.kind == "task":
-                    yield _quality(base, items(a.id), items(b.id), a.is_baseline or b.is_baseline)
-                elif base.a > 0:
-                    yield _ratio(base, a, b)
-                else:
-                    yield replace(base, difference=base.b - base.a)
-
-
-def _is_compared(metric: str, unit: str) -> bool:
-    name = metric.partition("/")[0].partition(",")[0]
-    return unit not in ("steps", "p") and name not in _NOT_COMPARED and not name.endswith(_DERIVED)
+    of_a, of_b = group.ok
+    items = cache(Cell.items)
+    for metric in dict.fromkeys(name for cell in of_a for name in cell.records):
+        if metrics is not None and metric not in metrics:
+            continue
+        with_a, with_b = ([cell for cell in side if metric in cell.records] for side in (of_a, of_b))
+        if not with_b or not is_compared(metric, with_a[0].units[metric], is_matrix):
+            continue
+        scope = scope_of(with_a[0].kind, with_a[0].units[metric], metric)
+        for a, b, found, passed in pairs_of(with_a, with_b, scope, metric):
+            base = _base(a, b, metric, group.options, found, passed)
+            if a.measurement == b.measurement:
+                yield replace(
+                    base, ratio=1.0 if base.a else None, difference=0.0, basis=SAME, verdict="equal"
+                )
+            elif a.kind == "task":
+                same_data = a.conditions.facts.get("task") == b.conditions.facts.get("task") is not None
+                by_baseline = a.is_baseline or b.is_baseline
+                yield _quality(base, items(a), items(b), by_baseline, bool(same_data))
+            elif base.a > 0:
+                yield _ratio(base, a, b, is_one_scope and a.origin == b.origin)
+            else:
+                yield replace(base, difference=base.b - base.a)
 
 
 def _base(
     a: Cell,
     b: Cell,
     metric: str,
-    conditions: Mapping[int, Conditions],
+    options: str,
     found: tuple[Difference, ...],
     passed: str | None,
 ) -> Comparison:
-    flags = [] if passed is None else [passed]
+    flags = [text for text in (passed, options) if text]
     for name, cell in (("a", a), ("b", b)):
-        about = conditions[cell.id]
+        about = cell.conditions
         if about.simulated and cell.kind != "task":
             flags.append(f"{name} is simulated")
         if str(about.facts.get("throttled") or "none") != "none" and cell.kind == "scenario":
             flags.append(f"{name} was throttled")
-    if conditions[b.id].synthetic:
+    if b.conditions.synthetic:
         flags.append("synthetic weights")
-    if b.origin is not None:
-        flags.append(f"imported from {b.origin}")
-    limits = [conditions[cell.id].limit for cell in (a, b)]
+    for origin in dict.fromkeys(cell.origin for cell in (a, b) if cell.origin is not None):
+        flags.append(f"imported from {origin}")
+    limits = [cell.conditions.limit for cell in (a, b)]
     for limit in dict.fromkeys(limit for limit in limits if limit is not None):
         flags.append(f"limit {limit}")
     return Comparison(
@@ -299,10 +250,13 @@ def _base(
 # --- what their records say ---------------------------------------------------------------------------
 
 
-def _ratio(base: Comparison, a: Cell, b: Cell) -> Comparison:
-    found = timing_ratio(
-        base.metric, a.records, b.records, a_is_baseline=a.is_baseline, b_is_baseline=b.is_baseline
-    )
+def _ratio(base: Comparison, a: Cell, b: Cell, is_one_scope: bool) -> Comparison:
+    if is_one_scope:
+        found = timing_ratio(
+            base.metric, a.records, b.records, a_is_baseline=a.is_baseline, b_is_baseline=b.is_baseline
+        )
+    else:
+        found = across(base.metric, a.records, b.records)
     lower, upper = found.interval()
     is_paired = found.basis.startswith("paired")
     passing = [each for each in base.differences if is_paired and each.is_passing]
@@ -328,16 +282,16 @@ def ratio_verdict(row: Comparison) -> str:
     if row.lower is not None and row.upper is not None and row.lower <= 1 <= row.upper:
         return "no clear difference"
     good, bad = _RATIO_WORDS[row.unit]
-    is_gain = (row.ratio > 1) == (row.unit == "tokens/s")
+    is_gain = (row.ratio > 1) == (row.unit in ("tokens/s", "x"))
     factor = max(row.ratio, 1 / row.ratio)
     return f"{factor:.3g}x {good if is_gain else bad}"
 
 
 def _quality(
-    base: Comparison, items_a: Sequence[Any], items_b: Sequence[Any], by_baseline: bool
+    base: Comparison, items_a: Sequence[Any], items_b: Sequence[Any], by_baseline: bool, same_data: bool
 ) -> Comparison:
     base = replace(base, difference=base.b - base.a)
-    found = outcome_of(items_a, items_b, base.metric, base.a, base.b)
+    found = outcome_of(items_a, items_b, base.metric, base.a, base.b, same_data=same_data)
     if found is None:
         return base
     if isinstance(found, Difference):
@@ -358,7 +312,9 @@ def adjusted(found: Sequence[Comparison]) -> list[Comparison]:
     for row in found:
         if row.p_raw is not None:
             row = replace(row, p=next(values), tests=len(tested))
-        rows.append(row if row.kind != "task" else replace(row, verdict=_quality_verdict(row)))
+        rows.append(
+            row if row.kind != "task" or row.basis == SAME else replace(row, verdict=_quality_verdict(row))
+        )
     return rows
 
 

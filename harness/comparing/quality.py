@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,26 @@ from harness.evaluate.correlation import CORRELATIONS, compare_correlations
 from harness.evaluate.paired import PairedOutcome, compare_paired
 from harness.records import Item
 
-__all__ = ["outcome_of", "weights_that_explain"]
+__all__ = ["HASH_DIGITS", "document_names", "outcome_of", "weights_that_explain"]
+
+HASH_DIGITS = 16
 
 
 def outcome_of(
-    items_a: Sequence[Item], items_b: Sequence[Item], metric: str, value_a: float, value_b: float
+    items_a: Sequence[Item],
+    items_b: Sequence[Item],
+    metric: str,
+    value_a: float,
+    value_b: float,
+    *,
+    same_data: bool = True,
 ) -> PairedOutcome | Difference | None:
     """What the items say about a metric.
+
+    Args:
+        same_data: both were scored on the same revision of the task's data, so an item is known by its
+            place. Otherwise it is known by the hash of its document where both sides have such
+            (`doc_hash` in the details), and by its place where neither has.
 
     Returns:
         A `Difference` where the two were not scored on the same items; None where a metric has no
@@ -27,14 +41,20 @@ def outcome_of(
         group).
     """
     of_items = "cosine" if metric in CORRELATIONS else metric
-    of_a = {item.index: item for item in items_a if item.metric == of_items}
-    of_b = {item.index: item for item in items_b if item.metric == of_items}
+    names_a, names_b = ({}, {}) if same_data else (document_names(items_a), document_names(items_b))
+    if bool(names_a) != bool(names_b):
+        known = (
+            "known by their documents" if names else "known by place only" for names in (names_a, names_b)
+        )
+        return Difference("items", *known)
+    of_a = {names_a.get(item.index, item.index): item for item in items_a if item.metric == of_items}
+    of_b = {names_b.get(item.index, item.index): item for item in items_b if item.metric == of_items}
     if not of_a or not of_b:
         return None
     if of_a.keys() != of_b.keys():
         common = len(of_a.keys() & of_b.keys())
         return Difference("items", f"{len(of_a)}", f"{len(of_b)} with {common} in common")
-    order = sorted(of_a)
+    order = sorted(of_a, key=lambda name: of_a[name].index)
     if metric in CORRELATIONS:
         a, b = ([items[index].outcome for index in order] for items in (of_a, of_b))
         scores = [float(of_b[index].detail["target"]) for index in order]
@@ -46,6 +66,24 @@ def outcome_of(
     a, b = [item.outcome for item in first], [item.outcome for item in second]
     even = len(set(weights)) == 1
     return compare_paired(a, b, None if even else weights)
+
+
+def document_names(items: Sequence[Item]) -> dict[int, Hashable]:
+    """What each item is known by, by its place: the hash of its document, and which of several alike it is.
+
+    Empty where any document has no hash. Of lm-eval's hashes (SHA-256) the first sixteen digits count.
+    """
+    hashes = {item.index: item.detail["doc_hash"] for item in items if "doc_hash" in item.detail}
+    if any(item.index not in hashes for item in items):
+        return {}
+    seen: Counter[tuple[str, Any]] = Counter()
+    names: dict[int, Hashable] = {}
+    tasks = {item.index: item.detail.get("task") for item in items if "doc_hash" in item.detail}
+    for index in sorted(hashes):
+        short = str(hashes[index])[:HASH_DIGITS], tasks[index]
+        names[index] = (*short, seen[short])
+        seen[short] += 1
+    return names
 
 
 def weights_that_explain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from harness.comparability import base_mode
 from harness.evaluate.intervals import Floats, generator, percentile_interval
 from harness.measure.statistics import median_draws
 
-__all__ = ["SPEEDUPS", "Reading", "TimingRatio", "timing_ratio"]
+__all__ = ["CONTROL", "SPEEDUPS", "Reading", "TimingRatio", "across", "timing_ratio"]
 
 CONTROL = "control_latency"
 DRAWS = 2000
@@ -74,15 +74,27 @@ def timing_ratio(
     ``t_b / t_a = (t_0 / t_a) / (t_0 / t_b)``.
     """
     record = SPEEDUPS.get(metric, "")
-    grows = metric.endswith(_GROWING)
     fast_a = None if a_is_baseline else a.get(record)
     fast_b = None if b_is_baseline else b.get(record)
     if (a_is_baseline or fast_a) and (b_is_baseline or fast_b) and (fast_a or fast_b):
         return _by_rounds(record, fast_a, fast_b, a, b, metric)
+    return across(metric, a, b)
+
+
+def across(metric: str, a: Mapping[str, Reading], b: Mapping[str, Reading]) -> TimingRatio:
+    """The ratio b/a of a metric of two cells that share no rounds: two sweeps, or two stores.
+
+    Rounds against the baseline of each side are left alone, because a change that slows the baseline down
+    as well would cancel out. A speed-up itself was taken in rounds, so a drift of the machine between the
+    two sides is not in it.
+    """
+    grows = metric.endswith(_GROWING)
     # A control tells how fast the machine was, not how much memory was free.
     if CONTROL in a and CONTROL in b and (grows or metric.endswith(("_latency", "_kernel_time"))):
         return _by_control(metric, a, b, grows)
-    return _unpaired(metric, a[metric], b[metric])
+    found = _unpaired(metric, a[metric], b[metric])
+    is_speedup = metric in SPEEDUPS.values() and found.draws is not None
+    return replace(found, basis="speed-ups") if is_speedup else found
 
 
 def _by_rounds(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from lm_eval.utils import handle_non_serializable
 
 from harness.errors import NumericalFailure
 from harness.evaluate.intervals import (
@@ -25,6 +28,7 @@ from harness.records import Item, Record
 __all__ = ["items_of", "records_of"]
 
 CORPUS_RESAMPLES = 100  # of statistics that are slow to compute (BLEU), as many as lm-eval takes
+_HASH_DIGITS = 16
 _TEXT_KEPT = 300  # characters of a response in an item's detail
 
 
@@ -170,7 +174,7 @@ def _details_of(
     group_field = metadata.get("item_group") if isinstance(metadata, Mapping) else None
     details = {}
     for sample in samples:
-        detail: dict[str, Any] = {}
+        detail: dict[str, Any] = {"doc_hash": _document_hash(sample["doc"])}
         answers = sample["filtered_resps"]
         if task.OUTPUT_TYPE == "multiple_choice":
             detail["loglikelihoods"] = [float(score) for score, _ in answers]
@@ -186,6 +190,12 @@ def _details_of(
             detail["group"] = sample["doc"][group_field]
         details[int(sample["doc_id"]), sample["filter"]] = detail
     return details
+
+
+def _document_hash(document: Any) -> str:
+    """The beginning of lm-eval's own hash of a document: its samples of the same document have it too."""
+    text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_DIGITS]
 
 
 # --- records -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from harness.display import FAMILY_COLOURS
+from harness.display import DARK_FAMILY_COLOURS, FAMILY_COLOURS
 from harness.errors import ConfigError
 from harness.report.content import Front, Machine, Report
 from harness.report.scatter import scatter
@@ -18,8 +18,6 @@ LARGEST_BYTES = 5_000_000
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-# Those that a dark page would swallow.
-_DARK = {"baseline": "#ffffff", "quantization": "#8c86e8", "distillation": "#44bb66", "adaptive": "#c86496"}
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e26; --soft: #6a6f7d; --line: #d9dbe2; --back: #ffffff; }
 @media (prefers-color-scheme: dark) {
@@ -92,7 +90,7 @@ def _caption(front: Front) -> str:
 
 def _families() -> str:
     light = "".join(f".{name} {{ color: {colour}; }} " for name, colour in FAMILY_COLOURS.items())
-    dark = "".join(f".{name} {{ color: {colour}; }} " for name, colour in _DARK.items())
+    dark = "".join(f".{name} {{ color: {colour}; }} " for name, colour in DARK_FAMILY_COLOURS.items())
     return f"{light}@media (prefers-color-scheme: dark) {{ {dark}}}"
 
 

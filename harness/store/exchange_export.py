@@ -23,7 +23,7 @@ from harness.store.selection import current, narrowed, sweep_number
 from harness.store.store import Store
 from harness.store.tables import cells, machines, sweep_cells, sweeps, variants
 
-__all__ = ["Exported", "Wanted", "export_results"]
+__all__ = ["ExportTree", "Exported", "Wanted", "export_results"]
 
 _CHUNK = 10_000
 _NOT_EXPORTED = ("traceback", "log_tail")  # of cells: they quote paths, names and anything else
@@ -76,7 +76,7 @@ def export_results(
         if name not in OPTIONAL:
             raise UnknownName("section", name, OPTIONAL)
     with store.reading() as connection:
-        tree = _Tree(connection, wanted, frozenset(leave_out), with_host)
+        tree = ExportTree(connection, wanted, frozenset(leave_out), with_host)
     if not tree.variants:
         raise ConfigError(f"nothing to export: no cell in {store.label} is wanted")
     rows = [*tree.machines, *tree.sweeps, *tree.variants]
@@ -103,8 +103,12 @@ def _lines(rows: Iterable[Row], sweep_rows: Iterable[Row], leave_out: Collection
             yield row.line_of()
 
 
-class _Tree:
-    """The rows that are wanted, read from one connection and brought into their order."""
+class ExportTree:
+    """The rows that are wanted, read from one connection and brought into their order.
+
+    `machines`, `sweeps` and `variants` are the roots; a sweep names its machine and a cell its sweeps by
+    their number among them, from 1.
+    """
 
     def __init__(
         self, connection: Connection, wanted: Wanted, leave_out: frozenset[str], with_host: bool
@@ -205,6 +209,8 @@ class _Tree:
     def _own(self, section: Section, row: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: row[name] for name in section.stored}
         for name, change in self._changes(section):
+            if section.name == "items" and name == "detail" and "lm_eval" in values[name]:
+                continue  # a document of a public data set, which may hold any text, stays as it is
             values[name] = in_texts(values[name], change)
         return values
 
@@ -230,6 +236,8 @@ class _Tree:
         if self._with_host:
             return left
         named = {name: each for name, each in left.items() if name not in _NAMING}
+        if isinstance(named.get("lm_eval"), dict):
+            named["lm_eval"] = {name: v for name, v in named["lm_eval"].items() if name != "pretty_env_info"}
         return dict(_without_numbers(named))
 
     def _rows(self, query: Any) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from harness.store.exchange_layout import FORMAT, ROOTS, VERSION, Section, secti
 from harness.store.exchange_rows import Row, sweep_identity
 from harness.store.exchange_text import problem, read_lines
 
-__all__ = ["Contents", "read_results"]
+__all__ = ["Contents", "RowReader", "read_results"]
 
 _UPGRADE = "upgrade: pip install --upgrade transformer-harness"
 
@@ -42,23 +42,40 @@ def read_results(file: Path) -> Contents:
         ConfigError: in one line that names the file's line: not such a file, of another version, a
             value of the wrong type or range, a reference to nothing, the same thing twice.
     """
-    reader = _Reader(file)
+    reader = RowReader(file)
     for number, value in read_lines(file):
         reader.take(number, value)
     reader.end()
     return reader.contents
 
 
-class _Reader:
-    def __init__(self, file: Path) -> None:
+class RowReader:
+    """Takes the lines of a file, or rows that were made from another form of results, and checks each.
+
+    Args:
+        is_text: the numbers given are those of the file's lines, so messages name them.
+    """
+
+    def __init__(self, file: Path, *, is_text: bool = True) -> None:
         self.contents = Contents(file)
+        self._is_text, self._lines = is_text, 0
         self._header_seen = False
         self._columns: dict[str, Sequence[str]] = {}
         self._last: dict[str, Row] = {}  # the row of each section that is open now
         self._cells_seen: dict[tuple[int, str], int] = {}
         self._unique: dict[tuple[Any, ...], int] = {}
 
+    def put(self, value: Any) -> None:
+        """Take a value that stands on no line of its own."""
+        self.take(self._lines + 1, value)
+
     def take(self, number: int, value: Any) -> None:
+        """Take one line: the header, the columns of a table, or a row.
+
+        Raises:
+            ConfigError: as `read_results`.
+        """
+        self._lines = number
         if not self._header_seen:
             self._header(number, value)
         elif isinstance(value, dict):
@@ -69,11 +86,19 @@ class _Reader:
             raise self._wrong(number, "neither a table's columns nor a row of one")
 
     def end(self) -> None:
+        """Say that there is no more.
+
+        Raises:
+            ConfigError: there was nothing.
+        """
         if not self._header_seen:
             raise ConfigError(f"{self.contents.file} is empty, not a {FORMAT} file")
 
     def _wrong(self, number: int, what: str) -> ConfigError:
-        return problem(self.contents.file, number, what)
+        return problem(self.contents.file, number, what) if self._is_text else self._elsewhere(what)
+
+    def _elsewhere(self, what: str) -> ConfigError:
+        return ConfigError(f"{self.contents.file}: {what}")
 
     def _header(self, number: int, value: Any) -> None:
         if not isinstance(value, dict) or value.get("format") != FORMAT:

@@ -29,6 +29,7 @@ __all__ = [
     "MAX_CHARACTERS",
     "MAX_LINE",
     "is_store",
+    "parsed_json",
     "problem",
     "read_lines",
     "replacing",
@@ -105,8 +106,11 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
+def read_lines(file: Path, *, with_nan: bool = False) -> Iterator[tuple[int, Any]]:
     """The JSON value of each line with its number; empty lines are passed over.
+
+    Args:
+        with_nan: take ``NaN`` and ``Infinity``, which are no JSON but what Python writes.
 
     Raises:
         ConfigError: in one line, with the line's number: not text, not JSON, too long, too deep.
@@ -125,7 +129,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
                 if total > MAX_CHARACTERS:
                     raise problem(file, number, f"the file holds more than {MAX_CHARACTERS:,} characters")
                 if line.strip():
-                    yield number, _parsed(file, number, line)
+                    yield number, parsed_json(file, number, line, with_nan=with_nan)
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist") from None
     except UnicodeDecodeError:
@@ -136,9 +140,15 @@ def read_lines(file: Path) -> Iterator[tuple[int, Any]]:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _parsed(file: Path, number: int, line: str) -> Any:
+def parsed_json(file: Path, number: int, line: str, *, with_nan: bool = False) -> Any:
+    """The value of a text in JSON.
+
+    Raises:
+        ConfigError: not JSON, nested too deep, a name twice in one object, a number out of range.
+    """
+    constant = float if with_nan else _no_constant
     try:
-        value = json.loads(line, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(line, object_pairs_hook=_object, parse_constant=constant, parse_float=_finite)
         if line.count("[") + line.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
             raise RecursionError
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from harness.keys import content_key
 from harness.records import CellKind, CellResult, Item, Record, Status
 from harness.store.store import VariantRow
 
@@ -39,10 +40,18 @@ def add_sweep(store, config=None, end=END, **changes):
     return sweep
 
 
+def variant_key(method, **changes):
+    return content_key([method, sorted(changes.items())])
+
+
+def cell_key(variant, sweep, task=None, scenario=None):
+    return content_key([variant, task, scenario, sweep])
+
+
 def add_cell(store, sweep, method, *records, task=None, scenario=None, items=(), **changes):
     """A cell of a variant of model `m`; returns its id."""
     values = {
-        "key": f"{method} {sorted(changes.items())}",
+        "key": variant_key(method, **changes),
         "model": "m",
         "model_identity": "sha256:1",
         "method": method,
@@ -58,7 +67,7 @@ def add_cell(store, sweep, method, *records, task=None, scenario=None, items=(),
     variant = VariantRow(**{**values, **changes})
     store.write_variant(sweep, variant)
     kind = CellKind.TASK if task else CellKind.SCENARIO if scenario else CellKind.TRANSFORM
-    key = f"{variant.key} {task} {scenario} {sweep}"
+    key = cell_key(variant.key, sweep, task, scenario)
     result = CellResult(key, variant.key, Status.OK, records=records, items=tuple(items))
     return store.write_cell(sweep, result, kind=kind, task=task, scenario=scenario)
 

@@ -8,7 +8,15 @@ import math
 import pytest
 
 from harness.cli.app import run
-from harness.comparing import compare_methods, parse_gate, tripped
+from harness.comparing import (
+    Stores,
+    compare_methods,
+    compare_sides,
+    judged,
+    load_side,
+    parse_gate,
+    parse_side,
+)
 from harness.derive import baseline_records
 from harness.errors import ConfigError, UnknownName
 from harness.records import CellKind, CellResult, Item, Record, Status
@@ -115,6 +123,14 @@ def test_an_unknown_method_is_named(store):
         compare_methods(store, "a", "d")
 
 
+def judge(tmp_path, *texts, a="a", b="b"):
+    """What gates say of two sides of the store in a folder."""
+    with Stores(str(tmp_path / "results.db")) as stores:
+        sides = [load_side(parse_side(text), stores) for text in (a, b)]
+        found = compare_sides(sides[0], sides[1:])
+    return judged([parse_gate(text) for text in texts], found.rows, found)
+
+
 @pytest.mark.parametrize(
     ("text", "trips"),
     [
@@ -127,8 +143,10 @@ def test_an_unknown_method_is_named(store):
         ("decode_latency>0.005", True),
     ],
 )
-def test_gates(store, text, trips):
-    assert bool(tripped([parse_gate(text)], compare_methods(store, "a", "b"))) is trips
+def test_gates(store, tmp_path, text, trips):
+    (outcome,) = judge(tmp_path, text)
+    assert bool(outcome.trips) is trips
+    assert outcome.says == ("trips" if trips else "passes")
 
 
 @pytest.mark.parametrize("text", ["acc", "acc=1", ">1", "acc>x", "acc > 1 x y"])
@@ -137,9 +155,9 @@ def test_a_malformed_gate_is_refused(text):
         parse_gate(text)
 
 
-def test_a_gate_on_nothing_is_refused(store):
+def test_a_gate_on_nothing_is_refused(store, tmp_path):
     with pytest.raises(UnknownName, match="decode_latency"):
-        tripped([parse_gate("decode_latenzy>1x")], compare_methods(store, "a", "b"))
+        judge(tmp_path, "decode_latenzy>1x")
 
 
 def test_the_command_exits_with_3_when_a_gate_trips(store, tmp_path, capsys):
@@ -148,7 +166,7 @@ def test_the_command_exits_with_3_when_a_gate_trips(store, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["metric"] for row in rows} == {"decode_latency", "weight_bytes", "acc"}
     assert run(["compare", "a", "b", *database, "--fail-on", "decode_latency>1.05x"]) == 3
-    assert "gate decode_latency>1.05x trips on m b1-p8-g2" in capsys.readouterr().err
+    assert "gate decode_latency>1.05x trips on m b b1-p8-g2" in capsys.readouterr().err
 
 
 def test_what_is_stored_beside_the_baseline():

@@ -68,7 +68,7 @@ def test_every_page_of_a_filled_store(url, page):
     count(page, TABLE, 1)
     page.get_by_text("1 to 15 of 15 variants").wait_for()
     page.get_by_text("Differences to the baseline in all columns").click()
-    page.get_by_text("Against the baseline").wait_for()
+    page.get_by_role("heading", name="Against the baseline").wait_for()
     count(page, TABLE, 2)
     assert "all=1" in page.url
     settle(page)
@@ -180,7 +180,7 @@ def test_text_of_the_store_is_text(url, page, filled_path):
     visit(
         page, f"{url}/compare?variant={variants[HOSTILE]}&variant={variants['rtn:bits=4'].iloc[0]}", "Compare"
     )
-    count(page, CHART, 5)
+    count(page, CHART, 7)
     page.get_by_text(HOSTILE[:28]).first.wait_for()
     save(page, "hostile-compare")
     visit(

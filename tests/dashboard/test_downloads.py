@@ -81,6 +81,12 @@ def test_names_of_rows_come_along_where_they_are_shown():
     assert json.loads(json_of(table, index=True)) == [{"index": "bits", "gptq": "4"}]
 
 
+def test_numbers_of_numpys_own():
+    table = pd.DataFrame({"x": np.array([1.5, math.nan], dtype="float32"), "b": [np.True_, np.False_]})
+    assert rows_of(csv_of(table))[1:] == [["1.5", "True"], ["", "False"]]
+    assert json.loads(json_of(table)) == [{"x": 1.5, "b": True}, {"x": None, "b": False}]
+
+
 def test_an_empty_table():
     assert rows_of(csv_of(pd.DataFrame({"a": []}))) == [["a"]]
     assert json.loads(json_of(pd.DataFrame({"a": []}))) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 
@@ -121,6 +122,16 @@ def test_both_themes_are_configured():
 )
 def test_the_address_that_a_browser_opens(address, shown):
     assert launch._shown(address) == shown
+
+
+def test_what_is_missing_can_be_said_without_it():
+    """Neither Streamlit nor Plotly is needed to say that they are not installed."""
+    script = (
+        "import sys, harness_dashboard.launch, harness_dashboard.access\n"
+        "sys.exit(str([each for each in ('streamlit', 'plotly', 'pandas') if each in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "[]"
 
 
 def test_every_setting_is_one_that_streamlit_knows():

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("streamlit")
 
-from harness_dashboard.theme import DARK, LIGHT, TEXT_CONTRAST, contrast
+from harness_dashboard.theme import DARK, GRAPHIC_CONTRAST, LIGHT, TEXT_CONTRAST, contrast
 
 from tests.dashboard.filling import HOSTILE, SIMULATED, VARIANTS
 from tests.dashboard.test_dashboard_browser import CHART, FLAGS, SCREENSHOTS, TABLE, free_port, save, visit
@@ -86,10 +87,10 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def open_page(browser):
-    """A page from which nothing but this machine can be reached."""
-    contexts, strangers = [], []
+@pytest.fixture(scope="module")
+def guarded(browser):
+    """Contexts from which nothing but this machine can be reached, and what they tried to reach."""
+    strangers = []
 
     def guard(route):
         if route.request.url.startswith(LOCAL):
@@ -101,26 +102,46 @@ def open_page(browser):
     def make(**settings):
         context = browser.new_context(accept_downloads=True, **settings)
         context.route("**/*", guard)
-        contexts.append(context)
-        page = context.new_page()
-        page.problems = []
-        page.on("pageerror", lambda error: page.problems.append(str(error)))
-        return page
+        return context
 
     yield make
-    for context in contexts:
-        assert [page.problems for page in context.pages] == [[]] * len(context.pages)
-        context.close()
     assert strangers == []
 
 
-def sign_in(page, url):
-    """By the same form, without drawing it."""
-    assert page.context.request.post(f"{url}/sign-in", form={"token": TOKEN, "next": "/sign-in"}).ok
+@pytest.fixture(scope="module")
+def signed_in(guarded, server):
+    """A context that has given the token, by the same form but without drawing it."""
+    context = guarded()
+    answer = context.request.post(f"{server}/sign-in", form={"token": TOKEN, "next": "/sign-in"})
+    assert answer.ok
+    yield context
+    context.close()
 
 
-def test_nothing_is_shown_before_the_sign_in(server, open_page):
-    page = open_page()
+@pytest.fixture
+def page(signed_in):
+    with watched(signed_in) as page:
+        yield page
+
+
+@contextmanager
+def watched(context):
+    page, problems = context.new_page(), []
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield page
+    page.close()
+    assert problems == []
+
+
+def test_nothing_is_shown_before_the_sign_in(server, guarded):
+    context = guarded()
+    with watched(context) as page:
+        check_sign_in(page, server)
+    context.close()
+
+
+def check_sign_in(page, server):
     asked = []
     page.on("request", lambda request: asked.append(request.url))
     page.on("websocket", lambda stream: asked.append(stream.url))
@@ -157,9 +178,7 @@ def downloaded(page, click):
         return name, file.read()
 
 
-def test_tables_and_figures_can_be_taken_home(server, open_page, tmp_path):
-    page = open_page(viewport={"width": 1400, "height": 1000})
-    sign_in(page, server)
+def test_tables_and_figures_can_be_taken_home(server, page, guarded, tmp_path):
     visit(page, server, "Overview")
     page.locator(TABLE).nth(1).wait_for()
     box = page.locator(TABLE).first.bounding_box()
@@ -167,13 +186,13 @@ def test_tables_and_figures_can_be_taken_home(server, open_page, tmp_path):
     page.get_by_text("Memory of all parameters and buffers").wait_for()
     page.mouse.move(0, 0)
     name, content = downloaded(page, page.get_by_role("button", name="CSV").first.click)
-    assert re.fullmatch(r"harness-overview-[\w-]+\.csv", name)
+    assert re.fullmatch(r"harness-overview-variants\.csv", name)
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
     assert len(rows) == 15
     assert {label for label, *_ in VARIANTS} <= {row["method"] for row in rows}
     assert float(rows[0]["weight_bytes · b1-p512-g64 [MiB]"]) > 0
     name, content = downloaded(page, page.get_by_role("button", name="JSON").first.click)
-    assert re.fullmatch(r"harness-overview-[\w-]+\.json", name)
+    assert re.fullmatch(r"harness-overview-variants\.json", name)
     rows = json.loads(content)
     assert len(rows) == 15
     assert HOSTILE in {row["method"] for row in rows}
@@ -200,44 +219,52 @@ def test_tables_and_figures_can_be_taken_home(server, open_page, tmp_path):
     assert content.startswith(b"<svg")
     assert SIMULATED in content.decode()
 
-    alone = open_page(offline=True)
-    alone.goto((tmp_path / next(tmp_path.iterdir()).name).as_uri())
-    alone.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
-    assert "acc · hellaswag" in alone.locator(".js-plotly-plot").inner_text()
+    context = guarded(offline=True)
+    with watched(context) as alone:
+        alone.goto(next(tmp_path.iterdir()).as_uri())
+        alone.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
+        assert "acc · hellaswag" in alone.locator(".js-plotly-plot").inner_text()
+    context.close()
 
 
 def rgb(text):
     return "#" + "".join(f"{int(part):02X}" for part in re.findall(r"\d+", text)[:3])
 
 
-@pytest.mark.parametrize(("scheme", "theme"), [("light", LIGHT), ("dark", DARK)])
-def test_pages_and_figures_follow_the_readers_theme(server, open_page, scheme, theme):
-    page = open_page(viewport={"width": 1400, "height": 1000}, color_scheme=scheme)
-    sign_in(page, server)
+def test_pages_and_figures_follow_the_readers_theme(server, page):
+    page.emulate_media(color_scheme="dark")
     visit(page, f"{server}/pareto", "Pareto")
-    page.locator(CHART).wait_for()
-    page.locator(f"{CHART} .xtitle").wait_for()
-    style = "element => [getComputedStyle(element).color, getComputedStyle(element).backgroundColor]"
-    text, ground = map(rgb, page.locator("[data-testid=stApp]").evaluate(style))
-    assert (text, ground) == (theme.text, theme.background)
-    fills = page.locator(CHART).evaluate(
-        "chart => [...chart.querySelectorAll('text')].map(text => getComputedStyle(text).fill)"
+    check_colours(page, DARK)
+    save(page, "pareto-dark")
+    page.emulate_media(color_scheme="light")  # as when evening turns to morning: the page is not loaded again
+    check_colours(page, LIGHT)
+    save(page, "pareto-light")
+
+
+def check_colours(page, theme):
+    style = "getComputedStyle(document.querySelector('[data-testid=stApp]'))"
+    channels = ", ".join(str(int(theme.text[place : place + 2], 16)) for place in (1, 3, 5))
+    page.wait_for_function(f"{style}.color == 'rgb({channels})'")
+    page.wait_for_function(
+        f"(title => title && getComputedStyle(title).fill == 'rgb({channels})')"
+        f"(document.querySelector('{CHART} .xtitle'))"
     )
-    assert len(fills) > 10
-    for fill in set(fills):
+    ground = rgb(page.evaluate(f"{style}.backgroundColor"))
+    assert ground == theme.background
+    texts = page.locator(f"{CHART} text").evaluate_all("all => all.map(each => getComputedStyle(each).fill)")
+    assert len(texts) > 10
+    for fill in set(texts):
         assert contrast(rgb(fill), ground) >= TEXT_CONTRAST, fill
     points = page.locator(f"{CHART} .point").evaluate_all(
-        "points => points.map(point => getComputedStyle(point).stroke)"
+        "all => all.map(each => getComputedStyle(each).stroke)"
     )
     assert points
     for stroke in set(points):
-        assert contrast(rgb(stroke), ground) >= 3, stroke
-    save(page, f"pareto-{scheme}")
+        assert contrast(rgb(stroke), ground) >= GRAPHIC_CONTRAST, stroke
 
 
-def test_a_narrow_screen(server, open_page):
-    page = open_page(viewport={"width": 390, "height": 844})
-    sign_in(page, server)
+def test_a_narrow_screen(server, page):
+    page.set_viewport_size({"width": 390, "height": 844})
     for path, heading in PAGES.items():
         visit(page, f"{server}/{path}", heading)
         page.locator(TABLE).first.wait_for()
@@ -253,9 +280,7 @@ def save_narrow(page, name):
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
-def test_everything_is_reached_by_the_keyboard(server, open_page):
-    page = open_page(viewport={"width": 1400, "height": 1000})
-    sign_in(page, server)
+def test_everything_is_reached_by_the_keyboard(server, page):
     visit(page, f"{server}/pareto", "Pareto")
     page.locator(CHART).wait_for()
     reached = []
