@@ -7,10 +7,13 @@
 `access`        addresses, tokens, sessions, the limit on wrong tokens; pure
 `app`           navigation only
 `queries`       store in, DataFrames out; no Streamlit, no Plotly
-`charts`        DataFrames in, Plotly figures out; pure
+`kept`          answers of the store that are kept until something is added to it
+`charts`        DataFrames in, Plotly figures out; pure. `pareto_charts`: the front;
+                `detail_charts`: readings, kernels and the device's ceilings
+`boards`        frames in units and words for people; pure
 `theme`         light and dark, and figures in the colours of either; pure
 `theme_watch`   draws a page again when the reader's theme changes
-`tables`        frames in units and words for people
+`tables`        tables on a page
 `figures`       figures in the reader's theme
 `buttons`       the downloads below tables and figures
 `downloads`     tables as CSV and JSON, figures as HTML; pure

@@ -19,7 +19,16 @@ from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import benjamini_hochberg
 from harness.store.store import Store
 
-__all__ = ["LEVEL", "Compared", "adjusted", "compare_methods", "compare_sides", "incomparable"]
+__all__ = [
+    "LEVEL",
+    "Compared",
+    "adjusted",
+    "compare_cells",
+    "compare_methods",
+    "compare_sides",
+    "incomparable",
+    "ratio_verdict",
+]
 
 LEVEL = 0.05
 SAME = "same measurement"
@@ -82,6 +91,11 @@ def compare_sides(a: Side, others: Sequence[Side], *, metrics: Sequence[str] | N
     if metrics is not None and (unknown := sorted(set(metrics) - {row.metric for row in rows} - _of(absent))):
         raise UnknownName("compared metric", unknown[0], known)
     return Compared(tuple(adjusted(rows)), tuple(absent), known)
+
+
+def compare_cells(a: Cell, b: Cell, metrics: Sequence[str] | None = None) -> list[Comparison]:
+    """Compare two cells of one store that ask the same; p-values are not adjusted yet (`adjusted`)."""
+    return list(_compared(Group((a,), (b,)), True, False, metrics))
 
 
 def _weighed_once(rows: Sequence[Comparison]) -> list[Comparison]:
@@ -256,10 +270,10 @@ def _ratio(base: Comparison, a: Cell, b: Cell, is_one_scope: bool) -> Comparison
         flags=flags,
         differences=tuple(each for each in base.differences if each not in passing),
     )
-    return replace(row, verdict=_ratio_verdict(row))
+    return replace(row, verdict=ratio_verdict(row))
 
 
-def _ratio_verdict(row: Comparison) -> str:
+def ratio_verdict(row: Comparison) -> str:
     """In words: ``2.95x faster``, never a percentage of an inverse."""
     if row.unit not in _RATIO_WORDS or row.ratio is None or row.ratio <= 0:
         return ""

@@ -122,7 +122,7 @@ def file(filled, tmp_path):
 
 
 def test_every_table_is_exported():
-    assert {*sections(), "sweep_cells", "imports"} == set(metadata.tables)
+    assert {*sections(), "sweep_cells", "imports", "catalogue"} == set(metadata.tables)
 
 
 @pytest.mark.parametrize("sweep", [None, 1, 2, "last"])
