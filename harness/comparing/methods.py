@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.comparability import Conditions, Difference, Scope, differences, read_conditions, scope_of
 from harness.comparing.comparison import Comparison
@@ -19,7 +19,10 @@ from harness.store import queries
 from harness.store.readings import all_readings
 from harness.store.store import Store
 
-__all__ = ["Cell", "adjusted", "cells_of", "compare_methods", "incomparable", "pairs_of"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Cell", "adjusted", "cells_in", "cells_of", "compare_methods", "incomparable", "pairs_of"]
 
 LEVEL = 0.05
 _PLACE = ["model", "seed", "kind", "task", "scenario", "origin"]  # what was imported stands apart
@@ -121,7 +124,11 @@ def incomparable(found: Sequence[Comparison]) -> list[str]:
 
 def cells_of(store: Store, models: Sequence[str] | None = None) -> list[Cell]:
     """The current ok cells with their finite records and raw readings."""
-    frame = queries.results(store, models=models, statuses=["ok"])
+    return cells_in(store, queries.results(store, models=models, statuses=["ok"]))
+
+
+def cells_in(store: Store, frame: pd.DataFrame) -> list[Cell]:
+    """The cells of rows of `harness.store.queries.results`, with their finite records and raw readings."""
     frame = frame[frame["metric"].notna() & frame["value"].notna()]
     frame = frame.astype(object).where(frame.notna(), None)
     readings = all_readings(store, {int(cell) for cell in frame["cell"]})
