@@ -58,7 +58,7 @@ class Growth:
     """One metric of one variant over the sizes of an axis, taken in one way.
 
     `fixed` is the batch size where prompt lengths vary, and the prompt length where batch sizes do.
-    `values` are as measured. `basis` says what the exponent rests on: ``control`` (each time over that of
+    `values` are as measured, in `unit`, with the stored `intervals` (95 %, None where none). `basis` says what the exponent rests on: ``control`` (each time over that of
     a fixed workload timed next to it), ``unpaired`` or ``reading``. `exponent` is None where fewer than
     three sizes can be put in one line; `note` then says why.
     """
@@ -68,7 +68,9 @@ class Growth:
     new_tokens: int
     metric: str
     mode: str | None
+    unit: str
     values: dict[int, float]
+    intervals: dict[int, tuple[float | None, float | None]]
     exponent: Exponent | None
     basis: str
     note: str = ""
@@ -103,9 +105,12 @@ def growths(
                 continue
             for line in [line for line in lines if len(line.cells) >= MIN_SIZES] or lines:
                 basis, points = _points(line, metric)
+                ordered = {size: line.cells[size].records[metric] for size in sorted(line.cells)}
                 yield Growth(
                     axis=axis, fixed=fixed, new_tokens=new, metric=metric, mode=line.mode,
-                    values={size: line.cells[size].records[metric].value for size in sorted(line.cells)},
+                    unit=next(iter(line.cells.values())).units[metric],
+                    values={size: record.value for size, record in ordered.items()},
+                    intervals={size: (record.lower, record.upper) for size, record in ordered.items()},
                     exponent=length_exponent(points) if len(points) >= MIN_SIZES else None, basis=basis,
                     note=_note(line, lines),
                 )  # fmt: skip
