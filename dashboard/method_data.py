@@ -22,6 +22,7 @@ from harness.store.tables import cells, effects, imports, records, variants
 from .variant_names import variant_names
 
 __all__ = [
+    "MOST_ROWS",
     "MOST_VARIANTS",
     "QUALITY_COLUMNS",
     "against_baseline",
@@ -39,6 +40,9 @@ QUALITY_COLUMNS = (
     "variant", "baseline", "value", "difference", "lower", "upper", "unit", "direction", "compared",
     "caution",
 )  # fmt: skip
+
+MOST_ROWS = 300
+"""Rows of one table: more of them are no longer read, and drawing them takes longer than finding them."""
 
 _SETTING = ["model", "seed", "dtype", "device_name", "origin"]
 _DERIVED = ("_difference", "_rise", "_p", "_detectable")
@@ -269,7 +273,7 @@ def places_of(store: Store, ids: Sequence[int], sweep: int | None) -> list[str]:
 
 
 def results_at(
-    store: Store, about: pd.DataFrame, place: str, sweep: int | None, most: int = 2000
+    store: Store, about: pd.DataFrame, place: str, sweep: int | None, most: int = MOST_ROWS
 ) -> tuple[pd.DataFrame, int]:
     """Every current row of variants at a task or shape: one a record, one a cell without records.
 
