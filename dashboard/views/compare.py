@@ -10,7 +10,7 @@ import streamlit as st
 from harness.store import queries as stored
 from harness.store.store import Store
 
-from .. import charts, page, queries, tables
+from .. import charts, figures, page, queries, tables
 
 __all__ = ["render"]
 
@@ -72,7 +72,7 @@ def _draw_charts(chosen: pd.DataFrame, columns: list[str], names: list[str]) -> 
     places = st.columns(2)
     for number, column in enumerate(columns):
         figure = charts.comparison(chosen[chosen["column"] == column], names)
-        places[number % 2].plotly_chart(figure, width="stretch", key=f"comparison {column}")
+        figures.show_figure(figure, column, places[number % 2])
 
 
 def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list[str]) -> None:
@@ -84,7 +84,7 @@ def _draw_tables(store: Store, rows: pd.DataFrame, ids: list[int], columns: list
     else:
         tables.show_table(tables.delta_table(compared))
     st.subheader("Options")
-    st.dataframe(queries.option_table(rows, ids), width="stretch")
+    tables.show_table(queries.option_table(rows, ids), "options", index=True)
     st.subheader("What the transforms changed")
     variants = stored.variants(store).set_index("variant").loc[ids].reset_index()
     tables.show_table(

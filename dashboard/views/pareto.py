@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from .. import charts, page, queries, tables
+from .. import charts, figures, page, queries, tables
 
 __all__ = ["render"]
 
@@ -49,7 +49,7 @@ def render() -> None:
             y_name=y, y_unit=quality.unit[y], y_better=quality.direction[y],
             log_x=log_x,
         )  # fmt: skip
-        st.plotly_chart(figure, width="stretch", key="pareto")
+        figures.show_figure(figure, f"{y} {x}")
         if points["marks"].astype(bool).any():
             st.caption(
                 "Hollow: *simulated*, the arithmetic of the method without a kernel that makes it "

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
+
+from harness.untrusted import clean, spreadsheet_cell
 
 __all__ = ["Format", "clean", "format_value", "print_rows"]
 
@@ -23,14 +24,6 @@ class Format(StrEnum):
     MARKDOWN = "markdown"
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def clean(text: str) -> str:
-    """The text without control characters and lone surrogates: names and reasons come from anywhere."""
-    return _CONTROL.sub("�", text.replace("\n", " ").replace("\t", " "))
-
-
 def print_rows(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Format, *, title: str = ""
 ) -> None:
@@ -42,7 +35,7 @@ def print_rows(
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
         for row in rows:
-            writer.writerow([_csv_cell(row.get(column)) for column in columns])
+            writer.writerow([spreadsheet_cell(row.get(column)) for column in columns])
         print(buffer.getvalue(), end="")
     elif output is Format.MARKDOWN:
         print("| " + " | ".join(columns) + " |")
@@ -92,16 +85,6 @@ def format_value(value: Any) -> str:
     if isinstance(value, (dict, list, tuple)):
         return json.dumps(value, separators=(",", ":"))
     return str(value)
-
-
-def _csv_cell(value: Any) -> Any:
-    if isinstance(value, (dict, list, tuple)):
-        value = json.dumps(value, separators=(",", ":"))
-    if isinstance(value, str):
-        value = clean(value)
-        # A spreadsheet would run a text that starts like a formula.
-        return "'" + value if value[:1] in ("=", "+", "-", "@") else value
-    return value
 
 
 def _json_row(row: Mapping[str, Any]) -> dict[str, Any]:

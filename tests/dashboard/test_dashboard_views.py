@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("streamlit")
 
 from harness_dashboard import launch, page
+from harness_dashboard.access import Address
 from streamlit.testing.v1 import AppTest
 
 from harness.errors import ConfigError, MissingExtra, StoreError
@@ -210,7 +211,7 @@ def test_the_navigation_draws_the_first_page(filled_path, monkeypatch):
 
 
 def test_nothing_is_reported_home():
-    line = launch.command("127.0.0.1", 8501)
+    line = launch.command(Address("127.0.0.1", True), 8501)
     assert "--browser.gatherUsageStats=false" in line
     assert "--server.headless=true" in line
     assert "--server.address=127.0.0.1" in line

@@ -1,0 +1,156 @@
+"""What every metric says, in one sentence each. A ``*`` stands for a phase, a task's part or another metric.
+
+Units and directions are in `harness.display` and `harness.evaluate.metrics`; `harness.glossary` joins them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["METRIC_WORDS"]
+
+METRIC_WORDS = {
+    # What a variant stores and needs
+    "weight_bytes": "Memory of all parameters and buffers as they are stored after the transform.",
+    "weight_bytes_before": "The same memory before the transform.",
+    "host_weight_bytes": "Weights that stay in the host's memory instead of the GPU's.",
+    "disk_bytes": "Size of the exported checkpoint's files.",
+    "parameters": "Number of parameters.",
+    "parameters_changed_share": "Share of the parameters that the transform changed or removed.",
+    "compression_ratio": "Weights before over weights after, as they are really stored.",
+    "theoretical_compression_ratio": "Weights before over weights after, if every value took only the "
+    "bits that "
+    "the method gives it.",
+    "stored_bits_per_weight": "Bits that a changed weight takes in memory, scales and indices included.",
+    "sparsity": "Share of the weights that are zero.",
+    "probe_output_change": "How far the outputs moved on a fixed probe, relative to their size.",
+    "kv_cache_bytes_per_token": "Memory that one more token of one sequence adds to the key-value cache.",
+    "*_peak_bytes": "Most memory that was allocated at once during this phase.",
+    "*_reserved_bytes": "Most memory that the allocator took from the device during this phase.",
+    "*_weight_bytes": "The part of this phase's peak that are weights.",
+    "*_kv_cache_bytes": "The part of this phase's peak that is the key-value cache.",
+    "*_activation_bytes": "The part of this phase's peak that are activations and everything else.",
+    "*_workspace_bytes": "The part of this phase's peak that libraries keep to work in.",
+    "*_host_peak_bytes": "Most memory of the host that was in use during this phase.",
+    # How fast
+    "prefill_latency": "Time from the prompt to the logits of its last position (time to first token).",
+    "decode_latency": "Time of one step, which makes one token for each sequence (time per output token).",
+    "end_to_end_latency": "Time from the prompt to the last new token, measured as one run.",
+    "prefill_throughput": "Prompt tokens of the whole batch that are read in a second.",
+    "decode_throughput": "New tokens of the whole batch that are made in a second.",
+    "*_speedup": "The baseline's time over this variant's, timed in turn in one process; above 1 is faster.",
+    "control_latency": "Time of a fixed workload in the same rounds: it tells whether the machine itself "
+    "changed.",
+    "*_kernels": "How many kernels (on a CPU: operators) one call launches.",
+    "*_kernel_time": "Time of all kernels of one call together, as profiled.",
+    "*_flops": "Arithmetic that one call needs, counted from the shapes of the model.",
+    "*_flops_per_s": "Arithmetic that was done in a second.",
+    "*_mfu": "Share of the device's measured arithmetic ceiling that was used (model FLOP utilisation).",
+    "decode_read_bytes": "Bytes of weights and cache that one step must read.",
+    "decode_bytes_per_s": "Bytes of weights and cache that were read in a second.",
+    "decode_mbu": "Share of the device's measured bandwidth that was used (model bandwidth utilisation).",
+    "prefill_energy": "Energy that the device drew for each token of the prompts.",
+    "decode_energy": "Energy that the device drew for each new token.",
+    "verdict": "Whether the timing needs an explanation; the note says in words why a method is not faster.",
+    # What compressing costs
+    "load_s": "Time to load the model.",
+    "transform_s": "Time that the method took to change the model.",
+    "*_energy": "Energy that the device drew during this phase.",
+    "*_read_bytes": "Bytes that were read from files during this phase.",
+    "*_written_bytes": "Bytes that were written to files during this phase.",
+    "calibration_tokens": "Tokens that the method was calibrated on.",
+    "trained_tokens": "Tokens that the method trained on.",
+    "trained_steps": "Training steps that the method took.",
+    # How good
+    "acc": "Share of the items that were answered correctly.",
+    "acc_norm": "Share answered correctly where each choice's likelihood is divided by its length in bytes.",
+    "acc_*": "Share answered correctly in this part of the task, or under this way of counting.",
+    "exact_match": "Share of the answers that are exactly the expected text.",
+    "pass@*": "Share of the problems of which one of so many generated programs passes the tests.",
+    "f1": "Harmonic mean of precision and recall.",
+    "mcc": "Matthews correlation of the answers with the truth; 1 is perfect, 0 is guessing.",
+    "brier_score": "Mean squared error of the probabilities that were given to the choices.",
+    "likelihood": "Mean likelihood of the expected texts.",
+    "bleu": "Overlap of word sequences with reference translations.",
+    "chrf": "Overlap of character sequences with reference translations.",
+    "chrf++": "Overlap of character and word sequences with reference translations.",
+    "ter": "Edits that would turn the translation into the reference, in percent of its words.",
+    "pearson": "Linear correlation of predicted with human similarities.",
+    "spearman": "Rank correlation of predicted with human similarities.",
+    "cosine": "Cosine similarity of two embeddings.",
+    "nll": "Mean negative log-likelihood of a token.",
+    "token_perplexity": "exp of the mean negative log-likelihood of a token, over windows that do not "
+    "overlap.",
+    "word_perplexity": "exp of the negative log-likelihood divided by the number of words.",
+    "byte_perplexity": "exp of the negative log-likelihood divided by the number of bytes.",
+    "bits_per_byte": "Negative log-likelihood in bits, divided by the number of bytes.",
+    "target_perplexity": "exp of the mean negative log-likelihood of the expected words (LAMBADA's "
+    "perplexity).",
+    "target_nll": "Mean negative log-likelihood of the expected words.",
+    # Against the baseline, item by item
+    "*_difference": "This variant minus the baseline on the same items.",
+    "nll_rise": "This variant's negative log-likelihood minus the baseline's on the same windows.",
+    "*_p": "p-value of the paired test against the baseline, not adjusted for how many tests there are.",
+    "*_detectable": "The smallest true difference that these items would show four times in five.",
+    "flips": "Share of the items whose answer changed between right and wrong, either way.",
+    "*_flips": "Share of the items whose answer changed between right and wrong, either way.",
+    "choice_kl": "Kullback-Leibler divergence of the probabilities of an item's choices from the baseline's.",
+    "mean_kl": "Kullback-Leibler divergence of the next token's distribution from the baseline's, mean "
+    "of tokens.",
+    "top1_agreement": "Share of the tokens at which this variant and the baseline find the same one "
+    "likeliest.",
+    "embedding_distance": "Mean of 1 minus the cosine of this variant's embeddings with the baseline's.",
+    # What methods record about themselves
+    "activated_share": "How often a weight became active during training, per weight.",
+    "attention_reach": "How many tokens back a position can attend to.",
+    "average_bits": "Mean number of bits of a weight over the blocks.",
+    "awq_alpha": "Mean exponent that AWQ's search chose for its scales.",
+    "awq_relative_error": "Error of the layers' outputs relative to plain rounding, which is 1.",
+    "bitmap_bytes": "Size that the weights would have as a bitmap of what is kept and its values; no "
+    "kernel runs it.",
+    "calibration_outlier_column_share": "Share of the input columns that held outliers during calibration.",
+    "clamped_steps": "Learned step sizes that had to be kept above zero.",
+    "dense_training_loss": "Training loss before pruning, mean of the last tenth of the steps.",
+    "distillation_loss": "Loss of the student against its teacher, mean of the last tenth of the steps.",
+    "fewest_channels": "Channels of the feed-forward layer that keeps the fewest.",
+    "fewest_heads": "Attention heads of the block that keeps the fewest.",
+    "fused_norms": "Normalisation layers that were fused with the quantization that follows.",
+    "gptq_relative_error": "Squared error of the layers' outputs relative to their size, mean of the layers.",
+    "gradient_norm": "Norm of the gradient where Q-BERT takes its second derivatives, which should be small.",
+    "kept_magnitude_share": "Share of the sum of all |w| that the kept weights hold.",
+    "key_value_heads": "Heads that keys and values have after the transform.",
+    "lambda_w": "Strength of SR-STE's pull of pruned weights towards zero.",
+    "largest_sensitivity": "The largest of the blocks' sensitivities by which Q-BERT gives out bits.",
+    "layers_left_dense": "Layers that the pattern does not fit and that stayed dense.",
+    "lkd_error_ratio": "Error of the blocks' outputs after layer-wise distillation over that of plain "
+    "rounding.",
+    "lkd_restored_blocks": "Blocks whose distillation diverged and that went back to plain rounding.",
+    "lowest_layer_density": "Share of the weights that the most pruned layer keeps.",
+    "mask_flips_*_half": "Share of the masks that changed when chosen again, in this half of the training.",
+    "most_table_refinements": "Most passes that a layer's table of values took to settle.",
+    "nm_groups": "Groups of weights that keep at most N of M, counted in the final weights.",
+    "outlier_column_share": "Share of the input columns in which an activation reached the outlier "
+    "threshold.",
+    "outlier_columns_beyond_capacity": "Columns with outliers that found no room and stayed in int8.",
+    "outlier_share": "Share of the weights that are kept exactly as outliers.",
+    "pruned_share_of_all_parameters": "Share of all parameters of the model that were pruned.",
+    "pruned_share_of_targets": "Share of the weights of the pruned layers that are zero.",
+    "removed_channel_share": "Share of the feed-forward channels that were removed.",
+    "removed_head_share": "Share of the attention heads that were removed.",
+    "removed_parameter_share": "Share of all parameters that were removed.",
+    "replayed_steps": "Training steps that were replayed in each cycle.",
+    "retraining_loss": "Training loss after pruning, mean of the last tenth of the steps.",
+    "rewound_to_step": "The training step whose weights the pruned model went back to.",
+    "search_loss": "Loss of the outputs with the precision that was chosen.",
+    "search_loss_before": "Loss of the outputs with all activations in the low precision.",
+    "share_at_hi_bits": "Share of the activation sites that got the high precision.",
+    "skipped_layers": "Layers that the method does not fit and left alone; the note names them.",
+    "sparsegpt_relative_error": "Squared error of the layers' outputs relative to their size, mean of "
+    "the layers.",
+    "teacher_mass_left_out": "Probability of the teacher's outside the tokens that the student was shown.",
+    "training_loss": "Training loss after the transform, mean of the last tenth of the steps.",
+    "unconverged_eigenvalues": "Eigenvalues that had not settled when the iteration ended.",
+    "uptraining_loss": "Training loss after heads were joined, mean of the last tenth of the steps.",
+    "*_efficacy": "Share of the magnitude that pruning any weights of a row would keep beyond the given "
+    "order, which was kept.",
+    "*_magnitude_gain": "How much more magnitude is kept than in the given order of the channels.",
+}
+"""Exact names win over patterns, longer patterns over shorter ones."""
