@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from harness.display import better
 from harness.metric_words import METRIC_WORDS
+from harness.page_words import PAGE_WORDS
 
 __all__ = ["COLUMNS", "VALUES", "Heading", "explain", "explain_metric", "heading_of", "word_of"]
 
@@ -51,6 +52,7 @@ COLUMNS = {
     "value / baseline": "This variant's figure over the baseline's; 1 is no change.",
     "variant": "A method on a model with its seed, type and device.",
     "verdict": "What the interval of the difference says.",
+    **PAGE_WORDS,
 }
 """Columns that are not metrics."""
 
@@ -181,7 +183,7 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
 
     Only words of this module are repeated, never a text of the cells.
     """
-    told = COLUMNS.get(column)
+    told = COLUMNS.get(column, COLUMNS.get(heading_of(column).metric))
     if told is None:
         return explain_metric(column)
     seen = list(dict.fromkeys(str(cell) for cell in cells))

@@ -35,7 +35,7 @@ def _draw_warnings(store: Store) -> None:
         "Not all of them: the sweeps behind the current results differ in what is listed here. "
         "`harness compare` refuses such pairs; the other pages flag them."
     )
-    tables.show_table(found)
+    tables.show_table(found, "conditions")
 
 
 def _draw_manifest(store: Store, number: int) -> None:
@@ -50,7 +50,7 @@ def _draw_manifest(store: Store, number: int) -> None:
     parts = list(dict.fromkeys(table["part"]))
     chosen = page.choose_many("Parts", parts, "part", help="All parts where none is chosen.")
     shown = table[table["part"].isin(chosen)] if chosen else table
-    tables.show_table(shown)
+    tables.show_table(shown, f"manifest {number}")
 
 
 def _draw_differences(store: Store, number: int) -> None:
@@ -70,21 +70,21 @@ def _draw_differences(store: Store, number: int) -> None:
         st.warning(f"{judged} of these keep results of the two sweeps from being compared.")
     else:
         st.success("Nothing that differs keeps results of the two sweeps from being compared.")
-    tables.show_table(found)
+    tables.show_table(found, f"sweeps {number} and {chosen}")
 
 
 def _draw_health(store: Store) -> None:
     st.subheader("The store")
-    tables.show_table(store_health.health(store))
+    tables.show_table(store_health.health(store), "store")
     st.markdown("**Imported sweeps**")
     imported = store_health.import_table(store)
     if imported.empty:
         st.text("None: everything in this store was measured by it.")
     else:
-        tables.show_table(imported)
+        tables.show_table(imported, "imports")
     left, right = st.columns(2)
     if left.button("Count all rows", width="stretch", help="Reads every table; takes long on large stores."):
-        tables.show_table(store_health.row_counts(store))
+        tables.show_table(store_health.row_counts(store), "rows")
     if right.button("Check the store", width="stretch", help="Reads everything and looks for damage."):
         with st.spinner("Reading the whole store …"):
             fault = store_health.fault_of(store)

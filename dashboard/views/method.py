@@ -9,7 +9,7 @@ from harness.display import scale
 from harness.errors import HarnessError
 from harness.store.store import Store
 
-from .. import method_charts, method_data, page, tables
+from .. import figures, method_charts, method_data, page, tables
 from ..method_catalogue import Catalogue, MethodCard, card_parts, read_catalogue
 
 __all__ = ["render"]
@@ -71,8 +71,8 @@ def _installed() -> Catalogue:
         return Catalogue()
     if catalogue.broken:
         with st.expander(f"{len(catalogue.broken)} plugins are broken"):
-            tables.show_table(pd.DataFrame([(each.name, each.error) for each in catalogue.broken],
-                                           columns=["plugin", "error"]))  # fmt: skip
+            rows = [(each.name, each.error) for each in catalogue.broken]
+            tables.show_table(pd.DataFrame(rows, columns=["plugin", "error"]), "broken")
     return catalogue
 
 
@@ -95,7 +95,7 @@ def _draw_card(card: MethodCard) -> None:
         return
     rows = [(o.name, o.type, o.range, o.default, o.aliases, o.meaning) for o in card.options]
     columns = ["option", "type", "range", "default", "also accepted as", "meaning"]
-    tables.show_table(pd.DataFrame(rows, columns=columns, dtype=object))
+    tables.show_table(pd.DataFrame(rows, columns=columns, dtype=object), "options")
     given = next((o for o in card.options if o.default != "null"), card.options[0])
     st.caption("An option is written behind the name:")
     st.code(
@@ -123,13 +123,13 @@ def _draw_rows(store: Store, name: str, ids: list[int], sweep: int | None) -> No
     models = page.choose_many("Models", sorted(set(about["model"])), "model")
     if models:
         about = about[about["model"].isin(models)]
-    compared = _draw_quality(store, about, sweep)
+    compared = _draw_quality(store, name, about, sweep)
     st.subheader("Rows")
     if len(about) > method_data.MOST_ROWS:
         st.caption(
             f"The newest {method_data.MOST_ROWS} of {len(about):,} variants; choose a model for fewer."
         )
-    tables.show_table(_variant_table(about.iloc[::-1].head(method_data.MOST_ROWS), compared))
+    tables.show_table(_variant_table(about.iloc[::-1].head(method_data.MOST_ROWS), compared), f"{name} rows")
     place = page.choose_one(
         "All results at", method_data.places_of(store, about["variant"].tolist(), sweep), "at",
         help="The task or the shape (batch size, prompt length, new tokens) of the cells.",
@@ -138,10 +138,10 @@ def _draw_rows(store: Store, name: str, ids: list[int], sweep: int | None) -> No
         found, total = method_data.results_at(store, about, place, sweep)
         if len(found) < total:
             st.caption(f"The newest {len(found):,} of {total:,} results.")
-        tables.show_table(found)
+        tables.show_table(found, f"{name} at {place}")
 
 
-def _draw_quality(store: Store, about: pd.DataFrame, sweep: int | None) -> pd.DataFrame | None:
+def _draw_quality(store: Store, name: str, about: pd.DataFrame, sweep: int | None) -> pd.DataFrame | None:
     """The chart with its choices; returns what was compared."""
     metrics = method_data.quality_metrics(store, about["variant"].tolist(), sweep)
     if metrics.empty:
@@ -177,7 +177,7 @@ def _draw_quality(store: Store, about: pd.DataFrame, sweep: int | None) -> pd.Da
         )
     rows = rows[rows["model"].isin(models[: method_charts.MOST_MODELS])]
     figure = method_charts.quality_against(rows, cost, quality)
-    st.plotly_chart(figure, width="stretch", key="quality")
+    figures.show_figure(figure, f"{name} {quality} over {cost}")
     st.caption(
         "The line at zero is the baseline. Hollow: *simulated*. *Item by item*: a paired difference over the "
         "same items; *by intervals*: the two intervals combined as if they were independent."
@@ -207,9 +207,9 @@ def _variant_table(about: pd.DataFrame, compared: pd.DataFrame | None) -> pd.Dat
     if compared is None or compared.empty:
         return table.drop(columns="id")
     factor, unit = scale(str(compared["unit"].iloc[0]), compared["difference"])
-    better = {"lower": ", lower is better", "higher": ", higher is better"}
     step = "points" if unit == "%" else unit
-    heading = f"difference [{step}]{better.get(str(compared['direction'].iloc[0]), '')}"
+    arrow = {"lower": " ↓", "higher": " ↑"}.get(str(compared["direction"].iloc[0]), "")
+    heading = f"difference{arrow} [{step}]" if step else f"difference{arrow}"
     found = pd.DataFrame(
         {
             "id": compared["variant"],

@@ -9,7 +9,7 @@ import streamlit as st
 
 from harness.comparing.growth import MIN_SIZES, Axis
 
-from .. import page, scaling_charts, scaling_data, tables
+from .. import figures, page, scaling_charts, scaling_data, tables
 from ..scaling_data import Timed
 
 __all__ = ["render"]
@@ -95,7 +95,7 @@ def _draw_axis(
             place.info(f"No {metric} was measured at these shapes.")
             continue
         figure = scaling_charts.growth(points, fits, axis, metric)
-        place.plotly_chart(figure, width="stretch", key=f"growth {axis} {metric}")
+        figures.show_figure(figure, f"{metric} over {axis}", place)
     if fits["exponent"].notna().any():
         st.caption(
             f"Thin lines are power laws, cost ~ size ^ exponent, fitted over at least {MIN_SIZES} sizes. "
@@ -104,7 +104,7 @@ def _draw_axis(
             "overhead dominates the small sizes they rise along the line."
         )
     if not fits.empty:
-        tables.show_table(_fit_table(fits))
+        tables.show_table(_fit_table(fits), f"exponents over {axis}")
     if (fits["sizes"] < MIN_SIZES).any() or fits.empty:
         methods = about.loc[about["variant"].isin(ids), "method"].drop_duplicates().tolist()
         mine = shapes[shapes["variant"].isin(ids)]
@@ -220,6 +220,6 @@ def _draw_crossing(timed: Timed, a: tuple[int, str], b: tuple[int, str], axis: A
     for each in drawn:
         st.text(scaling_data.crossing_sentence(each, b[1]))
     figure = scaling_charts.ratios(drawn, a[1], b[1])
-    st.plotly_chart(figure, width="stretch", key=f"crossing {axis}")
-    tables.show_table(scaling_data.crossing_table(found, b[1]))
+    figures.show_figure(figure, f"crossing over {axis}")
+    tables.show_table(scaling_data.crossing_table(found, b[1]), f"crossings over {axis}")
     return True

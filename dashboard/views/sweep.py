@@ -95,7 +95,7 @@ def _draw_grid(store: Store, about: Progress) -> None:
         st.info("No cell has ended yet.")
     else:
         shown = counts.assign(status=[f"{sweep_data.STATUS_SIGNS[each]} {each}" for each in counts["status"]])
-        tables.show_table(shown.rename(columns={"reason": "most frequent reason"}))
+        tables.show_table(shown.rename(columns={"reason": "most frequent reason"}), "statuses")
     grid, total = sweep_data.status_grid(store, about.sweep)
     if grid.empty:
         return
@@ -104,7 +104,7 @@ def _draw_grid(store: Store, about: Progress) -> None:
     if not about.is_alive:
         # "waiting" would promise what nobody is going to do.
         grid = grid.replace(f"{sweep_data.STATUS_SIGNS['waiting']} waiting", "")
-    tables.show_table(grid)
+    tables.show_table(grid, "grid")
 
 
 # --- failures ---------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _draw_failures(store: Store, number: int) -> None:
     shown = found.drop(columns="cell").rename(
         columns={"place": "cell", "seconds": "took [s]", "started_at": "started (UTC)"}
     )
-    tables.show_table(shown)
+    tables.show_table(shown, "failures")
     labels = {
         str(row.cell): f"{row.status} · {row.model} · {row.method} · {row.place} (cell {row.cell})"
         for row in found.itertuples()

@@ -58,9 +58,10 @@ class Growth:
     """One metric of one variant over the sizes of an axis, taken in one way.
 
     `fixed` is the batch size where prompt lengths vary, and the prompt length where batch sizes do.
-    `values` are as measured, in `unit`, with the stored `intervals` (95 %, None where none). `basis` says what the exponent rests on: ``control`` (each time over that of
-    a fixed workload timed next to it), ``unpaired`` or ``reading``. `exponent` is None where fewer than
-    three sizes can be put in one line; `note` then says why.
+    `values` are as measured, in `unit`, with the stored `intervals` (95 %, None where there is none). `basis`
+    says what the exponent rests on: ``control`` (each time over that of a fixed workload timed next to it),
+    ``unpaired`` or ``reading``. `exponent` is None where fewer than three sizes can be put in one line;
+    `note` says which sizes are not in it, and why.
     """
 
     axis: Axis

@@ -45,7 +45,7 @@ def scenario_records(batch, length, slope, offset_s):
 
 
 def fill_scaling(store):
-    """A baseline that grows quickly from nothing, a method that grows slowly from an overhead, a short one."""
+    """A baseline that grows quickly from nothing, a method that grows slowly from an overhead."""
     sweep = add_sweep(store)
     for method, slope, offset_s in (("baseline", 1e-5, 0.0), ("window", 4e-6, 0.004)):
         for length in LENGTHS:
@@ -73,7 +73,7 @@ def fill_quality(store):
     right = [True] * 60 + [False] * 40
     variants = (
         ("baseline", ("baseline",), "baseline", 16.0, 0.0, right, ()),
-        ("gptq:bits=4", ("gptq",), "quantization", 4.25, 0.0, right[:-2] + [True, False],
+        ("gptq:bits=4", ("gptq",), "quantization", 4.25, 0.0, [*right[:-2], True, False],
          (Record("acc_difference", -0.02, "fraction", -0.05, 0.01, 100),)),
         ("smoothquant+gptq", ("smoothquant", "gptq"), "quantization", 4.5, 0.0, right, ()),
         ("unheard-of", ("unheard-of",), "other", 16.0, 0.5, right, ()),
@@ -100,8 +100,8 @@ def add_failures(store, sweep, model="m"):
     for number, status in enumerate(Status):
         key = f"{status}-{number}"
         store.write_variant(sweep, VariantRow(
-            key, model, "sha256:1", f"method-{status}", [{"name": "x", "options": {}}], "other", 0, "bfloat16",
-            "cuda", "a GPU", False, {},
+            key, model, "sha256:1", f"method-{status}", [{"name": "x", "options": {}}], "other", 0,
+            "bfloat16", "cuda", "a GPU", False, {},
         ))  # fmt: skip
         texts_ = {} if status is Status.OK else {"traceback": f"Traceback\n{HOSTILE}", "log_tail": HOSTILE}
         reason = None if status is Status.OK else f"{status}: {HOSTILE}"

@@ -223,5 +223,6 @@ def test_a_model_of_one_variant_says_what_is_missing(path, monkeypatch):
     app = draw("scaling", path, monkeypatch, on="n")
     assert "A crossing needs two variants of this model." in [each.value for each in app.info]
     assert app.code[0].value == (
-        "harness sweep --models n --methods baseline --prompt-lens 128,512,2048 --batch-sizes 1 --new-tokens 16"
+        "harness sweep --models n --methods baseline --prompt-lens 128,512,2048 --batch-sizes 1 "
+        "--new-tokens 16"
     )
