@@ -147,23 +147,14 @@ def test_every_page_of_a_filled_store(start_server, page, filled_path):
     count(page, CHART, 6)
     count(page, TABLE, 3)
     save(page, "compare")
-
-    visit(page, f"{url}/failures", "Failures")
-    page.get_by_text("End of the log").wait_for()
-    count(page, TABLE, 1)
-    save(page, "failures")
     assert page.complaints == []
 
 
 def test_text_of_the_store_is_text(start_server, page, filled_path):
-    """A method, an option, a reason, a traceback and a log that try to be HTML and Markdown."""
+    """A method and an option that try to be HTML and Markdown."""
     with Store.open_readonly(filled_path) as store:
         variants = queries.variants(store).set_index("method")["variant"]
     url = start_server(filled_path)
-    visit(page, f"{url}/failures?status=crashed", "Failures")
-    assert page.locator("[data-testid=stText]").first.inner_text() == HOSTILE
-    assert page.locator("[data-testid=stCode]").last.inner_text().strip() == HOSTILE
-    save(page, "hostile-failure")
     visit(
         page, f"{url}/compare?variant={variants[HOSTILE]}&variant={variants['rtn:bits=4'].iloc[0]}", "Compare"
     )

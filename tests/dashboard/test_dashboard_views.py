@@ -15,9 +15,9 @@ from streamlit.testing.v1 import AppTest
 from harness.errors import ConfigError, MissingExtra, StoreError
 from harness.records import CellKind, CellResult, Record, Status
 from harness.store.store import Store
-from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, fill, variant_row
+from tests.dashboard.filling import MODEL, SHAPE, fill, variant_row
 
-VIEWS = ("overview", "pareto", "compare", "failures")
+VIEWS = ("overview", "pareto", "compare")
 
 
 def draw(view, path, monkeypatch, **address):
@@ -175,17 +175,6 @@ def test_compare_takes_the_variants_of_the_address(filled_path, monkeypatch):
     assert app.info[0].value == "Choose at least 2 variants."
 
 
-def test_failures_show_reason_traceback_and_log(filled_path, monkeypatch):
-    app = draw("failures", filled_path, monkeypatch)
-    assert len(table(app)) == 6
-    assert HOSTILE in app.text[0].value
-    traceback, log = (code.value for code in app.code)
-    assert traceback.startswith("Traceback")
-    assert log == HOSTILE
-    app = draw("failures", filled_path, monkeypatch, status="oom")
-    assert table(app)["reason"].tolist() == ["CUDA out of memory"]
-
-
 def test_all_well(tmp_path, monkeypatch):
     path = tmp_path / "results.db"
     with Store.open(path) as store:
@@ -193,7 +182,6 @@ def test_all_well(tmp_path, monkeypatch):
         store.write_variant(sweep, variant_row("rtn", (("rtn", {}),), "quantization", key="v"))
         result = CellResult("c", "v", Status.OK, records=(Record("acc", 0.5, "fraction"),))
         store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-    assert draw("failures", path, monkeypatch).success[0].value == "Every cell is ok."
     app = draw("overview", path, monkeypatch)
     assert "no baseline" in app.info[0].value
     draw("compare", path, monkeypatch)
