@@ -160,10 +160,16 @@ def _options(options: Any) -> Iterator[Option]:
             name=name,
             type=" or ".join(_types(described, schema)),
             range="; ".join(_ranges(described, schema)),
-            default=json.dumps(described["default"]) if has_default else "must be given",
+            default=_plain(described["default"]) if has_default else "must be given",
             aliases=", ".join(aliases.get(name, [])),
             meaning=str(described.get("description", "")),
         )
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _branches(described: Mapping[str, Any], schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -300,5 +300,7 @@ def results_at(
         integers=("variant", "sweep"),
         optional_integers=("n",),
     )
+    texts = ["metric", "unit", "mode", "reason"]
+    frame[texts] = frame[texts].where(frame[texts].notna(), "")
     frame["variant"] = frame["variant"].map(dict(zip(about["variant"], about["name"], strict=True)))
     return frame, int(total)

@@ -182,8 +182,8 @@ def _finish(figure: go.Figure, axis: Axis, sizes: Sequence[int], y_title: str) -
         height=430,
         margin={"l": 10, "r": 10, "t": 10, "b": 10},
         hoverlabel={"align": "left"},
-        # Below the axis, so that a narrow screen leaves the width to the lines.
-        legend={"orientation": "h", "yanchor": "top", "y": -0.22, "x": 0},
+        # Above, so that a narrow screen leaves the width to the lines.
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "xanchor": "left", "x": 0},
     )
     figure.update_xaxes(
         type="log",

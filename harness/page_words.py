@@ -22,7 +22,7 @@ PAGE_WORDS = {
     "cells ok": "How many of its cells were measured.",
     "crossing": "The size at which both take the same time, interpolated between measured sizes, with its "
     "95 % interval. *none* says nothing about sizes that were not measured.",
-    "default": "What holds where the option is not given; `null` means that the method chooses.",
+    "default": "What holds where the option is not given; *none* leaves it to the method.",
     "difference": "This variant's score minus its baseline's.",
     "difference ↑": "This variant's score minus its baseline's; above zero is a gain.",
     "difference ↓": "This variant's score minus its baseline's; below zero is a gain.",

@@ -83,7 +83,7 @@ def _draw_card(card: MethodCard) -> None:
         if title == "Paper" and card.paper:
             continue  # the citation below says the same
         st.markdown(f"**{_PARTS.get(title, title)}**")  # one of our own words
-        st.text(_one_line(text))
+        st.text(_sentence(text))
     if card.paper:
         st.markdown("**Paper**")
         st.text(card.paper)
@@ -96,16 +96,15 @@ def _draw_card(card: MethodCard) -> None:
     rows = [(o.name, o.type, o.range, o.default, o.aliases, o.meaning) for o in card.options]
     columns = ["option", "type", "range", "default", "also accepted as", "meaning"]
     tables.show_table(pd.DataFrame(rows, columns=columns, dtype=object), "options")
-    given = next((o for o in card.options if o.default != "null"), card.options[0])
+    given = next((o for o in card.options if o.default not in ("none", "must be given")), card.options[0])
     st.caption("An option is written behind the name:")
-    st.code(
-        f"harness sweep --methods {card.name}:{given.name}={given.default.strip(chr(34))}", language="bash"
-    )
+    st.code(f"harness sweep --methods {card.name}:{given.name}={given.default}", language="bash")
 
 
-def _one_line(text: str) -> str:
-    """A paragraph without the line breaks of its source: the browser breaks lines."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+def _sentence(text: str) -> str:
+    """Paragraphs without the line breaks of their source: the browser breaks lines."""
+    joined = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return joined[:1].upper() + joined[1:]
 
 
 # --- rows -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 import streamlit as st
 
+from harness.comparing.crossings import Crossing
 from harness.comparing.growth import MIN_SIZES, Axis
 
 from .. import figures, page, scaling_charts, scaling_data, tables
@@ -105,8 +106,9 @@ def _draw_axis(
         )
     if not fits.empty:
         tables.show_table(_fit_table(fits), f"exponents over {axis}")
-    if (fits["sizes"] < MIN_SIZES).any() or fits.empty:
-        methods = about.loc[about["variant"].isin(ids), "method"].drop_duplicates().tolist()
+    enough = set(fits.loc[fits["sizes"] >= MIN_SIZES, "variant"])
+    if lacking := [variant for variant in ids if variant not in enough]:
+        methods = about.loc[about["variant"].isin(lacking), "method"].drop_duplicates().tolist()
         mine = shapes[shapes["variant"].isin(ids)]
         st.write(f"An exponent needs {MIN_SIZES} {_SIZES[axis]}; this sweep would measure them:")
         command = scaling_data.missing_sizes_command(model, methods, mine, axis)
@@ -137,7 +139,7 @@ def _fit_table(fits: pd.DataFrame) -> pd.DataFrame:
             "to size": fits["last"],
             "sizes": fits["sizes"],
             "local exponents": fits["local"],
-            "mode": fits["mode"],
+            "mode": fits["mode"].fillna(""),
             "basis": fits["basis"],
             "caution": fits["note"],
         }
@@ -184,26 +186,29 @@ def _draw_crossings(
     a, b = pair
     rows = about.set_index("variant")
     name_a, name_b = str(rows.at[a, "name"]), str(rows.at[b, "name"])
-    for place, axis in zip(st.columns(2), Axis, strict=True):
+    crossed = {axis: scaling_data.crossings_of(timed, a, b, axis, time) for axis in Axis}
+    for place, (axis, found) in zip(st.columns(2), crossed.items(), strict=True):
         with place:
-            if not _draw_crossing(timed, (a, name_a), (b, name_b), axis, time):
+            _draw_crossing(found, name_a, name_b, axis)
+            if not found:
                 methods = list(dict.fromkeys([str(rows.at[a, "method"]), str(rows.at[b, "method"])]))
                 mine = shapes[shapes["variant"].isin(pair)]
                 command = scaling_data.missing_sizes_command(model, methods, mine, axis)
                 st.code(command, language="bash", wrap_lines=True)
+    for axis, found in crossed.items():
+        if found:
+            tables.show_table(scaling_data.crossing_table(found, name_b), f"crossings over {axis}")
 
 
-def _draw_crossing(timed: Timed, a: tuple[int, str], b: tuple[int, str], axis: Axis, time: str) -> bool:
-    """False where there is nothing to draw."""
+def _draw_crossing(found: Sequence[Crossing], name_a: str, name_b: str, axis: Axis) -> None:
     st.markdown(
         "**Crossover length**" if axis is Axis.PROMPT_LEN else "**Break-even batch size**",
         help="The size at which both take the same time, by interpolation between measured sizes "
         "(in logarithms), with its 95 % interval.",
     )
-    found = scaling_data.crossings_of(timed, a[0], b[0], axis, time)
     if not found:
         st.info(f"The two were not both timed at two {_SIZES[axis]}, everything else alike: sweep both.")
-        return False
+        return
     held = list(dict.fromkeys((each.fixed, each.new_tokens) for each in found))
     key = "at_batch" if axis is Axis.PROMPT_LEN else "at_prompt"
     what = "batch size" if axis is Axis.PROMPT_LEN else "prompt length"
@@ -218,8 +223,5 @@ def _draw_crossing(timed: Timed, a: tuple[int, str], b: tuple[int, str], axis: A
     if any(each.differences for each in drawn):
         st.warning("The two were measured under different conditions: see the column caution.")
     for each in drawn:
-        st.text(scaling_data.crossing_sentence(each, b[1]))
-    figure = scaling_charts.ratios(drawn, a[1], b[1])
-    figures.show_figure(figure, f"crossing over {axis}")
-    tables.show_table(scaling_data.crossing_table(found, b[1]), f"crossings over {axis}")
-    return True
+        st.text(scaling_data.crossing_sentence(each, name_b))
+    figures.show_figure(scaling_charts.ratios(drawn, name_a, name_b), f"crossing over {axis}")

@@ -53,8 +53,11 @@ def _draw_sweep(store: Store, about: Progress) -> None:
     st.text(f"On {about.machine}, started {about.started_at[:19].replace('T', ' ')} UTC{origin}")
     st.progress(about.share, text=f"{about.done:,} of {about.planned:,} cells done")
     figures = [
-        ("Cells done", f"{about.done:,} / {about.planned:,}", "Cells that have a status, of those planned."),
-        ("Measured here", f"{about.measured:,}", f"{about.reused:,} more were reused from earlier sweeps."),
+        (
+            "Cells done",
+            f"{about.done:,} / {about.planned:,}",
+            f"Of those planned; {about.reused:,} were measured by earlier sweeps.",
+        ),
         ("Failed", f"{about.failed:,}", "Cells that ended failed, oom, timeout or crashed."),
         ("Time", _duration(about.elapsed_s), "From the start of the sweep to its end, or until now."),
     ]
@@ -62,11 +65,12 @@ def _draw_sweep(store: Store, about: Progress) -> None:
     if pace is not None:
         figures.append(("Cells a minute", f"{pace:.3g}", "Measured cells over the time so far."))
     if about.is_alive:
-        left = "not known yet" if about.left_s is None else f"about {_duration(about.left_s)}"
+        left = "not known yet" if about.left_s is None else _duration(about.left_s)
         help_ = "The cells that are left at the pace so far; cells differ, so this is rough."
-        figures.append(("Left", left, help_))
-    for place, (label, value, help_) in zip(st.columns(len(figures)), figures, strict=True):
-        place.metric(label, value, help=help_)
+        figures.append(("Left, about", left, help_))
+    with st.container(horizontal=True, gap="large"):  # on a narrow screen they wrap
+        for label, value, help_ in figures:
+            st.metric(label, value, help=help_, width="content")
     if about.is_alive:
         quiet = (
             "" if about.quiet_s is None else f" The last cell was finished {_duration(about.quiet_s)} ago."
@@ -94,7 +98,10 @@ def _draw_grid(store: Store, about: Progress) -> None:
     if counts.empty:
         st.info("No cell has ended yet.")
     else:
-        shown = counts.assign(status=[f"{sweep_data.STATUS_SIGNS[each]} {each}" for each in counts["status"]])
+        shown = counts.assign(
+            status=[f"{sweep_data.STATUS_SIGNS[each]} {each}" for each in counts["status"]],
+            reason=counts["reason"].fillna(""),
+        )
         tables.show_table(shown.rename(columns={"reason": "most frequent reason"}), "statuses")
     grid, total = sweep_data.status_grid(store, about.sweep)
     if grid.empty:

@@ -82,7 +82,7 @@ def test_options_are_described_from_their_schema():
         "bits", "integer", "≥ 2 and ≤ 8", "4", "w_bits, wbits, n_bits", "bits of a weight"
     )
     assert (options["share"].type, options["share"].range) == ("number or none", "> 0")
-    assert options["share"].default == "null"
+    assert options["share"].default == "none"
     assert options["layers"].type == "list of integer or text"
     assert options["kind"].range == "a, b"
     assert options["must"].default == "must be given"
@@ -250,7 +250,7 @@ def test_the_page_of_an_installed_method(path, monkeypatch, installed):
     app = draw("method", path, monkeypatch, name="gptq")
     said = [each.value for each in app.text]
     assert said[0] == "quantization · needs: calibration"
-    assert f"linear layers. {HOSTILE}" in said
+    assert f"Linear layers. {HOSTILE}" in said
     assert "Somebody (2022). A paper." in said
     options, rows, results = (app.dataframe[place].value for place in range(3))
     assert options["also accepted as"].tolist() == ["w_bits"]

@@ -217,7 +217,7 @@ def test_a_running_sweep_is_drawn_again_and_again(store, path, monkeypatch):
     app = draw("sweep", path, monkeypatch)
     assert asked == [2]
     assert app.subheader[0].value == "Sweep 1: running"
-    assert [each.label for each in app.metric][-1] == "Left"
+    assert [each.label for each in app.metric][-1] == "Left, about"
     store.close_sweep(sweep, "finished")
     app.run()
     assert asked == [2]  # not asked for again
