@@ -8,34 +8,40 @@ Markdown; charts, which read some HTML, escape it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from harness.errors import HarnessError
-from harness.store import queries as stored
 from harness.store.store import Store
 
-from . import queries
-from .queries import Filters, Stamp
+from . import kept, queries
+from .boards import badge
+from .queries import Filters
 
 __all__ = [
+    "already",
     "ask_filters",
+    "ask_flag",
+    "ask_place",
     "ask_sweep",
+    "ask_text",
     "choose_many",
     "choose_one",
     "how_to_fill",
     "opened",
-    "records",
 ]
 
 ENVIRONMENT = "HARNESS_DB"
 NEWEST = "newest of each cell"
 
 _FILL = "harness sweep --methods gptq,smoothquant"
+_SEARCH = "Words that are all in a variant's method, model, family or device."
+_METHODS = "A method without options also means every setting of it."
+_TASKS = "Which tasks' scores are shown; timings stay."
+_STATUSES = "Variants that have a cell with such a status, whole."
 
 
 # --- the store --------------------------------------------------------------------------------
@@ -70,10 +76,9 @@ def how_to_fill(headline: str, reason: str = "") -> None:
 
 def ask_sweep(store: Store) -> int | None:
     """The sweep that the reader chose; None for the newest of each cell."""
-    sweeps = [str(sweep) for sweep in reversed(stored.sweeps(store)["sweep"].tolist())]
     chosen = choose_one(
         "Results of",
-        [NEWEST, *sweeps],
+        [NEWEST, *map(str, queries.sweep_ids(store))],
         "sweep",
         st.sidebar,
         format_func=lambda each: each if each == NEWEST else f"sweep {each}",
@@ -81,45 +86,70 @@ def ask_sweep(store: Store) -> int | None:
     return None if chosen in (None, NEWEST) else int(chosen)
 
 
-def records(store: Store, sweep: int | None) -> pd.DataFrame:
-    """The records of a sweep, or the current ones; a page ends here where there are none."""
-    frame = _records(store.label, queries.stamp(store), sweep, store)
-    if frame.empty:
+# --- choices, kept in the address ---------------------------------------------------------------
+
+
+def ask_filters(store: Store, sweep: int | None) -> Filters:
+    """The filters in the side bar; they hold for every page and are part of the address.
+
+    A page ends here where the store, or the sweep, has nothing to show.
+    """
+    if queries.is_empty(store, sweep):
         if sweep is None:
             how_to_fill("The store has no results yet.")
         else:
             st.info("This sweep has no results yet.")
         st.stop()
-    return frame
+    offered = kept.options(store, sweep)
 
+    def ask(label: str, options: Sequence[str], key: str, **widget: Any) -> tuple[str, ...]:
+        return tuple(choose_many(label, options, key, st.sidebar, **widget))
 
-@st.cache_data(show_spinner=False, max_entries=8)
-def _records(label: str, at: Stamp, sweep: int | None, _store: Store) -> pd.DataFrame:
-    # Kept until something is added; Streamlit leaves the parameter with an underscore out of the key.
-    return queries.load(_store, sweep)
-
-
-# --- choices, kept in the address ---------------------------------------------------------------
-
-
-def ask_filters(frame: pd.DataFrame) -> Filters:
-    """The filters in the side bar; they hold for every page and are part of the address."""
-
-    def ask(label: str, column: str, key: str) -> tuple[str, ...]:
-        options = sorted(str(value) for value in frame[column].dropna().unique())
-        return tuple(choose_many(label, options, key, st.sidebar))
-
-    with st.sidebar:
-        filters = Filters(
-            models=ask("Models", "model", "model"),
-            methods=ask("Methods", "method", "method"),
-            families=ask("Families", "family", "family"),
-            devices=ask("Devices", "device_name", "device"),
-            tasks=ask("Tasks", "task", "task"),
-            statuses=ask("Status", "status", "status"),
-        )
-        st.button("Refresh", help="Read the store again.", width="stretch")
+    filters = Filters(
+        search=ask_text("Search", "q", st.sidebar, help=_SEARCH, placeholder="gptq llama"),
+        models=ask("Models", offered.models, "model"),
+        methods=ask("Methods", offered.methods, "method", help=_METHODS),
+        families=ask("Families", offered.families, "family"),
+        devices=ask("Devices", offered.devices, "device"),
+        tasks=ask("Tasks", offered.tasks, "task", help=_TASKS),
+        statuses=ask("Status", offered.statuses, "status", help=_STATUSES, format_func=badge),
+    )
+    st.sidebar.button("Refresh", help="Read the store again.", width="stretch")
     return filters
+
+
+def ask_text(label: str, key: str, where: Any = st, **widget: Any) -> str:
+    """A text whose state is in the address as ``key=...``."""
+    state = f"choice_{key}"
+    if state not in st.session_state:
+        st.session_state[state] = next(iter(_remembered(key)), "")
+    text: str = where.text_input(label, key=state, max_chars=200, **widget)
+    _remember(key, [text] if text else [], [])
+    return text
+
+
+def ask_flag(label: str, key: str, where: Any = st, **widget: Any) -> bool:
+    """A switch whose state is in the address as ``key=1``; off where the reader did not turn it on."""
+    state = f"choice_{key}"
+    if state not in st.session_state:
+        st.session_state[state] = _remembered(key) == ["1"]
+    chosen: bool = where.toggle(label, key=state, **widget)
+    _remember(key, ["1"] if chosen else [], [])
+    return chosen
+
+
+def ask_place(total: int, size: int, about: Hashable, where: Any = st, key: str = "page") -> int:
+    """Which page of a long list; returns how many rows are on the pages before.
+
+    Args:
+        about: what the list depends on; where that has changed the list begins anew.
+    """
+    pages = [str(number + 1) for number in range(-(-total // size) or 1)]
+    if st.session_state.setdefault(f"about_{key}", about) != about:
+        st.session_state[f"about_{key}"] = about
+        st.session_state[f"choice_{key}"] = pages[0]
+    chosen = choose_one("Page", pages, key, where, format_func=lambda each: f"{each} of {len(pages)}")
+    return (int(chosen or 1) - 1) * size
 
 
 def choose_many(
@@ -155,6 +185,12 @@ def choose_one(label: str, options: Sequence[str], key: str, where: Any = st, **
     chosen: str = where.selectbox(label, options, key=state, **widget)
     _remember(key, [chosen], [options[0]])
     return chosen
+
+
+def already(key: str) -> list[str]:
+    """What is chosen under a key, before its widget is drawn."""
+    state = f"choice_{key}"
+    return list(st.session_state[state]) if state in st.session_state else _remembered(key)
 
 
 def _remembered(key: str) -> list[str]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from harness.display import scale
 from harness.glossary import VALUES, explain, heading_of
 
 from .buttons import table_buttons
-from .charts import format_value, reading
+from .charts import format_value
 
-__all__ = ["column_settings", "delta_table", "overview_table", "show_table"]
+__all__ = ["column_settings", "show_table"]
 
 _ROW_PX, _HEADER_PX, _ROWS_SHOWN = 35, 38, 20
 _STYLED_CELLS = 200_000  # pandas refuses to style more than 262,144
@@ -22,7 +22,14 @@ _WIDTHS_PX = {"marks": 100, "verdict": 140, "compared": 110, "reason": 420}
 _OPTIONAL = ("marks", "caution")  # columns that are left out where nothing is in them
 
 
-def show_table(table: pd.DataFrame, name: str = "", where: Any = st, *, index: bool = False) -> None:
+def show_table(
+    table: pd.DataFrame,
+    name: str = "",
+    where: Any = st,
+    *,
+    index: bool = False,
+    charts: Mapping[str, Any] | None = None,
+) -> None:
     """A sortable table, as high as it needs, with its downloads; cells are drawn as plain text and numbers.
 
     A heading says the unit and which way is good; hovering over it says what the column means.
@@ -31,6 +38,7 @@ def show_table(table: pd.DataFrame, name: str = "", where: Any = st, *, index: b
         name: what the table shows, unique on its page; by default made of its first columns.
         where: a Streamlit container.
         index: whether the rows' names are shown.
+        charts: columns of lists that are drawn small, each with one of Streamlit's chart columns.
     """
     blank = [column for column in _OPTIONAL if column in table and not table[column].astype(bool).any()]
     shown = table.drop(columns=blank)
@@ -39,7 +47,7 @@ def show_table(table: pd.DataFrame, name: str = "", where: Any = st, *, index: b
         hide_index=not index,
         width="stretch",
         height=_HEADER_PX + _ROW_PX * min(max(len(table), 1), _ROWS_SHOWN),
-        column_config=column_settings(shown),
+        column_config={**column_settings(shown), **(charts or {})},
     )
     table_buttons(table, name or " ".join(str(column) for column in table.columns[:2]), where, index=index)
 
@@ -66,49 +74,3 @@ def _formatted(table: pd.DataFrame) -> Any:
     drawn = table.style.format(na_rep="–")
     numbers = list(table.select_dtypes("float").columns)
     return drawn.format(format_value, subset=numbers, na_rep="–")
-
-
-def overview_table(table: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
-    """`queries.overview` in units that are easy to read, with headings for people.
-
-    Args:
-        about: `queries.columns_of`, for the units.
-    """
-    units = dict(zip(about["column"], about["unit"], strict=True))
-    shown = table.rename(columns={"knobs": "options", "device_name": "device"})
-    for column in [name for name in table.columns if name in units]:
-        # The middle value decides the unit: one huge model must not make all others 0.
-        factor, unit = scale(units[column], [table[column].abs().median()])
-        shown[column] = table[column] * factor
-        shown = shown.rename(columns={column: f"{column} [{unit}]" if unit else column})
-    return shown
-
-
-def _difference(row: Any, factor: float) -> str:
-    if row.lower == row.upper:
-        return format_value(row.delta * factor)
-    return reading(row.delta * factor, row.lower * factor, row.upper * factor)
-
-
-def delta_table(deltas: pd.DataFrame) -> pd.DataFrame:
-    """`queries.deltas` as text and numbers for people."""
-    rows = []
-    for row in deltas.itertuples():
-        factor, unit = scale(row.unit, [row.baseline, row.value])
-        # A difference of percentages is in percentage points, not in percent.
-        step = "points" if unit == "%" else unit
-        rows.append(
-            {
-                "variant": row.name,
-                "metric": row.column,
-                "verdict": row.verdict,
-                "difference [95 %]": f"{_difference(row, factor)} {step}".strip(),
-                "value / baseline": row.ratio,
-                "baseline": f"{format_value(row.baseline * factor)} {unit}".strip(),
-                "value": f"{format_value(row.value * factor)} {unit}".strip(),
-                "compared": row.compared,
-                "marks": row.marks,
-                "caution": row.flag,
-            }
-        )
-    return pd.DataFrame(rows)

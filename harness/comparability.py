@@ -276,7 +276,14 @@ def read_conditions(store: Store, cell_ids: Iterable[int]) -> dict[int, Conditio
         columns = (sweeps.c.id, sweeps.c.config, sweeps.c.manifest, sweeps.c.manifest_end)
         found = connection.execute(select(*columns).where(sweeps.c.id.in_(sweep_ids)))
         about = {row.id: facts_of(row.config or {}, row.manifest or {}, row.manifest_end) for row in found}
-        spent = {(variant, metric) for variant, metric in connection.execute(budgets)}
+        about_variants = sorted({row.variant_id for row in rows})
+        spent = {
+            (variant, metric)
+            for first in range(0, len(about_variants), _CHUNK)
+            for variant, metric in connection.execute(
+                budgets.where(cells.c.variant_id.in_(about_variants[first : first + _CHUNK]))
+            )
+        }
     return {row.id: _cell_conditions(row, about[row.sweep_id], spent) for row in rows}
 
 

@@ -17,6 +17,23 @@ from harness.page_words import PAGE_WORDS
 __all__ = ["COLUMNS", "VALUES", "Heading", "explain", "explain_metric", "heading_of", "word_of"]
 
 COLUMNS = {
+    "#": "The place in the order that was chosen.",
+    "against the baseline": "Of times and sizes this variant over its baseline, of scores the difference; "
+    "with the 95 % interval, where there is one.",
+    "detectable": "The smallest true difference that this many items would show four times in five.",
+    "figure": "A metric and the task or the shape that it was measured in; ↓ lower is better, ↑ higher is "
+    "better.",
+    "first": "The figure of the variant that the others are compared with.",
+    "flips [%]": "Share of the items that changed between right and wrong, either way.",
+    "history": "Every value that was ever measured of this figure, the oldest first.",
+    "items": "How many items both answered.",
+    "p": "How often a difference as large as this would be seen between equals: the p-value of a paired "
+    "test, adjusted for all tests of the table (Benjamini-Hochberg).",
+    "readings": "How the raw readings of the figure are spread, from the lowest to the highest.",
+    "rests on": "What the comparison rests on: rounds timed in turn (paired), a control, single items, the "
+    "two intervals as if independent, or single readings.",
+    "test": "The paired test that p comes from.",
+    "unit": "The unit of the figures in this row.",
     "after / before": "Stored bytes after the transform over those before.",
     "baseline": "The figure of the variant that is compared with: the same model, seed, type and device "
     "without a method, or the first one chosen.",
@@ -104,6 +121,12 @@ VALUES = {
     "compared": _COMPARED,
 }
 """Columns whose cells are words of a fixed list, and what each says."""
+
+_SIGNED = {
+    "cells": _STATUSES,
+    "status": _STATUSES,
+    "verdict": _VERDICTS,
+}  # words with a sign or a number before them
 
 _LOWER, _HIGHER = "lower is better", "higher is better"
 _ARROWS = {"lower": "↓", "higher": "↑"}
@@ -194,8 +217,9 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
         meanings = {word: VALUES.get(column, {}).get(word) for word in seen}
         if column == "marks":  # a cell may hold both
             meanings = {word: text for word, text in _MARKS.items() if any(word in cell for cell in seen)}
-        elif column == "cells":
-            meanings = {word: text for word, text in _STATUSES.items() if any(word in cell for cell in seen)}
+        elif column in _SIGNED:
+            known = _SIGNED[column]
+            meanings = {word: text for word, text in known.items() if any(word in cell for cell in seen)}
     lines = [f"- *{word}*: {text}" for word, text in meanings.items() if text]
     return "\n".join([told, "", *lines]) if lines else told
 

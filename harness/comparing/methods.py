@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from harness.comparing.ratios import CONTROL, Reading, timing_ratio
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import benjamini_hochberg
+from harness.records import Item
 from harness.store import queries
 from harness.store.readings import all_readings
 from harness.store.store import Store
@@ -22,7 +23,17 @@ from harness.store.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Cell", "adjusted", "cells_in", "cells_of", "compare_methods", "incomparable", "pairs_of"]
+__all__ = [
+    "Cell",
+    "adjusted",
+    "cells_in",
+    "cells_of",
+    "compare_cells",
+    "compare_methods",
+    "incomparable",
+    "pairs_of",
+    "ratio_verdict",
+]
 
 LEVEL = 0.05
 _PLACE = ["model", "seed", "kind", "task", "scenario", "origin"]  # what was imported stands apart
@@ -96,7 +107,7 @@ def compare_methods(
         if name == a:
             raise ConfigError(f"{a} is compared with itself")
         theirs = [cell for cell in cells if cell.method == name]
-        rows = list(_compared(store, mine, theirs, metrics))
+        rows = compare_cells(store, mine, theirs, metrics)
         if not rows and metrics is None:
             raise ConfigError(
                 f"{a} and {name} share no model, seed and cell in this store: "
@@ -108,6 +119,26 @@ def compare_methods(
     if not allow_different and (refused := incomparable(found)):
         raise ConfigError("; ".join(refused))
     return adjusted(found)
+
+
+def compare_cells(
+    store: Store,
+    mine: Sequence[Cell],
+    theirs: Sequence[Cell],
+    metrics: Sequence[str] | None = None,
+    *,
+    conditions: Mapping[int, Conditions] | None = None,
+    items: Callable[[int], Sequence[Item]] | None = None,
+) -> list[Comparison]:
+    """Compare the cells of two variants at every place that both have; p-values are not adjusted yet.
+
+    Args:
+        conditions, items: what many comparisons share; they are read from the store where they are not given.
+    """
+    known = (
+        read_conditions(store, {cell.id for cell in (*mine, *theirs)}) if conditions is None else conditions
+    )
+    return list(_compared(mine, theirs, metrics, known, items or cache(store.items)))
 
 
 def incomparable(found: Sequence[Comparison]) -> list[str]:
@@ -193,10 +224,12 @@ def pairs_of(
 
 
 def _compared(
-    store: Store, mine: Sequence[Cell], theirs: Sequence[Cell], metrics: Sequence[str] | None
+    mine: Sequence[Cell],
+    theirs: Sequence[Cell],
+    metrics: Sequence[str] | None,
+    conditions: Mapping[int, Conditions],
+    items: Callable[[int], Sequence[Item]],
 ) -> Iterator[Comparison]:
-    conditions = read_conditions(store, {cell.id for cell in (*mine, *theirs)})
-    items = cache(store.items)
     weighed: set[tuple[Any, ...]] = set()
     for place in dict.fromkeys(cell.place for cell in mine):
         of_a = [cell for cell in mine if cell.place == place]
@@ -291,10 +324,10 @@ def _ratio(base: Comparison, a: Cell, b: Cell) -> Comparison:
         flags=flags,
         differences=tuple(each for each in base.differences if each not in passing),
     )
-    return replace(row, verdict=_ratio_verdict(row))
+    return replace(row, verdict=ratio_verdict(row))
 
 
-def _ratio_verdict(row: Comparison) -> str:
+def ratio_verdict(row: Comparison) -> str:
     """In words: ``2.95x faster``, never a percentage of an inverse."""
     if row.unit not in _RATIO_WORDS or row.ratio is None or row.ratio <= 0:
         return ""

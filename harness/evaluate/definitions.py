@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-__all__ = ["Score", "definitions"]
+__all__ = ["Score", "definitions", "windows_in"]
 
 _WINDOWS = re.compile(r"seq_len=(\d+), windows=(\d+)")
 
@@ -40,6 +40,16 @@ def definitions(scores: Sequence[Score]) -> list[str]:
         _said(score, way, seen[score.task, score.metric, score.limit])
         for score, way in zip(scores, ways, strict=True)
     ]
+
+
+def windows_in(note: str | None) -> str:
+    """The part of a record's note that says which windows a perplexity was taken over, or nothing.
+
+    >>> windows_in("seq_len=128, windows=9, dropped_tokens=0")
+    'seq_len=128, windows=9'
+    """
+    match = _WINDOWS.search(note or "")
+    return match.group() if match else ""
 
 
 def _ways(score: Score) -> tuple[str, ...]:

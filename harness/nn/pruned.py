@@ -11,7 +11,7 @@ from harness.errors import ConfigError
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -62,12 +62,22 @@ def bitmap_bytes(weight: torch.Tensor, keep: torch.Tensor) -> int:
 
 @dataclass
 class ZeroCount:
-    """What was pruned, added up layer by layer."""
+    """What was pruned, added up layer by layer.
 
+    Args:
+        parameters: of the whole model, before any of it was packed.
+    """
+
+    parameters: int
     zeros: int = 0
     places: int = 0
     stored_bits: int = 0
     lowest_density: float = 1.0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ZeroCount:
+        """Nothing yet, of a model that is still dense."""
+        return cls(sum(parameter.numel() for parameter in model.parameters()))
 
     def add(self, keep: torch.Tensor, value_bits: int) -> None:
         """Take in a layer's keep mask; a surviving value takes `value_bits`."""
@@ -77,15 +87,20 @@ class ZeroCount:
         self.stored_bits += bitmap_bits(places, kept, value_bits)
         self.lowest_density = min(self.lowest_density, kept / places)
 
-    def record(self, context: Context, model: nn.Module) -> None:
-        """Store the figures under the names that all pruning methods use."""
+    def record(self, context: Context, compressed: Sequence[str] = ()) -> None:
+        """Store the figures under the names that all pruning methods use.
+
+        Args:
+            compressed: the layers that are stored without their zeros; where there are any, no size on
+                paper is recorded beside the real one.
+        """
         if not self.places:
             raise ConfigError("no layer was pruned")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
-        context.record("bitmap_bytes", self.stored_bits / 8, "B", theoretical)
+        if not compressed:
+            theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
+            context.record("bitmap_bytes", self.stored_bits / 8, "B", theoretical)
         context.record("pruned_share_of_targets", self.zeros / self.places, "1")
-        context.record("pruned_share_of_all_parameters", self.zeros / parameters, "1")
+        context.record("pruned_share_of_all_parameters", self.zeros / self.parameters, "1")
         context.record("lowest_layer_density", self.lowest_density, "1")
 
 
@@ -96,7 +111,7 @@ def record_masks(
     masks: Mapping[str, torch.Tensor],
 ) -> None:
     """Store how much is pruned, of the targets and of all, and the size on paper."""
-    count = ZeroCount()
+    count = ZeroCount.of(model)
     for name, keep in masks.items():
         count.add(keep, 8 * weights[name].element_size())
-    count.record(context, model)
+    count.record(context)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, insert, select, text
 
+from harness.store.catalogue import add_to_catalogue
 from harness.store.exchange_layout import Section, sections
 from harness.store.exchange_read import Contents
 from harness.store.exchange_rows import Row, imported_key, sweep_identity, variant_digest
@@ -145,6 +146,7 @@ def _add_cells(
     inserted = _insert(connection, cells, values)
     ids |= {keys[cell.line]: id_ for (cell, _), id_ in zip(new, inserted, strict=True)}
     _add_below(connection, sections()["cells"], [(cell, ids[keys[cell.line]]) for cell, _ in new])
+    add_to_catalogue(connection, inserted)
     links = {
         (sweep_ids[number - 1], ids[keys[cell.line]])
         for cell, _ in rows

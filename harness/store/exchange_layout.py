@@ -39,7 +39,7 @@ OPTIONAL = ("effects", "items", "kernels", "samples")
 ROOTS = ("machines", "sweeps", "variants")
 MAX_DEPTH = 32  # of nested JSON values
 _LONGEST_NAME, _LONGEST_TEXT = 10_000, 1_000_000
-_HERE_ONLY = {"sweep_cells", "imports"}  # how rows are linked in a store, not what was found
+_HERE_ONLY = {"sweep_cells", "imports", "catalogue"}  # how rows are found in a store, not what was found
 
 
 @dataclass(frozen=True)

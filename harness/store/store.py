@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError
 
 from harness.errors import StoreError
 from harness.records import CellKind, CellResult, Item, KernelUse, ModuleEffect, Record, Status, VariantReport
+from harness.store.catalogue import add_to_catalogue
 from harness.store.encoding import dump_json, nan_if_null
 from harness.store.failures import translated
 from harness.store.opening import label, locate, open_reader, open_writer
@@ -281,6 +282,7 @@ class Store:
             ]
             _insert_many(connection, items, rows)
             _insert_kernels(connection, cell_id, result.kernels)
+            add_to_catalogue(connection, [cell_id])
         return cell_id
 
     def write_derived(self, cell_id: int, records_: Iterable[Record]) -> None:
@@ -299,6 +301,7 @@ class Store:
             connection.execute(delete(samples).where(samples.c.record_id.in_(old_ids)))
             connection.execute(delete(records).where(records.c.id.in_(old_ids)))
             _insert_records(connection, cell_id, derived)
+            add_to_catalogue(connection, [cell_id])
 
     def items(self, cell_id: int) -> list[Item]:
         """The outcomes of a cell by metric, then by item."""

@@ -12,6 +12,10 @@ and the newest id of a key is the current one. `cells.sweep_id` is the sweep tha
 `sweep_cells` links it to every sweep that uses it. The only rows added to a cell later are derived
 records (flips against a baseline).
 
+`catalogue` repeats, of every model, what was measured of it (metric and place, without values): it is
+written together with the records, so that a list of what can be shown or compared is read from a few
+rows and not from all records. Nothing is exported of it; an import makes it anew.
+
 `imports` marks the sweeps that were measured elsewhere and read from a file. The keys of their cells
 and variants begin with `IMPORTED`, so they are never taken for what this store measured itself.
 
@@ -38,6 +42,7 @@ __all__ = [
     "IMPORTED",
     "REVISION",
     "VERSION_TABLE",
+    "catalogue",
     "cells",
     "effects",
     "imports",
@@ -52,7 +57,7 @@ __all__ = [
     "variants",
 ]
 
-REVISION = "0003"
+REVISION = "0004"
 """The revision of this schema, the number of the last migration: four digits, so that they sort."""
 
 VERSION_TABLE = "harness_store_version"
@@ -112,6 +117,7 @@ variants = Table(
     Column("synthetic", Boolean, nullable=False),
     Column("model_info", JSON, nullable=False),
     Column("simulated", Boolean),  # NULL until the effect has been measured
+    Index(None, "family", "model"),  # the baselines, of which there are few
 )
 
 effects = Table(
@@ -151,6 +157,8 @@ cells = Table(
     Column("seconds", Real, nullable=False),
     Index(None, "key", "id"),  # the newest id of each key, without touching the table
     Index(None, "variant_id"),
+    Index(None, "kind", "task", "scenario", "variant_id"),  # all variants at one place
+    Index(None, "status", "variant_id"),
 )
 
 sweep_cells = Table(
@@ -176,6 +184,19 @@ records = Table(
     Column("mode", Text),
     Column("note", CleanText),
     Index(None, "cell_id", "metric"),
+)
+
+catalogue = Table(
+    "catalogue",
+    metadata,
+    Column("model", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("place", Text, primary_key=True),  # the task's name, the scenario's label, or "transform"
+    Column("metric", Text, primary_key=True),
+    Column("unit", Text, primary_key=True),
+    Column("item_limit", Whole, primary_key=True),  # of a task's items; 0 is no limit
+    Column("windows", Text, primary_key=True),  # of a perplexity, as its note says it, or nothing
+    sqlite_with_rowid=False,
 )
 
 samples = Table(

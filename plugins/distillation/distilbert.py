@@ -101,13 +101,14 @@ def triple_loss(
 
 
 def transform(model: nn.Module, options: DistilBertOptions, context: Context) -> nn.Module:
-    corrupt = prediction_task(model, context)
+    trains = not context.info.synthetic and options.steps != 0
+    corrupt = prediction_task(model, context) if trains else None  # refuses before anything is changed
     keep_layers(model, layers_to_keep(len(blocks_of(model)), options))
     if options.init == "random":
         model = reinitialised(model, context.generator("student"))
     if context.info.kind == "encoder":
         drop_token_types_and_pooler(model)
-    if context.info.synthetic or options.steps == 0:
+    if corrupt is None:
         return model.eval()
     teacher = context.teacher()
 

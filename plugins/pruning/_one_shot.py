@@ -1,12 +1,13 @@
 """What one-shot pruning on calibration data shares: options, and which layers.
 
-A pruned layer keeps its dense form with zeros in it; masks are bool [out, in], True where a weight stays.
+A pruned layer keeps its dense form with zeros in it, but for 2:4; masks are bool [out, in], True where a
+weight stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,14 +16,15 @@ from harness import NotApplicable, NumericalFailure, Options
 from harness.nn.anatomy import anatomy_of, blocks_of, sharing_input
 from harness.nn.magnitude import count_of, keep_largest_of_rows
 from harness.nn.n_of_m import keep_n_of_m
+from harness.nn.n_of_m_layers import store_n_of_m
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from harness import ModelInfo
+    from harness import Context, ModelInfo
 
-__all__ = ["MaskOptions", "keep_best", "prunable", "refusal"]
+__all__ = ["MaskOptions", "keep_best", "prunable", "refusal", "store_pattern"]
 
 
 class MaskOptions(Options):
@@ -31,6 +33,9 @@ class MaskOptions(Options):
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of zeros; with n and m it is 1 - n/m")
     n: int | None = Field(None, ge=1, description="weights that stay of every m inputs")
     m: int | None = Field(None, ge=2, description="inputs in a group of N:M")
+    backend: Literal["auto", "dense"] = Field(
+        "auto", description="2:4 stored for sparse tensor cores, or as zeros in dense weights"
+    )
     targets: str | None = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="before")
@@ -102,6 +107,19 @@ def prunable(model: nn.Module, options: MaskOptions) -> dict[str, list[list[str]
         inside = [name.removeprefix(f"{block}.") for name in linears if name.startswith(f"{block}.")]
         plan[block] = sharing_input(inside, anatomy_of(model).sequential_groups)
     return plan
+
+
+def store_pattern(
+    model: nn.Module, names: Sequence[str], options: MaskOptions, context: Context
+) -> list[str]:
+    """Put N:M layers that are last in the chain into the form that is measured; nothing without `n`, `m`.
+
+    Returns:
+        The layers that are stored compressed.
+    """
+    if options.n is None or options.m is None or not context.last_in_chain:
+        return []
+    return store_n_of_m(model, names, options.n, options.m, compress=options.backend == "auto")
 
 
 def refusal(info: ModelInfo, options: MaskOptions) -> str | None:

@@ -10,9 +10,10 @@ from torch import nn
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.kernels import semi_structured as kernel
+from harness.nn.n_of_m_layers import store_n_of_m
 from harness.nn.pruned import bitmap_bits
-from harness.nn.semi_structured import SemiStructuredLinear, misfit
-from harness.nn.surgery import block_linears, replace_module
+from harness.nn.semi_structured import misfit
+from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from harness import Context, ModelInfo
 
 __all__ = [
-    "MaskedLinear",
     "PatternOptions",
     "check_finite",
     "choose_layers",
@@ -48,28 +48,6 @@ class PatternOptions(Options):
         if self.backend == "cusparselt" and (self.n, self.m) != (2, 4):
             raise ValueError(f"backend: cusparselt runs 2:4 alone, not {self.n}:{self.m}")
         return self
-
-
-class MaskedLinear(nn.Linear):
-    """An `nn.Linear` whose weights hold a pattern that no kernel here makes use of."""
-
-    simulated = True
-    pattern = ""
-
-    @classmethod
-    def of(cls, linear: nn.Linear, n: int, m: int) -> MaskedLinear:
-        """Takes over the parameters of `linear`."""
-        masked = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
-        masked.weight, masked.bias, masked.pattern = linear.weight, linear.bias, f"{n}:{m}"
-        return masked
-
-    @property
-    def kernel_name(self) -> str:
-        """What the forward pass runs."""
-        return f"dense matmul over {self.pattern} zeros"
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, zeros={self.pattern}"
 
 
 def stores_compressed(options: PatternOptions, context: Context) -> bool:
@@ -184,14 +162,15 @@ def store_zeros(model: nn.Module, names: Iterable[str], options: PatternOptions,
         zeros += weight.numel() - kept
         places, groups = places + weight.numel(), groups + counts.numel()
         stored_bits += bitmap_bits(weight.numel(), kept, 8 * weight.element_size())
-        if compressed:
-            tuned = options.algorithm == "tuned"
-            layer: nn.Module = SemiStructuredLinear.from_dense(weight, linear.bias, tuned=tuned)
-        elif context.last_in_chain:
-            layer = MaskedLinear.of(linear, options.n, options.m)
-        else:
-            continue  # what follows looks for plain layers
-        replace_module(model, name, layer)
+        if context.last_in_chain:  # what follows looks for plain layers
+            store_n_of_m(
+                model,
+                [name],
+                options.n,
+                options.m,
+                compress=compressed,
+                tuned=options.algorithm == "tuned",
+            )
         del linear, weight
     if not places:
         raise ConfigError("no layer was pruned")

@@ -79,7 +79,10 @@ def task_parts(lost, chance):
         Record("acc", share, "fraction", share - 0.06, share + 0.06, 200),
         Record("acc_flips", lost, "fraction", max(0.0, lost - 0.02), lost + 0.03, 200),
     )
-    items = tuple(Item(index, "acc", float(each)) for index, each in enumerate(kept))
+    items = tuple(
+        Item(index, "acc", float(each), {"loglikelihoods": [-1.0 - index, -2.0], "target": 0})
+        for index, each in enumerate(kept)
+    )
     return records, items
 
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from harness_dashboard import queries
 from harness_dashboard.queries import Filters
+from harness_dashboard.queries.compared import independent_interval
 
-from harness.records import CellKind, CellResult, Item, Record, Status
+from harness.records import CellKind, CellResult, Item, KernelUse, Record, Status
 from harness.store import queries as stored
 from harness.store.store import Store
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, SMALL, variant_row
@@ -17,66 +17,98 @@ ACCURACY, DECODE = "acc · hellaswag", f"decode_latency · {SMALL}"
 
 
 @pytest.fixture
-def frame(filled):
-    return queries.load(filled)
+def about(filled):
+    return queries.described(filled, queries.matching(filled, Filters(), None))
 
 
-def by_method(table, model=MODEL):
-    return table[table["model"] == model].set_index("method")
+@pytest.fixture
+def ids(about):
+    return about[about["model"] == MODEL].set_index("method")["variant"].to_dict()
 
 
-# --- loading ----------------------------------------------------------------------------------
+def columns_of(store, *names, sweep=None):
+    by_name = {column.name: column for column in queries.columns(store, sweep)}
+    return [by_name[name] for name in names]
 
 
-def test_rows_say_where_and_what(frame):
-    row = frame[(frame["method"] == "smoothquant+gptq") & (frame["metric"] == "acc")].iloc[0]
-    assert (row["place"], row["column"]) == ("hellaswag", ACCURACY)
+def deltas(store, *names, about=None, pairs=None):
+    """The differences of all variants to their baselines, with what describes them."""
+    if about is None:
+        about = queries.described(store, queries.matching(store, Filters(), None))
+    columns = columns_of(store, *names)
+    values = queries.values(store, columns, None, about["variant"].tolist())
+    pairs = queries.baselines(store, about, None) if pairs is None else pairs
+    found = queries.differences(store, columns, values, pairs, about)
+    return found.merge(about[["variant", "method", "model"]], on="variant")
+
+
+def write(store, sweep, key, *records, family="quantization", task=None, scenario=None, items=(), **more):
+    """A cell of a variant that is named as its key's first word."""
+    variant = key.partition(" ")[0]
+    store.write_variant(sweep, variant_row(variant, ((variant, {}),), family, key=variant))
+    kind = CellKind.TASK if task else CellKind.SCENARIO
+    result = CellResult(key, variant, more.pop("status", Status.OK), records=records, items=items, **more)
+    return store.write_cell(sweep, result, kind=kind, task=task, scenario=scenario)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.open(tmp_path / "results.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def sweep(store):
+    return store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
+
+
+# --- what variants are -------------------------------------------------------------------------
+
+
+def test_variants_say_what_they_are(about):
+    row = about[about["method"] == "smoothquant+gptq"].iloc[0]
     assert row["knobs"] == "alpha=0.5 + bits=4 group_size=-1"
-    assert frame[frame["kind"] == "transform"]["place"].unique().tolist() == ["transform"]
-    assert frame[frame["metric"].isna()]["column"].isna().all()
+    assert row["options"] == [{"alpha": 0.5}, {"bits": 4, "group_size": -1}]
 
 
-def test_simulated_and_synthetic_rows_are_marked(frame):
-    marks = frame.groupby("method")["marks"].agg(set)
+def test_they_come_in_the_order_that_was_asked_for(filled, about):
+    wanted = about["variant"].tolist()[::-1]
+    assert queries.described(filled, wanted)["variant"].tolist() == wanted
+    assert queries.described(filled, []).empty
+
+
+def test_simulated_and_synthetic_rows_are_marked(about):
+    marks = about.groupby("method")["marks"].agg(set)
     assert marks["wanda:sparsity=0.5"] == {"simulated"}
-    assert set(frame[frame["model"] == SHAPE]["marks"]) == {"synthetic"}
+    assert set(about[about["model"] == SHAPE]["marks"]) == {"synthetic"}
     assert queries.marks_text(simulated=True, synthetic=True) == "simulated, synthetic"
 
 
-def test_names_are_as_short_as_they_can_be(frame):
-    assert "gptq:bits=4 · zoo:llama-6m" in set(frame["name"])
-    alone = queries.named(frame[frame["model"] == MODEL])
+def test_names_are_as_short_as_they_can_be(filled, about):
+    assert "gptq:bits=4 · zoo:llama-6m" in set(about["name"])
+    alone = queries.named(about[about["model"] == MODEL])
     assert {"baseline", "gptq:bits=4"} <= set(alone["name"])
-    assert alone.groupby("name")["variant"].nunique().max() == 1
+    assert alone["name"].is_unique
 
 
-def test_two_variants_that_differ_in_nothing_visible_have_two_names(tmp_path):
-    with Store.open(tmp_path / "results.db") as store:
-        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=2)
-        for key in ("before", "after an upgrade"):
-            row = variant_row("gptq", (("gptq", {}),), "quantization", key=key)
-            store.write_variant(sweep, row)
-            result = CellResult(key, key, Status.OK, records=(Record("acc", 0.5, "fraction"),))
-            store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-        assert queries.load(store)["name"].tolist() == ["gptq · #1", "gptq · #2"]
+def test_two_variants_that_differ_in_nothing_visible_have_two_names(store, sweep):
+    for key in ("before", "after an upgrade"):
+        store.write_variant(sweep, variant_row("gptq", (("gptq", {}),), "quantization", key=key))
+    assert queries.described(store, [1, 2])["name"].tolist() == ["gptq · #1", "gptq · #2"]
 
 
-def test_the_stamp_changes_with_every_addition(tmp_path):
-    stamps = []
-    with Store.open(tmp_path / "results.db") as store:
-        stamps.append(queries.stamp(store))
-        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
-        stamps.append(queries.stamp(store))
-        store.write_variant(sweep, variant_row("gptq", (("gptq", {}),), "quantization", key="v"))
-        result = CellResult("c", "v", Status.FAILED, "why")
-        cell = store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-        stamps.append(queries.stamp(store))
-        store.write_derived(cell, [Record("flips", 0.5, "fraction")])
-        stamps.append(queries.stamp(store))
+def test_the_stamp_changes_with_every_addition(store):
+    stamps = [queries.stamp(store)]
+    sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
+    stamps.append(queries.stamp(store))
+    cell = write(store, sweep, "v t", task="t", status=Status.FAILED, reason="why")
+    stamps.append(queries.stamp(store))
+    store.write_derived(cell, [Record("flips", 0.5, "fraction")])
+    stamps.append(queries.stamp(store))
     assert len(set(stamps)) == 4
 
 
-# --- filters and tables -------------------------------------------------------------------------
+# --- filters and pages -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,141 +117,270 @@ def test_the_stamp_changes_with_every_addition(tmp_path):
         (Filters(), 15),
         (Filters(models=(SHAPE,)), 3),
         (Filters(methods=("gptq:bits=4",)), 2),
+        (Filters(methods=("gptq",)), 3),
+        (Filters(methods=("smoothquant+gptq",)), 1),
+        (Filters(methods=("no such method",)), 0),
         (Filters(families=("pruning", "attention")), 3),
         (Filters(devices=("another",)), 0),
         (Filters(statuses=("oom", "crashed")), 2),
         (Filters(models=(MODEL,), methods=("gptq:bits=4",)), 1),
+        (Filters(search="GPTQ llama-6m"), 3),
+        (Filters(search="h100 prun"), 2),
+        (Filters(search="100%"), 0),
+        (Filters(search="_"), 1),
     ],
 )
-def test_filters(frame, filters, expected):
-    assert queries.filtered(frame, filters)["variant"].nunique() == expected
+def test_filters(filled, filters, expected):
+    found = queries.matching(filled, filters, None)
+    assert len(found) == len(set(found)) == expected
+    assert queries.shown(filled, filters, None, count=99) == found
 
 
-def test_a_task_filter_leaves_the_timings(frame):
-    left = queries.filtered(frame, Filters(tasks=("wikitext",)))
-    assert set(left["task"].dropna()) == {"wikitext"}
-    assert DECODE in set(left["column"])
+def test_a_sweep_has_its_own_variants(filled):
+    assert len(queries.matching(filled, Filters(), 1)) == 15
+    assert queries.matching(filled, Filters(), 2) == []
+    assert (queries.is_empty(filled, 1), queries.is_empty(filled, 2)) == (False, True)
+    assert queries.sweep_ids(filled) == [2, 1]
 
 
-def test_a_status_filter_keeps_the_whole_variant(frame):
-    left = queries.filtered(frame, Filters(statuses=("not_applicable",), models=(SHAPE,)))
-    assert set(left["status"]) == {"ok", "not_applicable"}
+def test_the_filters_offer_what_there_is(filled):
+    offered = queries.options(filled, None)
+    assert offered.models == (SHAPE, MODEL)
+    assert "gptq:bits=3" in offered.methods
+    assert offered.tasks == ("hellaswag", "wikitext")
+    assert offered.statuses == ("crashed", "not_applicable", "ok", "oom")
+    assert queries.options(filled, 1) == offered
+    assert queries.options(filled, 2).models == ()
 
 
-def test_the_overview_has_one_row_a_variant(frame):
-    table = queries.overview(frame, [DECODE, ACCURACY, "nothing · here"])
-    assert table.index.is_unique
-    assert len(table) == 15
-    mine = by_method(table)
-    assert mine.loc["gptq:bits=4", DECODE] == pytest.approx(0.0021 * 0.58)
-    assert mine.loc["baseline", "cells"] == "5 ok"
-    assert mine.loc["moe", "cells"] == "1 oom"
-    assert math.isnan(mine.loc["moe", DECODE])
-    assert table["nothing · here"].isna().all()
-    assert by_method(table, SHAPE).loc["baseline", "cells"] == "1 not_applicable, 1 ok"
+def test_of_too_many_settings_only_the_methods_are_offered(store, sweep):
+    for bits in range(201):
+        row = variant_row(f"gptq:bits={bits}", (("gptq", {}),), "quantization", key=str(bits))
+        store.write_variant(sweep, row)
+        result = CellResult(f"{bits}", str(bits), Status.SKIPPED)
+        store.write_cell(sweep, result, kind=CellKind.TRANSFORM, task=None, scenario=None)
+    assert queries.options(store, None).methods == ("gptq",)
+    assert len(queries.matching(store, Filters(methods=("gptq",)), None)) == 201
 
 
-def test_of_two_settings_the_newer_cell_is_shown(tmp_path):
-    with Store.open(tmp_path / "results.db") as store:
-        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=2)
-        store.write_variant(sweep, variant_row("gptq", (("gptq", {}),), "quantization", key="v"))
-        for key, value in (("limit 10", 0.1), ("limit 100", 0.2)):
-            result = CellResult(key, "v", Status.OK, records=(Record("acc", value, "fraction"),))
-            store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-        frame = queries.load(store)
-    assert len(frame) == 2
-    assert queries.overview(frame, ["acc · t"])["acc · t"].tolist() == [0.2]
+def test_a_list_is_sorted_by_a_figure_whole_and_then_cut(filled, ids):
+    [decode] = columns_of(filled, DECODE)
+    mine = Filters(models=(MODEL,))
+    whole = queries.shown(filled, mine, None, by=decode, descending=False, count=99)
+    values = queries.values(filled, [decode], None, whole).set_index("variant")["value"].reindex(whole)
+    measured = values.dropna()
+    assert measured.is_monotonic_increasing
+    assert values.notna().tolist() == [True] * len(measured) + [False] * (len(whole) - len(measured))
+    assert whole[0] == ids["smoothquant+gptq"]
+    pages = [
+        queries.shown(filled, mine, None, by=decode, descending=False, first=first, count=5)
+        for first in (0, 5, 10)
+    ]
+    assert [len(each) for each in pages] == [5, 5, 2]
+    assert [*pages[0], *pages[1], *pages[2]] == whole
+    downwards = queries.shown(filled, mine, None, by=decode, count=99)
+    assert downwards[: len(measured)] == whole[: len(measured)][::-1]
+    by_name = queries.described(filled, queries.shown(filled, mine, None, by="method", descending=False))
+    assert by_name["method"].is_monotonic_increasing
 
 
-def test_columns_come_with_unit_and_direction_and_the_leading_ones_first(frame):
-    about = queries.columns_of(frame).set_index("column")
-    assert about.index[0] == f"weight_bytes · {SMALL}"
-    assert about.index[-1] == "acc_flips · hellaswag"
-    assert about.loc[ACCURACY, ["unit", "direction"]].tolist() == ["fraction", "higher"]
-    assert about.loc[DECODE, ["unit", "direction"]].tolist() == ["s", "lower"]
-    assert set(queries.columns_of(frame, ["task"])["place"]) == {"hellaswag", "wikitext"}
-    leading = queries.leading_columns(about.reset_index())
+def test_how_cells_ended(filled, ids):
+    ended = queries.how_cells_ended(filled, None)
+    assert ended["cells"].sum() == 50
+    mine = ended[ended["variant"] == ids["moe"]]
+    assert mine[["status", "cells"]].values.tolist() == [["oom", 1]]
+
+
+# --- columns and values ------------------------------------------------------------------------
+
+
+def test_columns_come_with_unit_and_direction_and_the_leading_ones_first(filled):
+    found = queries.columns(filled, None)
+    assert found[0].name == f"weight_bytes · {SMALL}"
+    assert found[-1].name == "acc_flips · hellaswag"
+    by_name = {column.name: column for column in found}
+    assert (by_name[ACCURACY].unit, by_name[ACCURACY].direction) == ("fraction", "higher")
+    assert (by_name[DECODE].unit, by_name[DECODE].direction) == ("s", "lower")
+    assert by_name[DECODE].models == {MODEL, SHAPE}
+    assert by_name[ACCURACY].models == {MODEL}
+    leading = queries.leading(found)
     assert ACCURACY in leading
-    assert sum(column.startswith("decode_latency") for column in leading) == 1
+    assert sum(name.startswith("decode_latency") for name in leading) == 1
+    assert [column.name for column in queries.columns(filled, 1)] == [column.name for column in found]
+    assert queries.columns(filled, 2) == []
 
 
-def test_points_need_both_figures(frame):
-    points = queries.points(frame, DECODE, ACCURACY)
+def test_a_task_filter_leaves_the_timings(filled):
+    left = queries.of_models(queries.columns(filled, None), (), ("wikitext",))
+    assert {column.place for column in left if column.kind == "task"} == {"wikitext"}
+    assert DECODE in {column.name for column in left}
+    synthetic = queries.of_models(queries.columns(filled, None), (SHAPE,))
+    assert {column.kind for column in synthetic} == {"scenario"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "place", "aspect"),
+    [
+        ("acc", "hellaswag", "quality"),
+        ("decode_latency", SMALL, "latency"),
+        ("decode_throughput", SMALL, "throughput"),
+        ("weight_bytes", SMALL, "memory"),
+        ("kv_cache_bytes_per_token", SMALL, "memory"),
+        ("transform_s", "transform", "cost to compress"),
+    ],
+)
+def test_what_a_column_is_about(filled, metric, place, aspect):
+    [found] = [c for c in queries.columns(filled, None) if (c.metric, c.place) == (metric, place)]
+    assert found.aspect == aspect
+
+
+def test_values_are_those_of_the_store(filled, ids):
+    columns = queries.columns(filled, None)
+    found = queries.values(filled, columns, None, list(ids.values()))
+    row = found[(found["variant"] == ids["gptq:bits=4"]) & (found["column"] == DECODE)].iloc[0]
+    assert (row["value"], row["lower"], row["upper"]) == pytest.approx(
+        (0.0021 * 0.58, 0.0021 * 0.58 * 0.98, 0.0021 * 0.58 * 1.03)
+    )
+    assert (row["n"], row["mode"], row["sweep"]) == (20, "graph", 1)
+    assert not found["variant"].isin([ids["moe"]]).any()
+    once = queries.everything(filled, columns, None, list(ids.values()))
+    key = ["variant", "column"]
+    assert once.sort_values(key, ignore_index=True).equals(found.sort_values(key, ignore_index=True))
+    assert queries.values(filled, columns, 2, list(ids.values())).empty
+
+
+def test_of_two_settings_the_newer_cell_is_shown(store, sweep):
+    for key, value in (("v before", 0.1), ("v after", 0.2)):
+        write(store, sweep, key, Record("acc", value, "fraction"), task="t")
+    columns = queries.columns(store, None)
+    for read in (queries.values, queries.everything):
+        assert read(store, columns, None, [1])["value"].tolist() == [0.2]
+    assert queries.histories(store, columns[0], [1]) == {1: [0.1, 0.2]}
+
+
+def test_what_was_measured_again_is_not_shown(store, sweep):
+    """A newer cell of the same key counts, even where it has no record."""
+    write(store, sweep, "v t", Record("acc", 0.1, "fraction"), task="t")
+    write(store, sweep, "v t", task="t", status=Status.FAILED, reason="why")
+    columns = queries.columns(store, None)
+    assert queries.values(store, columns, None, [1]).empty
+    assert queries.everything(store, columns, None, [1]).empty
+    assert queries.how_cells_ended(store, None)["status"].tolist() == ["failed"]
+    assert len(queries.how_cells_ended(store, sweep)) == 2, "the sweep measured both"
+
+
+@pytest.mark.parametrize("read", [queries.values, queries.everything])
+def test_scores_with_a_limit_or_other_windows_have_columns_of_their_own(store, sweep, read):
+    def note(length, windows):
+        return f"seq_len={length}, windows={windows}, dropped_tokens=0"
+
+    limited = store.open_sweep(command="", config={"limit": 10}, manifest={}, cells_planned=1)
+    for key, of, value, said in (
+        ("a 1", sweep, 1.0, note(128, 9)),
+        ("b 1", sweep, 2.0, note(512, 9)),
+        ("c 1", sweep, 3.0, note(128, 90)),
+        ("d 1", limited, 4.0, note(128, 9)),
+    ):
+        write(store, of, key, Record("token_perplexity", value, "ppl", note=said), task="t")
+    columns = queries.columns(store, None)
+    found = read(store, columns, None, [1, 2, 3, 4])
+    assert dict(zip(found["column"], found["value"], strict=True)) == {
+        "token_perplexity · t (windows of 128, 9 windows)": 1.0,
+        "token_perplexity · t (windows of 512)": 2.0,
+        "token_perplexity · t (windows of 128, 90 windows)": 3.0,
+        "token_perplexity · t (limit 10)": 4.0,
+    }
+
+
+def test_points_need_all_figures(filled, ids):
+    points = queries.points(filled, columns_of(filled, DECODE, ACCURACY), Filters(), None)
     assert len(points) == 8, "neither failed nor synthetic variants"
-    row = points.set_index("method").loc["baseline"]
+    row = points.set_index("variant").loc[ids["baseline"]]
     assert (row["x"], row["x_lower"], row["x_upper"]) == pytest.approx((0.0021, 0.002058, 0.002163))
     assert row["y_lower"] < row["y"] < row["y_upper"]
+    three = queries.points(
+        filled, columns_of(filled, DECODE, ACCURACY, "transform_s"), Filters(families=("pruning",)), None
+    )
+    assert three["z"].tolist() == pytest.approx([3.5 * 1.02, 3.5 * 0.98])
 
 
-def test_option_tables_stand_side_by_side(frame):
-    ids = by_method(frame.drop_duplicates("variant"))["variant"]
-    table = queries.option_table(frame, [ids["baseline"], ids["smoothquant+gptq"]])
-    first, second = table.columns
+def test_option_tables_stand_side_by_side(filled, ids):
+    table = queries.option_table(queries.described(filled, [ids["baseline"], ids["smoothquant+gptq"]]))
+    _, second = table.columns
     assert table.loc["step 1: alpha"].tolist() == ["", "0.5"]
     assert table.loc["step 2: group_size", second] == "-1"
-    assert table.loc["method", first] == "baseline"
+    assert table.loc["method"].tolist() == ["baseline", "smoothquant+gptq"]
 
 
-def test_failures_that_should_have_worked_come_first(filled):
-    table = queries.failures(filled)
-    assert table["status"].tolist() == ["crashed", "oom", *["not_applicable"] * 4]
-    assert table["reason"][0] == HOSTILE
-    assert table["place"].tolist()[:3] == ["transform", "transform", "hellaswag"]
-    assert table["cell"].tolist()[2:] == sorted(table["cell"][2:], reverse=True)
+def test_what_transforms_changed(filled, ids):
+    found = queries.changes(filled, [ids["gptq:bits=4"], ids["moe"], ids[HOSTILE]])
+    assert found["modules"].tolist() == [1, 0, 0]
+    assert found["bytes_after"][0] == 600_000
+    assert found["simulated"].tolist() == [False, None, None]
 
 
 # --- differences ------------------------------------------------------------------------------
 
 
-def test_every_variant_meets_the_baseline_of_its_own_setting(frame):
-    models = frame.drop_duplicates("variant").set_index("variant")[["model", "method", "family"]]
-    pairs = queries.pairs_of(frame)
+def test_every_variant_meets_the_baseline_of_its_own_setting(filled, about):
+    known = about.set_index("variant")
+    pairs = queries.baselines(filled, about, None)
     assert len(pairs) == 13
     for variant, baseline in pairs.items():
-        assert models.loc[baseline, "family"] == "baseline"
-        assert models.loc[baseline, "model"] == models.loc[variant, "model"]
-        assert models.loc[variant, "family"] != "baseline"
+        assert known.loc[baseline, "family"] == "baseline"
+        assert known.loc[baseline, "model"] == known.loc[variant, "model"]
+        assert known.loc[variant, "family"] != "baseline"
+    assert queries.baselines(filled, about, 2) == {}
 
 
-def test_another_dtype_or_device_is_no_baseline(frame):
-    changed = frame.copy()
-    changed.loc[changed["method"] == "gptq:bits=3", "dtype"] = "float16"
-    changed.loc[changed["method"] == "magnitude", "device_name"] = "another GPU"
-    unpaired = set(queries.pairs_of(frame)) - set(queries.pairs_of(changed))
-    assert set(frame[frame["variant"].isin(unpaired)]["method"]) == {"gptq:bits=3", "magnitude"}
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float16"}, {"device_name": "another GPU"}, {"seed": 1}, {"origin": "theirs.jsonl"}]
+)
+def test_another_setting_is_no_baseline(filled, about, change):
+    [(name, value)] = change.items()
+    changed = about.copy()
+    changed.loc[changed["method"] == "gptq:bits=3", name] = value
+    unpaired = set(queries.baselines(filled, about, None)) - set(queries.baselines(filled, changed, None))
+    assert set(about[about["variant"].isin(unpaired)]["method"]) == {"gptq:bits=3"}
 
 
-def test_scores_are_compared_item_by_item(filled, frame):
-    table = by_method(queries.deltas(filled, frame, [ACCURACY]))
+def test_scores_are_compared_item_by_item(filled, ids):
+    table = deltas(filled, ACCURACY).set_index("method")
     row = table.loc["magnitude"]
-    cells = frame[(frame["metric"] == "acc") & (frame["model"] == MODEL)].set_index("method")["cell"]
-    both = stored.paired_items(filled, cells["baseline"], cells["magnitude"], "acc")
+    values = queries.values(filled, columns_of(filled, ACCURACY), None, [ids["baseline"], ids["magnitude"]])
+    cells = values.set_index("variant")["cell"]
+    both = stored.paired_items(filled, cells[ids["baseline"]], cells[ids["magnitude"]], "acc")
     difference = both["b"] - both["a"]
     # The normal interval of a paired difference, as an independent reference for the bootstrap.
     half = 1.96 * difference.std() / math.sqrt(len(difference))
-    assert row["compared"] == "item by item"
-    assert row["delta"] == pytest.approx(difference.mean())
+    assert (row["basis"], row["test"], row["n"]) == ("items", "McNemar", 200)
+    assert row["difference"] == pytest.approx(difference.mean())
     assert row["lower"] == pytest.approx(difference.mean() - half, abs=0.015)
     assert row["upper"] == pytest.approx(difference.mean() + half, abs=0.015)
-    assert row["verdict"] == "worse"
+    assert row["flips"] == pytest.approx((difference != 0).mean())
+    assert (row["verdict"], row["p"] < 0.001, 0 < row["detectable"] < 0.2) == ("worse", True, True)
     assert table.loc["gptq:bits=4", "verdict"] == "no clear difference"
 
 
-def test_items_that_do_not_explain_the_value_are_not_used(tmp_path):
+def test_p_values_are_adjusted_for_all_rows(filled, about, ids):
+    whole = deltas(filled, ACCURACY).set_index("method")["p"]
+    pair = {ids["wanda:sparsity=0.5"]: ids["baseline"]}
+    alone = deltas(filled, ACCURACY, pairs=pair).set_index("method")["p"]
+    assert alone["wanda:sparsity=0.5"] < whole["wanda:sparsity=0.5"]
+
+
+def test_items_that_do_not_explain_the_value_are_not_used(store, sweep):
     """A score that is no mean over its items (a macro average) has no paired interval."""
-    with Store.open(tmp_path / "results.db") as store:
-        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=2)
-        for family, value in (("baseline", 0.5), ("quantization", 0.9)):
-            store.write_variant(sweep, variant_row(family, ((family, {}),), family, key=family))
-            items = tuple(Item(index, "f1", float(index % 2)) for index in range(10))
-            record = Record("f1", value, "fraction", value - 0.1, value + 0.1, 10)
-            result = CellResult(family, family, Status.OK, records=(record,), items=items)
-            store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-        [row] = queries.deltas(store, queries.load(store), ["f1 · t"]).to_dict("records")
-    assert row["compared"] == "by intervals"
+    for family, value in (("baseline", 0.5), ("quantization", 0.9)):
+        items = tuple(Item(index, "f1", float(index % 2)) for index in range(10))
+        record = Record("f1", value, "fraction", value - 0.1, value + 0.1, 10)
+        write(store, sweep, family, record, family=family, task="t", items=items)
+    [row] = deltas(store, "f1 · t").to_dict("records")
+    assert (row["basis"], row["test"]) == ("intervals", "")
     assert (row["lower"], row["upper"]) == pytest.approx(
         (0.4 - math.hypot(0.1, 0.1), 0.4 + math.hypot(0.1, 0.1))
     )
+    assert row["verdict"] == "better"
 
 
 def test_independent_intervals_cover_as_they_say():
@@ -228,55 +389,133 @@ def test_independent_intervals_cover_as_they_say():
     spread_a, spread_b, held, trials = 1.0, 2.0, 0, 2000
     for _ in range(trials):
         a, b = rng.normal(10, spread_a), rng.normal(12, spread_b)
-        rows = [
-            pd.Series({"value": value, "lower": value - 1.96 * s, "upper": value + 1.96 * s})
-            for value, s in ((a, spread_a), (b, spread_b))
-        ]
-        lower, upper = queries._independent_interval(*rows)
+        sides = [(value - 1.96 * s, value, value + 1.96 * s) for value, s in ((a, spread_a), (b, spread_b))]
+        lower, upper = independent_interval(*sides)
         held += lower <= 2 <= upper
     assert held / trials == pytest.approx(0.95, abs=0.02)
 
 
-def test_differences_of_timings_and_of_counted_bytes(filled, frame):
-    columns = [DECODE, f"weight_bytes · {SMALL}", f"kv_cache_bytes_per_token · {SMALL}", "transform_s"]
-    table = queries.deltas(filled, frame, columns)
-    rows = table[(table["method"] == "gptq:bits=4") & (table["model"] == MODEL)].set_index("metric")
-    assert rows.index.tolist() == [
-        "decode_latency",
-        "weight_bytes",
-        "kv_cache_bytes_per_token",
-        "transform_s",
-    ]
-    assert rows["verdict"].tolist() == ["better", "better", "equal", ""]
-    assert rows["compared"].tolist() == ["by intervals", "counted", "counted", "no interval"]
-    assert rows.loc["decode_latency", "ratio"] == pytest.approx(0.58)
-    assert rows.loc["weight_bytes", "lower"] == rows.loc["weight_bytes", "delta"]
+def test_differences_of_timings_and_of_counted_bytes(filled):
+    weight, cache, throughput = (
+        f"{metric} · {SMALL}" for metric in ("weight_bytes", "kv_cache_bytes_per_token", "decode_throughput")
+    )
+    table = deltas(filled, DECODE, weight, cache, throughput, "transform_s")
+    mine = table[(table["method"] == "gptq:bits=4") & (table["model"] == MODEL)]
+    rows = mine.set_index("metric")
+    assert rows["basis"].tolist() == ["unpaired", "counted", "counted", "intervals", "reading"]
+    assert rows["verdict"].tolist() == [
+        "1.72x faster", "3.33x smaller", "equal", "1.72x faster", "1.72x faster",
+    ]  # fmt: skip
+    assert rows.loc["decode_latency", "ratio"] == pytest.approx(0.58, rel=0.03)
+    assert rows.loc["weight_bytes", "lower"] == rows.loc["weight_bytes", "ratio"] == pytest.approx(0.3)
+    # On the logarithmic scale: 0.97 and 1.02 around each of two throughputs.
+    spread = math.hypot(math.log(0.97), math.log(1.02))
+    assert rows.loc["decode_throughput", "lower"] == pytest.approx(math.exp(-spread) / 0.58)
+    assert math.isnan(rows.loc["transform_s", "lower"])
 
 
-def test_doubtful_comparisons_are_flagged(tmp_path):
-    with Store.open(tmp_path / "results.db") as store:
-        for family, mode in (("baseline", "graph"), ("quantization", "eager")):
-            sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
-            store.write_variant(sweep, variant_row(family, ((family, {}),), family, key=family))
-            record = Record("decode_latency", 1.0, "s", 0.9, 1.1, 5, mode=mode)
-            result = CellResult(family, family, Status.OK, records=(record,))
-            store.write_cell(sweep, result, kind=CellKind.SCENARIO, task=None, scenario=SMALL)
-        [row] = queries.deltas(store, queries.load(store), [DECODE]).to_dict("records")
-    assert row["flag"] == "measured in different sweeps; timed differently (graph and eager)"
+def test_doubtful_comparisons_are_flagged(store):
+    for family, mode in (("baseline", "graph"), ("quantization", "eager")):
+        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
+        record = Record("decode_latency", 1.0, "s", 0.9, 1.1, 5, mode=mode)
+        write(store, sweep, family, record, family=family, scenario=SMALL)
+    [row] = deltas(store, DECODE).to_dict("records")
+    assert row["caution"] == "not comparable, mode: graph and eager; measured in different sweeps"
+
+
+def test_two_models_can_be_held_against_each_other(filled, about):
+    baselines = about[about["family"] == "baseline"].set_index("model")["variant"]
+    row = deltas(filled, DECODE, pairs={baselines[SHAPE]: baselines[MODEL]}).iloc[0]
+    assert row["ratio"] == pytest.approx(1000, rel=0.05)
+    assert f"model: {MODEL} and {SHAPE}" in row["caution"]
+
+
+# --- details ----------------------------------------------------------------------------------
+
+
+def test_items_that_changed(filled, ids):
+    first, other = ids["baseline"], ids["magnitude"]
+    places = queries.item_places(filled, first, other, None)
+    assert list(places) == [ACCURACY]
+    assert queries.item_places(filled, first, ids["moe"], None) == {}
+    a, b, metric = places[ACCURACY]
+    both = stored.paired_items(filled, a, b, metric)
+    changed = both[both["a"] != both["b"]]
+    found = queries.changed_items(filled, a, b, metric, 1000)
+    assert (found.items, found.changed) == (200, len(changed))
+    assert sorted(found.rows["index"]) == changed["index"].tolist()
+    assert set(found.rows["change"]) == {1.0, -1.0}
+    cut = queries.changed_items(filled, a, b, metric, 3)
+    assert (cut.changed, len(cut.rows)) == (len(changed), 3)
+    index = int(found.rows["index"][0])
+    outcome, detail = queries.item_detail(filled, b, metric, index)
+    assert outcome == found.rows["other"][0]
+    assert detail["loglikelihoods"][0] == -1.0 - index
+
+
+def test_an_item_that_only_one_could_answer_comes_first(store, sweep):
+    for key, outcomes in (("a", (1.0, 2.0, 3.0)), ("b", (1.5, 2.0, math.nan))):
+        items = tuple(Item(index, "nll", outcome) for index, outcome in enumerate(outcomes))
+        write(store, sweep, key, Record("nll", 2.0, "nats"), task="t", items=items)
+    found = queries.changed_items(store, 1, 2, "nll", 10)
+    assert found.rows["index"].tolist() == [2, 0]
+    assert (found.items, found.changed) == (3, 2)
+
+
+def test_raw_readings_and_their_spread(filled, ids):
+    mine = [ids["baseline"], ids["gptq:bits=4"]]
+    values = queries.values(filled, columns_of(filled, DECODE, f"weight_bytes · {SMALL}"), None, mine)
+    decode = values[values["column"] == DECODE]
+    assert queries.has_readings(filled, values["record"]) == set(decode["record"])
+    found = queries.readings(filled, decode)
+    assert found.groupby("variant").size().to_dict() == dict.fromkeys(mine, 20)
+    spread = queries.histograms(filled, dict(zip(decode["variant"], decode["record"], strict=True)))
+    assert {variant: sum(bins) for variant, bins in spread.items()} == dict.fromkeys(mine, 20)
+    assert all(len(bins) == 12 and bins[0] and bins[-1] for bins in spread.values())
+
+
+def test_why_a_variant_is_as_fast_as_it_is(store, sweep):
+    kernels = (KernelUse("decode", "gemm", "matmul", 6, 0.001, 1.0),)
+    for key in ("a", "b"):
+        write(
+            store, sweep, f"{key} small", Record("decode_latency", 1.0, "s"), scenario=SMALL, kernels=kernels
+        )
+    write(store, sweep, "a large", Record("verdict", 1.0, "1", note="launch-bound"), scenario="b8-p1-g1")
+    assert queries.shapes(store, [1, 2], None) == [SMALL]
+    assert queries.shapes(store, [1], None) == [SMALL, "b8-p1-g1"]
+    found = queries.explanations(store, [2, 1], SMALL, None)
+    assert list(found) == [2, 1]
+    assert found[1].kernels == kernels
+    assert found[1].value("decode_latency") == 1.0
+    assert queries.explanations(store, [1, 2], "b8-p1-g1", None)[1].verdict == "launch-bound"
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def test_failures_that_should_have_worked_come_first(filled):
+    found = queries.failures(filled, Filters(), None)
+    assert found.counts == {"not_applicable": 4, "crashed": 1, "oom": 1}
+    assert found.rows["status"].tolist() == ["crashed", "oom", *["not_applicable"] * 4]
+    assert found.rows["reason"][0] == HOSTILE
+    assert found.rows["place"].tolist()[:3] == ["transform", "transform", "hellaswag"]
+    assert found.rows["cell"].tolist()[2:] == sorted(found.rows["cell"][2:], reverse=True)
+    second = queries.failures(filled, Filters(), None, first=2, count=2)
+    assert second.rows["cell"].tolist() == found.rows["cell"].tolist()[2:4]
+    said = queries.what_was_said(filled, int(found.rows["cell"][0]))
+    assert said.log_tail == HOSTILE
 
 
 @pytest.mark.parametrize(
-    ("lower", "upper", "direction", "verdict"),
+    ("filters", "expected"),
     [
-        (-2, -1, "lower", "better"),
-        (-2, -1, "higher", "worse"),
-        (1, 2, "lower", "worse"),
-        (1, 2, "higher", "better"),
-        (-1, 1, "lower", "no clear difference"),
-        (0, 0, "lower", "equal"),
-        (1, 2, None, ""),
-        (math.nan, math.nan, "lower", ""),
+        (Filters(statuses=("oom",)), 1),
+        (Filters(statuses=("ok",)), 0),
+        (Filters(models=(SHAPE,)), 3),
+        (Filters(tasks=("wikitext",)), 3),
+        (Filters(search="fp8"), 1),
     ],
 )
-def test_verdicts(lower, upper, direction, verdict):
-    assert queries._verdict(lower, upper, direction) == verdict
+def test_failures_that_pass_the_filters(filled, filters, expected):
+    found = queries.failures(filled, filters, None)
+    assert sum(found.counts.values()) == len(found.rows) == expected

@@ -337,9 +337,11 @@ def test_the_default_length_is_the_budget_of_the_sweep():
     assert METHOD.needs_of(DistilBertOptions(steps=0)) == frozenset()
 
 
-def test_random_weights_are_only_made_shallower():
-    model = tiny_model("llama")
-    info = info_from_config(model.config, "shape:llama", synthetic=True)
+@pytest.mark.parametrize("family", ["llama", "encoder"])
+def test_random_weights_are_only_made_shallower(family):
+    """An encoder needs no head for masked tokens when nothing is trained."""
+    model = tiny_model(family)
+    info = info_from_config(model.config, f"shape:{family}", synthetic=True)
     context = make_context(model, info)
     assert len(blocks_of(METHOD.transform(model, DistilBertOptions(), context))) == 1
     assert context.trained_steps == 0

@@ -67,7 +67,7 @@ def test_four_bits_on_top_cost_little():
 
 
 def test_rounding_after_it_keeps_the_zeros():
-    model = _pruned("opt-4m", "wanda", n=2, m=4)
+    model = _pruned("opt-4m", "wanda", n=2, m=4, backend="dense")
     context = make_context(model, tokens=training_tokens())
     model = rtn.METHOD.transform(model, rtn.METHOD.options.parse({"bits": 4, "group_size": 32}), context)
     packed = [module for module in model.modules() if isinstance(module, QuantizedLinear)]

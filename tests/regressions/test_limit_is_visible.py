@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from harness_dashboard.queries import load
+from harness_dashboard.queries import columns
 
 from harness.cli.app import run
 from harness.comparing import compare_methods
@@ -48,7 +48,7 @@ def test_in_the_table_in_every_format_and_in_comparisons(path, capsys):
 
 def test_in_the_dashboard(path):
     with Store.open_readonly(path) as store:
-        assert set(load(store)["column"]) == {"acc · grammar (limit 10)"}
+        assert {column.name for column in columns(store, None)} == {"acc · grammar (limit 10)"}
 
 
 def test_ten_items_never_stand_in_one_column_with_all(path, capsys):
@@ -56,7 +56,10 @@ def test_ten_items_never_stand_in_one_column_with_all(path, capsys):
         whole = add_sweep(store)
         record = Record("acc", 0.5, "fraction", n=40)
         add_cell(store, whole, "baseline", record, task="grammar", items=items([1, 0] * 20))
-        assert set(load(store)["column"]) == {"acc · grammar", "acc · grammar (limit 10)"}
+        assert {column.name for column in columns(store, None)} == {
+            "acc · grammar",
+            "acc · grammar (limit 10)",
+        }
         # The variant was only measured on ten items, the baseline on both: the ten are compared.
         (row,) = compare_methods(store, "baseline", "new")
         assert (row.n, row.flags) == (LIMIT, ("limit 10",))

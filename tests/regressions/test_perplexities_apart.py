@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness_dashboard.queries import load
+from harness_dashboard.queries import columns as dashboard_columns
 
 from harness.cli.app import run
 from harness.evaluate.metrics import record_name
@@ -44,7 +44,7 @@ def test_each_meaning_has_a_column(tmp_path, capsys, cells, columns):
         for number, (model, task, said) in enumerate(cells):
             record = Record("token_perplexity", 20.0 + number, "ppl", note=said)
             add_cell(store, sweep, "new", record, task=task, model=model, key=f"{model} {task}")
-        dashboard = set(load(store)["column"])
+        dashboard = {column.name for column in dashboard_columns(store, None)}
     assert run(["results", "--db", str(tmp_path / "results.db")]) == 0
     header = next(line for line in capsys.readouterr().out.splitlines() if "method" in line)
     shown = {name for name in columns if name in header}

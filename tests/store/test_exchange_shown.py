@@ -122,7 +122,14 @@ def test_the_dashboard_pairs_rows_of_the_same_origin_and_marks_them(both):
     from harness_dashboard import queries as shown
 
     with Store.open_readonly(both) as store:
-        frame = shown.load(store)
-        deltas = shown.deltas(store, frame, frame["column"].unique().tolist())
-    assert sorted(zip(deltas["ratio"], deltas["marks"], strict=True)) == [(0.5, "imported"), (2.0, "")]
+        about = shown.described(store, shown.matching(store, shown.Filters(), None))
+        columns = shown.columns(store, None)
+        values = shown.values(store, columns, None, about["variant"].tolist())
+        pairs = shown.baselines(store, about, None)
+        found = shown.differences(store, columns, values, pairs, about)
+    marks = about.set_index("variant")["marks"]
+    assert sorted(zip(found["ratio"], found["variant"].map(marks), strict=True)) == [
+        (0.5, "imported"),
+        (2.0, ""),
+    ]
     assert queries.RESULT_COLUMNS[-1] == "origin"

@@ -1,0 +1,214 @@
+"""Variants against another one, by the comparisons of `harness.comparing`: paired where that is possible."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pandas as pd
+from sqlalchemy import select
+
+from harness.comparability import read_conditions
+from harness.comparing import Comparison, Reading, adjusted
+from harness.comparing.methods import Cell, compare_cells, ratio_verdict
+from harness.display import COUNTED, better
+from harness.store.encoding import nan_if_null
+from harness.store.readings import all_readings
+from harness.store.store import Store
+from harness.store.tables import cells, records, variants
+
+from .columns import Column
+from .scope import chosen_cells, chunks
+
+__all__ = ["DIFFERENCES", "against", "cells_at", "differences", "independent_interval", "with_interval"]
+
+DIFFERENCES = (
+    "variant", "column", "metric", "place", "unit", "direction", "baseline", "value", "difference", "ratio",
+    "is_ratio", "lower", "upper", "p", "test", "detectable", "n", "flips", "basis", "verdict", "caution",
+)  # fmt: skip
+
+_NUMBERS = ("baseline", "value", "difference", "ratio", "lower", "upper", "p", "detectable")
+
+
+def cells_at(store: Store, cell_ids: Iterable[int]) -> dict[int, Cell]:
+    """Cells with their finite records and raw readings, by id, ready to be compared with any other.
+
+    They are known by what was measured alone, so that variants of two models, seeds or files can be put side
+    by side; what differs between them is said as a caution.
+    """
+    wanted = sorted(set(cell_ids))
+    about = select(
+        cells.c.id, cells.c.kind, cells.c.task, cells.c.scenario, cells.c.sweep_id,
+        variants.c.method, variants.c.family, variants.c.dtype, variants.c.device_name,
+    ).join(variants, variants.c.id == cells.c.variant_id)  # fmt: skip
+    names = ("cell_id", "metric", "value", "unit", "lower", "upper", "mode")
+    measured = select(*(records.c[name] for name in names)).where(records.c.value.is_not(None))
+    samples = all_readings(store, wanted)
+    found: dict[int, tuple[dict[str, Any], dict[str, Reading], dict[str, str]]] = {}
+    with store.reading() as connection:
+        for part in chunks(wanted):
+            for row in connection.execute(about.where(cells.c.id.in_(part))).mappings():
+                place = {"model": "", "seed": 0, "origin": None, "cell": row["id"], "sweep": row["sweep_id"]}
+                found[row["id"]] = ({**row, **place}, {}, {})
+            ordered = measured.where(records.c.cell_id.in_(part)).order_by(records.c.id)
+            for cell, metric, value, unit, lower, upper, mode in connection.execute(ordered):
+                reading = Reading(nan_if_null(value), samples.get((cell, metric), ()), lower, upper, mode)
+                found[cell][1][metric], found[cell][2][metric] = reading, unit
+    return {id_: Cell(*parts) for id_, parts in found.items()}
+
+
+def differences(
+    store: Store,
+    columns: Sequence[Column],
+    readings: pd.DataFrame,
+    pairs: Mapping[int, int],
+    about: pd.DataFrame,
+) -> pd.DataFrame:
+    """Each variant against the one that it is paired with, one row for each column that both have.
+
+    P-values are adjusted over all rows that are returned. Times and sizes have a `ratio` with its interval,
+    scores a `difference` with its interval, in the unit that was stored.
+
+    Args:
+        readings: rows of `values` of both sides.
+        pairs: variant to what it is compared with.
+        about: rows of `described` of both sides.
+    """
+    by_place = {
+        (variant, column): cell
+        for variant, column, cell in zip(
+            readings["variant"], readings["column"], readings["cell"], strict=True
+        )
+    }
+    wanted = [
+        (variant, column, by_place[base, column.name], by_place[variant, column.name])
+        for variant, base in pairs.items()
+        for column in columns
+        if (base, column.name) in by_place and (variant, column.name) in by_place
+    ]
+    ids = {cell for *_, a, b in wanted for cell in (a, b)}
+    stored, conditions, items = cells_at(store, ids), read_conditions(store, ids), cache(store.items)
+    rows: list[tuple[int, Column, Comparison, tuple[Reading, Reading]]] = []
+    for variant, column, a, b in wanted:
+        both = compare_cells(
+            store, [stored[a]], [stored[b]], [column.metric], conditions=conditions, items=items
+        )
+        sides = stored[a].records[column.metric], stored[b].records[column.metric]
+        rows += [(variant, column, row, sides) for row in both]
+    known = about.set_index("variant")
+    tested = adjusted([with_interval(row, readings_of) for *_, row, readings_of in rows])
+    return pd.DataFrame(
+        [
+            _row(variant, column, row, _cautions(known.loc[pairs[variant]], known.loc[variant]))
+            for (variant, column, *_), row in zip(rows, tested, strict=True)
+        ],
+        columns=list(DIFFERENCES),
+    ).astype(dict.fromkeys(_NUMBERS, "float64"))
+
+
+def with_interval(row: Comparison, readings: tuple[Reading, Reading]) -> Comparison:
+    """The comparison; where it has no interval, with one from the two readings' own intervals.
+
+    As if the two were independent (MOVER: Zou and Donner 2008, Statistics in Medicine 27), which is cautious.
+    Ratios are combined on the logarithmic scale. What is counted and not sampled differs by exactly what it
+    differs by.
+    """
+    if row.lower is not None:
+        return row
+    if row.metric in COUNTED:
+        value = row.difference if row.ratio is None else row.ratio
+        return _judged(replace(row, lower=value, upper=value, basis="counted"))
+    sides = [(side.lower, side.value, side.upper) for side in readings]
+    if any(part is None for side in sides for part in side):
+        return row
+    if row.ratio is None:
+        lower, upper = independent_interval(*sides)
+    elif min(side[0] for side in sides) > 0:
+        logarithms = [tuple(map(math.log, side)) for side in sides]
+        lower, upper = map(math.exp, independent_interval(*logarithms))
+    else:
+        return row
+    return _judged(replace(row, lower=lower, upper=upper, basis="intervals"))
+
+
+def independent_interval(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
+    """MOVER's interval of the difference ``b - a`` of two independent readings, each lower, value, upper."""
+    difference = b[1] - a[1]
+    below = math.hypot(b[1] - b[0], a[2] - a[1])
+    above = math.hypot(b[2] - b[1], a[1] - a[0])
+    return difference - below, difference + above
+
+
+def _judged(row: Comparison) -> Comparison:
+    return row if row.ratio is None else replace(row, verdict=ratio_verdict(row))
+
+
+def against(
+    store: Store, first: int, others: Sequence[int], sweep: int | None
+) -> dict[int, list[Comparison]]:
+    """Everything that other variants have in common with the first, tested; p-values adjusted over all.
+
+    This reads all readings and items of the variants, so it takes seconds where there are many.
+    """
+    query = select(cells.c.id, cells.c.variant_id).where(
+        cells.c.variant_id.in_([first, *others]), cells.c.status == "ok", chosen_cells(sweep)
+    )
+    with store.reading() as connection:
+        variant_of = dict(connection.execute(query).all())
+    stored, conditions = cells_at(store, variant_of), read_conditions(store, variant_of)
+    items = cache(store.items)
+    of_variant: dict[int, list[Cell]] = {}
+    for id_, cell in stored.items():
+        of_variant.setdefault(variant_of[id_], []).append(cell)
+    found = [
+        (other, row)
+        for other in others
+        for row in compare_cells(
+            store, of_variant.get(first, []), of_variant.get(other, []), conditions=conditions, items=items
+        )
+    ]
+    tested: dict[int, list[Comparison]] = {other: [] for other in others}
+    for (other, _), row in zip(found, adjusted([row for _, row in found]), strict=True):
+        tested[other].append(row)
+    return tested
+
+
+def _cautions(base: pd.Series, variant: pd.Series) -> list[str]:
+    """What the labels of two variants say against comparing them."""
+    return [
+        f"{label}: {base[name]} and {variant[name]}"
+        for name, label in (("model", "model"), ("seed", "seed"), ("origin", "origin"))
+        if base[name] != variant[name]
+    ]
+
+
+def _row(variant: int, column: Column, row: Comparison, cautions: Sequence[str]) -> dict[str, Any]:
+    said = [*cautions, *(f"not comparable, {each}" for each in row.differences), *row.flags]
+    if row.sweep_a != row.sweep_b:
+        said.append("measured in different sweeps")
+    return {
+        "variant": variant,
+        "column": column.name,
+        "metric": column.metric,
+        "place": column.place,
+        "unit": column.unit,
+        "direction": better(column.metric, column.unit, column.kind),
+        "baseline": row.a,
+        "value": row.b,
+        "difference": row.b - row.a if row.difference is None else row.difference,
+        "ratio": row.ratio if row.ratio is not None else (row.b / row.a if row.a else None),
+        "is_ratio": row.ratio is not None,
+        "lower": row.lower,
+        "upper": row.upper,
+        "p": row.p,
+        "test": row.test or "",
+        "detectable": row.detectable,
+        "n": row.n,
+        "flips": row.flips,
+        "basis": row.basis or "",
+        "verdict": row.verdict,
+        "caution": "; ".join(said),
+    }
