@@ -17,12 +17,13 @@ from harness.store.selection import current, sweep_number
 from harness.store.store import Store
 from harness.store.tables import cells, imports, machines, sweep_cells, sweeps, variants
 
+from .boards import badge
 from .variant_names import variant_names
 
 __all__ = [
     "FAILING",
-    "STATUS_SIGNS",
     "UNWELL",
+    "WAITING",
     "Failure",
     "Progress",
     "failure",
@@ -39,20 +40,8 @@ FAILING = tuple(str(status) for status in Status if status.is_failure)
 UNWELL = (*FAILING, str(Status.NO_EFFECT), str(Status.NOT_APPLICABLE), str(Status.SKIPPED))
 """Every status but ``ok``, what should have worked first."""
 
-STATUS_SIGNS = {
-    "ok": "✓",
-    "failed": "✗",
-    "oom": "✗",
-    "timeout": "✗",
-    "crashed": "✗",
-    "no_effect": "=",
-    "not_applicable": "–",
-    "skipped": "–",
-    "waiting": "…",
-}
-"""A sign before each status, so that colour is not what tells them apart."""
-
-_ABSENT = "waiting"
+WAITING = "… waiting"
+"""In place of a status: a cell that the sweep has not come to."""
 
 
 def last_sweep(store: Store) -> int:
@@ -244,8 +233,8 @@ def status_grid(
     by_place = found.drop_duplicates(["variant", "place"], keep="last")
     grid = by_place.pivot(index="variant", columns="place", values="status")
     grid = grid.reindex(index=ids, columns=list(dict.fromkeys(where for _, where in places)))
-    grid = grid.astype(object).where(grid.notna(), _ABSENT)
-    shown = grid.map(lambda status: f"{STATUS_SIGNS[status]} {status}")
+    shown = grid.astype(object).map(badge, na_action="ignore")
+    shown = shown.where(shown.notna(), WAITING)
     names = variant_names(about)
     shown.insert(0, "variant", [names[id_] for id_ in shown.index])
     return shown.reset_index(drop=True), total

@@ -214,7 +214,9 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
         names = dict.fromkeys(heading_of(cell).metric.partition("/")[0].partition(",")[0] for cell in seen)
         meanings = {name: word_of(name) for name in names if name in METRIC_WORDS or _is_plain(name)}
     else:
-        meanings = {word: VALUES.get(column, {}).get(word) for word in seen}
+        known = VALUES.get(column, {})
+        words = [cell if cell in known else cell.partition(" ")[2] for cell in seen]  # behind a sign
+        meanings = {word: known.get(word) for word in words}
         if column == "marks":  # a cell may hold both
             meanings = {word: text for word, text in _MARKS.items() if any(word in cell for cell in seen)}
         elif column in _SIGNED:

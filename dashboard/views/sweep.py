@@ -7,6 +7,7 @@ import streamlit as st
 from harness.store.store import Store
 
 from .. import page, sweep_data, tables
+from ..boards import badge
 from ..sweep_data import Progress
 
 __all__ = ["render"]
@@ -99,7 +100,7 @@ def _draw_grid(store: Store, about: Progress) -> None:
         st.info("No cell has ended yet.")
     else:
         shown = counts.assign(
-            status=[f"{sweep_data.STATUS_SIGNS[each]} {each}" for each in counts["status"]],
+            status=[badge(each) for each in counts["status"]],
             reason=counts["reason"].fillna(""),
         )
         tables.show_table(shown.rename(columns={"reason": "most frequent reason"}), "statuses")
@@ -110,7 +111,7 @@ def _draw_grid(store: Store, about: Progress) -> None:
         st.caption(f"{len(grid):,} of {total:,} variants, those with failures first.")
     if not about.is_alive:
         # "waiting" would promise what nobody is going to do.
-        grid = grid.replace(f"{sweep_data.STATUS_SIGNS['waiting']} waiting", "")
+        grid = grid.replace(sweep_data.WAITING, "")
     tables.show_table(grid, "grid")
 
 
@@ -121,7 +122,7 @@ def _draw_failures(store: Store, number: int) -> None:
     st.subheader("What did not work")
     left, right = st.columns(2)
     which = page.choose_one("Among", [_THIS, _ALL], "among", left)
-    statuses = page.choose_many("Status", sweep_data.UNWELL, "status", right)
+    statuses = page.choose_many("Status", sweep_data.UNWELL, "status", right, format_func=badge)
     found, total = sweep_data.failures(store, number if which == _THIS else None, statuses)
     if found.empty:
         st.success("No cell has this status." if statuses else "Every cell is ok.")
@@ -132,12 +133,14 @@ def _draw_failures(store: Store, number: int) -> None:
     )
     if len(found) < total:
         st.caption(f"{len(found):,} of {total:,}; choose a status to see fewer.")
-    shown = found.drop(columns="cell").rename(
-        columns={"place": "cell", "seconds": "took [s]", "started_at": "started (UTC)"}
+    shown = (
+        found.assign(status=found["status"].map(badge))
+        .drop(columns="cell")
+        .rename(columns={"place": "cell", "seconds": "took [s]", "started_at": "started (UTC)"})
     )
     tables.show_table(shown, "failures")
     labels = {
-        str(row.cell): f"{row.status} · {row.model} · {row.method} · {row.place} (cell {row.cell})"
+        str(row.cell): f"{badge(row.status)} · {row.model} · {row.method} · {row.place} (cell {row.cell})"
         for row in found.itertuples()
     }
     chosen = page.choose_one("Cell", list(labels), "cell", format_func=lambda cell: labels[cell])

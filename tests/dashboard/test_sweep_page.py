@@ -128,7 +128,7 @@ def test_the_grid_has_failing_variants_first_and_says_what_waits(store):
     assert total == 2
     assert grid.columns.tolist() == ["variant", "b8-p8-g2", "b64-p8-g2", "grammar"]
     assert grid.values.tolist() == [
-        ["bad", "✓ ok", "… waiting", "✗ oom"],
+        ["bad", "✓ ok", "… waiting", "✕ oom"],
         ["good", "✓ ok", "✓ ok", "… waiting"],
     ]
     only, total = sweep_data.status_grid(store, sweep, only_failing=True)
@@ -200,7 +200,7 @@ def test_statuses_come_from_the_address(store, path, monkeypatch):
     add_failures(store, sweep)
     store.close_sweep(sweep, "finished")
     app = draw("sweep", path, monkeypatch, status="oom")
-    assert app.dataframe[2].value["status"].tolist() == ["oom"]
+    assert app.dataframe[2].value["status"].tolist() == ["✕ oom"]
     assert app.text[-1].value == f"oom: {HOSTILE}"
 
 
@@ -253,3 +253,17 @@ def test_another_sweep_and_all_failures(store, path, monkeypatch):
 def test_durations(seconds):
     expected = {0: "0 s", 3.4: "3 s", 75: "1 min 15 s", 7322: "2 h 2 min"}
     assert view._duration(seconds) == expected[seconds]
+
+
+def test_headings_explain_a_status_behind_its_sign():
+    from harness.glossary import explain
+
+    assert "*oom*: it ran out of memory" in explain("status", ["✕ oom", HOSTILE])
+    assert "<img" not in explain("status", [HOSTILE])
+
+
+@pytest.mark.parametrize("heading", ["difference ↑ [points]", "exponent", "at the end", "matters for"])
+def test_headings_of_these_pages_are_explained(heading):
+    from harness.glossary import explain
+
+    assert explain(heading)
