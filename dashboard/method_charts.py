@@ -49,6 +49,7 @@ def quality_against(rows: pd.DataFrame, cost: str, metric: str) -> go.Figure:
     y_factor, y_unit = scale(unit, rows["difference"])
     # A difference of percentages is in percentage points, not in percent.
     y_unit = "points" if y_unit == "%" else y_unit
+    y_title = axis_title("difference to baseline", html.escape(y_unit), direction)
     seen: set[str] = set()
     for number, model in enumerate(models):
         place = {"row": number // wide + 1, "col": number % wide + 1}
@@ -63,7 +64,7 @@ def quality_against(rows: pd.DataFrame, cost: str, metric: str) -> go.Figure:
     # The line at zero is the baseline.
     figure.update_yaxes({**axes, "zeroline": True, "zerolinewidth": 2, "zerolinecolor": _EVEN_COLOUR})
     figure.update_xaxes(title_text=axis_title(name, x_unit, cost_better))
-    figure.update_yaxes(title_text=axis_title("difference to baseline", y_unit, direction))
+    figure.update_yaxes(title_text=y_title)
     figure.update_layout(
         title={"text": html.escape(metric), "font": {"size": 14}},
         height=80 + _FACET_PX * tall,

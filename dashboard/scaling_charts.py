@@ -36,6 +36,7 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame, axis: Axis, metric: str) ->
         fits: rows of `scaling_data.fits`; those with an exponent are drawn as thin lines.
     """
     factor, unit = scale(str(points["unit"].iloc[0]), points["value"])
+    unit = html.escape(unit)
     figure = go.Figure()
     variants = list(dict.fromkeys(points["variant"]))
     of_metric = fits[fits["metric"] == metric]

@@ -138,8 +138,9 @@ def first_choice(about: pd.DataFrame, most: int) -> list[int]:
 def held_sizes(shapes: pd.DataFrame, chosen: Sequence[int], axis: Axis) -> list[tuple[int, int]]:
     """What can be held along an axis (the other size and the new tokens), the most sizes first."""
     mine = shapes[shapes["variant"].isin(chosen)]
-    other, along = ("batch_size", "prompt_len"), ("prompt_len", "batch_size")
-    held, size = (other[0], along[0]) if axis is Axis.PROMPT_LEN else (other[1], along[1])
+    held, size = "batch_size", "prompt_len"
+    if axis is Axis.BATCH_SIZE:
+        held, size = size, held
     counts = mine.groupby([held, "new_tokens"])[size].nunique()
     ordered = sorted(counts.items(), key=lambda pair: (-int(pair[1]), pair[0]))
     return [(int(fixed), int(new)) for (fixed, new), _ in ordered]

@@ -40,6 +40,8 @@ FAILING = tuple(str(status) for status in Status if status.is_failure)
 UNWELL = (*FAILING, str(Status.NO_EFFECT), str(Status.NOT_APPLICABLE), str(Status.SKIPPED))
 """Every status but ``ok``, what should have worked first."""
 
+_STATES = ("running", "finished", "interrupted")
+
 WAITING = "… waiting"
 """In place of a status: a cell that the sweep has not come to."""
 
@@ -63,7 +65,7 @@ class Progress:
     """
 
     sweep: int
-    state: str  # running | finished | interrupted
+    state: str  # running | finished | interrupted | of unknown state
     origin: str | None
     machine: str
     command: str
@@ -134,7 +136,8 @@ def progress(store: Store, sweep: int, now: datetime | None = None) -> Progress:
         last = select(cells.c.started_at, cells.c.seconds).where(cells.c.id == counts.newest)
         newest = connection.execute(last).first()
     is_dead = row.status == "running" and has_ended((row.manifest or {}).get("process"))
-    state = "interrupted" if is_dead else row.status
+    # A store may say anything: only its own words reach a heading.
+    state = "interrupted" if is_dead else row.status if row.status in _STATES else "of unknown state"
     started = _moment(row.started_at)
     last_cell = None if newest is None else _moment(newest.started_at).timestamp() + (newest.seconds or 0.0)
     looked = (now or datetime.now(UTC)).timestamp()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from harness.cli.output import format_value
 from harness.store.store import Store
 
 from .. import page, sweep_data, tables
@@ -64,7 +65,7 @@ def _draw_sweep(store: Store, about: Progress) -> None:
     ]
     pace = about.cells_per_minute
     if pace is not None:
-        figures.append(("Cells a minute", f"{pace:.3g}", "Measured cells over the time so far."))
+        figures.append(("Cells a minute", format_value(pace), "Measured cells over the time so far."))
     if about.is_alive:
         left = "not known yet" if about.left_s is None else _duration(about.left_s)
         help_ = "The cells that are left at the pace so far; cells differ, so this is rough."

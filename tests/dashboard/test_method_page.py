@@ -238,6 +238,8 @@ def test_one_panel_a_model_with_units_and_direction():
     assert figure.layout.yaxis3.title.text == "difference to baseline [points] (higher is better)"
     assert all("<img" not in each.text for each in figure.layout.annotations)
     assert "<img" not in figure.data[0].hovertext[0]
+    hostile = quality_rows(["a"]).assign(unit=HOSTILE, compared=HOSTILE, caution=HOSTILE)
+    assert "<img" not in str(method_charts.quality_against(hostile, "bits", HOSTILE).to_dict())
     sparsity = method_charts.quality_against(quality_rows(["a"]), "sparsity", "acc · grammar")
     assert sparsity.layout.xaxis.title.text == "sparsity [%] (higher is better)"
     assert sparsity.data[0].x[0] == 50

@@ -183,6 +183,15 @@ def test_axes_are_logarithmic_with_units_and_direction(store, about):
     assert slope == pytest.approx(fits["exponent"].iloc[0])
 
 
+def test_a_unit_from_the_store_is_no_html(store, about):
+    timed = scaling_data.read_timed(store, ids(about, "baseline"), None)
+    lines = scaling_data.growth_of(timed, Axis.PROMPT_LEN, (1, 16), ["prefill_latency"])
+    points = scaling_data.points(lines, about, "prefill_latency").assign(unit=HOSTILE)
+    fits = scaling_data.fits(lines, about, ["prefill_latency"])
+    figure = scaling_charts.growth(points, fits, Axis.PROMPT_LEN, "prefill_latency")
+    assert "<img" not in str(figure.to_dict())
+
+
 def test_the_crossing_is_drawn_with_its_interval(store, about):
     a, b = ids(about, "baseline", "window")
     timed = scaling_data.read_timed(store, [a, b], None)

@@ -87,6 +87,15 @@ def test_a_killed_sweep_is_interrupted_and_ends_with_its_last_cell(store):
     assert sweep_data.resume_command(found) == COMMAND
 
 
+def test_a_state_that_is_none_is_not_repeated(store):
+    sweep = open_sweep(store)
+    with store.writing() as connection:
+        connection.execute(sweeps.update().values(status=HOSTILE))
+    found = sweep_data.progress(store, sweep)
+    assert found.state == "of unknown state"
+    assert not found.is_alive
+
+
 def test_the_commands_that_go_on(store):
     finished = open_sweep(store)
     add_failures(store, finished)
