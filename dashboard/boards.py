@@ -85,18 +85,14 @@ def board(
     table["model"] = about["model"].tolist()
     table["cells"] = [statuses.get(variant, "") for variant in ids]
     table["marks"] = about["marks"].tolist()
-    for column in columns:
+    # What the board is about comes first, beside what it is compared with.
+    ranked = differences["column"].iloc[0] if differences is not None and len(differences) else ""
+    for column in sorted(columns, key=lambda column: column.name != ranked):
         found = values[values["column"] == column.name].set_index("variant")["value"]
         heading, shown = _scaled(column, found.reindex(ids))
         table[heading] = shown.tolist()
-    if differences is not None and len(differences):
-        of = differences.set_index("variant")
-        rows = [of.loc[variant] if variant in of.index else None for variant in ids]
-        table["against the baseline"] = ["" if row is None else _difference(row) for row in rows]
-        table["verdict"] = ["" if row is None else verdict(row) for row in rows]
-        if of["p"].notna().any():
-            table["p"] = [math.nan if row is None else row["p"] for row in rows]
-        table["caution"] = ["" if row is None else row["caution"] for row in rows]
+        if column.name == ranked:
+            _put_differences(table, differences.set_index("variant"), ids)
     spread = course = None
     if spreads:
         spread = "readings"
@@ -109,6 +105,15 @@ def board(
         table[name] = about[name].tolist()
     table["device"] = about["device_name"].tolist()
     return Board(table, spread, course)
+
+
+def _put_differences(table: pd.DataFrame, of: pd.DataFrame, ids: Sequence[int]) -> None:
+    rows = [of.loc[variant] if variant in of.index else None for variant in ids]
+    table["against the baseline"] = ["" if row is None else _difference(row) for row in rows]
+    table["verdict"] = ["" if row is None else verdict(row) for row in rows]
+    if of["p"].notna().any():
+        table["p"] = [math.nan if row is None else row["p"] for row in rows]
+    table["caution"] = ["" if row is None else row["caution"] for row in rows]
 
 
 def difference_table(differences: pd.DataFrame, names: Mapping[int, str]) -> pd.DataFrame:
@@ -196,6 +201,8 @@ def _arrow(direction: str | None) -> str:
 
 
 def _difference(row: Any) -> str:
+    if row["is_ratio"] and row["lower"] == row["upper"]:  # counted
+        return f"{format_value(row['ratio'])}x"
     if row["is_ratio"]:
         return f"{reading(row['ratio'], row['lower'], row['upper'])}x"
     factor, _ = scale(row["unit"], [row["baseline"], row["value"]])

@@ -64,10 +64,10 @@ def figure_buttons(figure: go.Figure, name: str, where: Any = st) -> None:
     stem, key = stem_here(name), f"picture of {name}"
     with where.container(horizontal=True, vertical_alignment="center", gap="small"):
         st.session_state[key] = st.session_state.get(_CHOSEN, "PNG")
-        st.segmented_control(
+        st.radio(
             "What the camera on the figure saves",
             list(_FORMATS),
-            required=True,
+            horizontal=True,
             key=key,
             format_func=lambda kind: f":material/photo_camera: {kind}",
             on_change=partial(_choose, key),

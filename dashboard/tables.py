@@ -18,7 +18,7 @@ __all__ = ["column_settings", "show_table"]
 _ROW_PX, _HEADER_PX, _ROWS_SHOWN = 35, 38, 20
 _STYLED_CELLS = 200_000  # pandas refuses to style more than 262,144
 _PINNED = ("model", "method", "variant")
-_WIDTHS_PX = {"marks": 100, "verdict": 140, "compared": 110, "reason": 420}
+_WIDTHS_PX = {"cells": 170, "marks": 100, "verdict": 140, "compared": 110, "reason": 420}
 _OPTIONAL = ("marks", "caution")  # columns that are left out where nothing is in them
 
 
@@ -47,6 +47,7 @@ def show_table(
         hide_index=not index,
         width="stretch",
         height=_HEADER_PX + _ROW_PX * min(max(len(table), 1), _ROWS_SHOWN),
+        placeholder="–",
         column_config={**column_settings(shown), **(charts or {})},
     )
     table_buttons(table, name or " ".join(str(column) for column in table.columns[:2]), where, index=index)

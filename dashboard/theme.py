@@ -32,7 +32,7 @@ class Theme(NamedTuple):
 
 
 LIGHT = Theme("#FFFFFF", "#F3F4F6", "#1F2328", "#4B3FB5", "#4B3FB5")
-DARK = Theme("#14161A", "#23272E", "#E8EAED", "#8478EE", "#A9A0F5")
+DARK = Theme("#14161A", "#23272E", "#E8EAED", "#6F63E3", "#A9A0F5")
 
 _OPTIONS = ("backgroundColor", "secondaryBackgroundColor", "textColor", "primaryColor", "linkColor")
 SETTINGS = {
@@ -43,20 +43,27 @@ SETTINGS = {
 """Options of the server. With both themes set, the reader's system decides, and the page's menu over it."""
 
 _HEX = re.compile(r"#[0-9a-fA-F]{6}")
-_DARK_OF = {FAMILY_COLOURS[name].upper(): colour for name, colour in DARK_FAMILY_COLOURS.items()}
+_DARK_OF = {
+    **{FAMILY_COLOURS[name].upper(): colour for name, colour in DARK_FAMILY_COLOURS.items()},
+    LIGHT.text: DARK.text,
+    "#31333F": DARK.text,  # what charts write in
+}
 
 
 def themed(figure: go.Figure, *, dark: bool) -> go.Figure:
-    """The figure for the reader's theme; on a light ground it is left as it is."""
-    if not dark:
-        return figure
+    """The figure for the reader's theme, as a copy."""
     drawn = figure.to_dict()
     layout = dict(drawn.get("layout", {}))
-    template = layout.pop("template", None)  # Streamlit brings its own for either theme
-    changed = _recoloured({"data": drawn.get("data", []), "layout": layout}, "")
-    if template is not None:
-        changed["layout"]["template"] = template
-    return go.Figure(changed)
+    layout.pop("template", None)  # Streamlit brings its own for either theme
+    whole = {"data": drawn.get("data", []), "layout": layout}
+    changed = go.Figure(_recoloured(whole, "") if dark else whole)
+    # Streamlit's own grey of axes is too faint to read (3.7:1).
+    text = (DARK if dark else LIGHT).text
+    changed.update_layout(font_color=text, legend_font_color=text, legend_title_font_color=text)
+    changed.update_layout(title_font_color=text)
+    for axes in (changed.update_xaxes, changed.update_yaxes):
+        axes(tickfont_color=text, title_font_color=text)
+    return changed
 
 
 def _recoloured(value: Any, key: str) -> Any:

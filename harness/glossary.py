@@ -184,7 +184,8 @@ def word_of(metric: str) -> str | None:
     if name in METRIC_WORDS:
         return METRIC_WORDS[name]
     fitting = [pattern for pattern in METRIC_WORDS if "*" in pattern and fnmatchcase(name, pattern)]
-    return METRIC_WORDS[max(fitting, key=len)] if fitting else None
+    # What a name ends with (a test's `_p`) says more of it than what it begins with (`acc_`).
+    return METRIC_WORDS[max(fitting, key=lambda each: (each[0] == "*", len(each)))] if fitting else None
 
 
 def explain_metric(column: str) -> str | None:

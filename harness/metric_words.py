@@ -153,4 +153,4 @@ METRIC_WORDS = {
     "order, which was kept.",
     "*_magnitude_gain": "How much more magnitude is kept than in the given order of the channels.",
 }
-"""Exact names win over patterns, longer patterns over shorter ones."""
+"""Exact names win over patterns, endings over beginnings, longer ones over shorter ones."""

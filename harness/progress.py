@@ -33,7 +33,7 @@ def highlights(cell: CellPlan, result: CellResult) -> str:
     by_name = {record.metric: record for record in result.records}
     shown = [by_name[name] for name in _SHOWN[cell.kind] if name in by_name]
     shown = shown or list(result.records[:2])
-    return "  ".join(f"{r.metric} {format_value(r.value)} {r.unit}".strip() for r in shown)
+    return clean("  ".join(f"{r.metric} {format_value(r.value)} {r.unit}".strip() for r in shown))
 
 
 class QuietReporter:
@@ -71,14 +71,14 @@ class PlainReporter(QuietReporter):
     def finished(self, variant: VariantPlan, cell: CellPlan, result: CellResult) -> None:
         self._done += 1
         self._say(
-            f"[{self._done}/{self._total}] {clean(variant.label)} · {cell.label}: "
+            f"[{self._done}/{self._total}] {variant.label} · {cell.label}: "
             f"{result.status}  {highlights(cell, result)}".rstrip()
         )
 
     def _say(self, line: str) -> None:
         # Whoever was reading may be gone (a closed terminal, `2>&1 | head`): the sweep goes on.
         with contextlib.suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+            print(clean(line), file=sys.stderr, flush=True)
 
 
 class LiveReporter(QuietReporter):

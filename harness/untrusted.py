@@ -43,6 +43,6 @@ def spreadsheet_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = clean(value)
-    if text.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(text):
+    if text.lstrip(" �").startswith(_FORMULA) and not _NUMBER.fullmatch(text):
         return "'" + text
     return text

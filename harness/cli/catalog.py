@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, print_rows
+from harness.cli.output import Format, print_rows, say
 
 __all__ = ["methods", "models", "plugins", "tasks"]
 
@@ -50,7 +50,8 @@ def _show_method(method: Any, output: Format) -> None:
         print_rows([_method_row(method)], [], output)
         return
     if output is Format.TABLE:
-        typer.echo(f"{method.name} ({method.family})\n\n{method.card}\n")
+        for line in (f"{method.name} ({method.family})", "", *method.card.splitlines(), ""):
+            say(line)
     print_rows(rows, ["option", "type", "default", "meaning"], output)
 
 

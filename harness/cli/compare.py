@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, print_rows
+from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
     from harness.comparing import BreakEvenRow, Comparison, Gate
@@ -118,20 +118,20 @@ def _print_comparison(
     print_rows(table, columns, output, title=f"a = {a}, b = {', '.join(others)}")
     tests = next((row.tests for row in shown if row.tests), 0)
     if tests and tests > 1 and output is Format.TABLE:
-        typer.echo(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
+        say(f"p is adjusted over {tests} tests (Benjamini-Hochberg)")
     for line in incomparable(refused):
-        typer.echo(f"{'DIFFERENT' if allow_different else 'not compared'}: {line}", err=True)
+        say(f"{'DIFFERENT' if allow_different else 'not compared'}: {line}", err=True)
     for gate, row in trips:
         mark = "" if row.is_comparable else " (rows that should not be compared)"
-        typer.echo(
+        say(
             f"gate {gate.text} trips on {row.model} {row.cell}: {row.a:.6g} -> {row.b:.6g}{mark}",
             err=True,
         )
     if refused and not allow_different:
         for gate in gates:
             if any(row.metric == gate.metric for row in refused):
-                typer.echo(f"gate {gate.text} cannot be judged on rows that are not compared", err=True)
-        typer.echo(
+                say(f"gate {gate.text} cannot be judged on rows that are not compared", err=True)
+        say(
             f"{len(refused)} of {len(rows)} rows are left out; --allow-different shows them, marked", err=True
         )
         return REFUSED
@@ -163,7 +163,7 @@ def _print_break_even(rows: Sequence[BreakEvenRow], allow_different: bool, outpu
     for row in refused:
         mark = "DIFFERENT" if allow_different else "not compared"
         for each in row.differences:
-            typer.echo(f"{mark}: {row.method_a} and {row.method_b} differ in {each} ({row.metric})", err=True)
+            say(f"{mark}: {row.method_a} and {row.method_b} differ in {each} ({row.metric})", err=True)
     return REFUSED if refused and not allow_different else 0
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from harness.cli.output import say
+
 if TYPE_CHECKING:
     from harness.store.exchange_import import Imported
 
@@ -69,7 +71,7 @@ def export(
     counts = [
         _counted(written.rows.get(f"{name}s", 0), name) for name in ("sweep", "variant", "cell", "record")
     ]
-    typer.echo(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
+    say(f"{file}: {', '.join(counts)} ({_size(written.file_bytes)})")
 
 
 def import_(
@@ -92,7 +94,7 @@ def import_(
     read = [read_results(file) for file in files]  # before a store is made for nothing
     with Store.open(database(db)) as store:
         for done in import_results(store, read, origin):
-            typer.echo(f"{done.file}: {_what_came(done)}")
+            say(f"{done.file}: {_what_came(done)}")
             _warn_of_versions(done)
 
 
@@ -111,7 +113,7 @@ def _warn_of_versions(done: Imported) -> None:
 
     others = [str(version) for version in done.measuring_versions if version != MEASURING_VERSION]
     if others:
-        typer.echo(
+        say(
             f"note: {done.file} was measured with measuring version {' and '.join(others)}, this harness "
             f"measures with {MEASURING_VERSION}: do not compare such rows",
             err=True,

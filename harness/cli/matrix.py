@@ -7,9 +7,7 @@ import statistics
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from harness.cli.output import Format, print_rows
+from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
     from harness.grid import CellPlan, VariantPlan
@@ -29,8 +27,8 @@ def print_matrix(plan: SweepPlan, target: str) -> None:
     print_rows(rows, [*columns, "estimate"], Format.TABLE)
     for row in rows:
         if row["reason"]:
-            typer.echo(f"{row['model']} · {row['method']}: {row['reason']}")
-    typer.echo(
+            say(f"{row['model']} · {row['method']}: {row['reason']}")
+    say(
         f"{len(plan.grid.cells)} cells on {plan.device_name} in {plan.dtype}: {len(to_run)} to "
         f"measure, {len(reused)} already measured; nothing was run"
     )

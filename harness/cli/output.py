@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+import typer
+
 from harness.untrusted import clean, spreadsheet_cell
 
-__all__ = ["Format", "clean", "format_value", "print_rows"]
+__all__ = ["Format", "clean", "format_value", "print_rows", "say"]
 
 
 class Format(StrEnum):
@@ -24,6 +26,11 @@ class Format(StrEnum):
     MARKDOWN = "markdown"
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line that may hold what others wrote."""
+    typer.echo(clean(text), err=err)
+
+
 def print_rows(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], output: Format, *, title: str = ""
 ) -> None:
@@ -33,16 +40,15 @@ def print_rows(
     elif output is Format.CSV:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(columns)
+        writer.writerow([spreadsheet_cell(column) for column in columns])
         for row in rows:
             writer.writerow([spreadsheet_cell(row.get(column)) for column in columns])
         print(buffer.getvalue(), end="")
     elif output is Format.MARKDOWN:
-        print("| " + " | ".join(columns) + " |")
-        print("|" + "---|" * len(columns))
-        for row in rows:
-            cells = [clean(format_value(row.get(c))).replace("|", "\\|") for c in columns]
-            print("| " + " | ".join(cells) + " |")
+        from harness.reference_tables import markdown_table
+
+        cells = [[clean(format_value(row.get(column))) for column in columns] for row in rows]
+        print(markdown_table([clean(column) for column in columns], cells))
     else:
         _print_table(rows, columns, title)
 
@@ -57,11 +63,11 @@ def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], titl
     console = Console()
     if not console.is_terminal:
         console = Console(width=400)
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(clean(title)) if title else None, box=box.SIMPLE_HEAD, title_justify="left")
     for column in columns:
         numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
         table.add_column(
-            Text(column), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
+            Text(clean(column)), justify="right" if numeric else "left", overflow="fold", no_wrap=numeric
         )
     for row in rows:
         table.add_row(*(Text(clean(format_value(row.get(column)))) for column in columns))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from harness.cli.output import say
 from harness.errors import ConfigError
 
 __all__ = ["report"]
@@ -75,4 +76,4 @@ def _write(file: Path, text: str) -> None:
             opened.write(written)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror or error}") from None
-    typer.echo(f"{file}: {len(written) / 1e3:,.0f} kB", err=True)
+    say(f"{file}: {len(written) / 1e3:,.0f} kB", err=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, clean, print_rows
+from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +162,7 @@ def print_summary(store: Store, outcome: SweepOutcome) -> None:
     print_variants(rows, conditions_by_cell(store, rows))
     counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.statuses.items()))
     reused = f" ({outcome.reused} measured before)" if outcome.reused else ""
-    typer.echo(f"{counts}{reused}")
+    say(f"{counts}{reused}")
 
 
 def print_variants(rows: list[dict[str, Any]], conditions: Mapping[int, Conditions]) -> None:
@@ -172,7 +172,7 @@ def print_variants(rows: list[dict[str, Any]], conditions: Mapping[int, Conditio
     table = variant_table(rows, conditions)
     print_rows(table.rows, table.columns, Format.TABLE)
     for note in table.footnotes:
-        typer.echo(clean(note))
+        say(note)
     problems = {
         (
             row["model"],

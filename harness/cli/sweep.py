@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.output import say
+
 if TYPE_CHECKING:
     from harness.interrupts import Interrupts
 
@@ -150,7 +152,7 @@ def _sweep(
         try:
             return _run(file, given, db, dry_run, quiet, strict, interrupts)
         except Interrupted as stopped:
-            typer.echo(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
+            say(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
             return stopped.exit_code
 
 
@@ -176,7 +178,7 @@ def _run(
     plan = plan_sweep(config, strict=strict)
     for report in plan.plugins.broken:
         where = f"{report.name} ({report.location})"
-        typer.echo(f"warning: plugin {where} could not be loaded: {report.error}", err=True)
+        say(f"warning: plugin {where} could not be loaded: {report.error}", err=True)
     target = database(db)
     if dry_run:
         from harness.cli.matrix import print_matrix

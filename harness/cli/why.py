@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import Format, clean, format_value, print_rows
+from harness.cli.output import Format, format_value, print_rows, say
 
 if TYPE_CHECKING:
     from harness.why import Explanation
@@ -86,9 +86,9 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
 
 def _print_tables(found: Explanation, top: int) -> None:
     synthetic = " (synthetic)" if found.synthetic else ""
-    typer.echo(clean(f"{found.model}{synthetic} · {found.method} · {found.scenario}"))
-    typer.echo(f"  {clean(_effect(found))}")
-    typer.echo(f"  verdict: {clean(found.verdict or 'none: nothing to compare with')}")
+    say(f"{found.model}{synthetic} · {found.method} · {found.scenario}")
+    say(f"  {_effect(found)}")
+    say(f"  verdict: {found.verdict or 'none: nothing to compare with'}")
     columns = ["phase", "time", "speed-up", "achieved", "of the ceiling", "J/token", "mode"]
     print_rows(_achieved_rows(found), columns, Format.TABLE)
     rows = [
@@ -107,7 +107,7 @@ def _print_tables(found: Explanation, top: int) -> None:
         print_rows(rows, ["phase", "share", "kernel", "family", "calls", "time"], Format.TABLE)
     else:
         reason = found.records.get("prefill_kernels", {}).get("note") or "they were not recorded"
-        typer.echo(f"  no kernels: {clean(reason)}")
+        say(f"  no kernels: {reason}")
     memory = [
         {name: value if name == "phase" else _scaled(value, "B") for name, value in row.items()}
         for row in found.memory()

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.reference_tables import markdown_table
 from harness.report.content import Front, Report
+from harness.untrusted import clean
 
 __all__ = ["to_markdown"]
 
@@ -32,7 +33,8 @@ def to_markdown(report: Report) -> str:
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    return markdown_table(columns, [[str(row.get(name) or "") for name in columns] for row in rows])
+    cells = [[clean(str(row.get(name) or "")) for name in columns] for row in rows]
+    return markdown_table([clean(name) for name in columns], cells)
 
 
 def _front(front: Front) -> str:
@@ -54,4 +56,4 @@ def _machine(sweep: int, facts: Mapping[str, Any]) -> str:
 
 def _text(text: str) -> str:
     """In a line of its own: what was stored by others draws nothing."""
-    return "".join(f"\\{char}" if char in "\\`*_<>[]|#" else char for char in " ".join(text.split()))
+    return "".join(f"\\{char}" if char in "\\`*_<>[]|#" else char for char in clean(" ".join(text.split())))

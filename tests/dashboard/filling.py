@@ -8,6 +8,7 @@ from harness.records import (
     CellKind,
     CellResult,
     Item,
+    KernelUse,
     ModuleEffect,
     Record,
     Status,
@@ -71,6 +72,22 @@ def speed_records(size, bytes_share, time_share, chance):
     )
 
 
+def kernels(bytes_share, time_share):
+    """Four in each phase; the first of them is what a quantized variant replaces."""
+    first = "dequant_gemm" if bytes_share < 1 else "ampere_bf16_gemm"
+    shares = (
+        ("matmul", first, 0.6),
+        ("attention", "flash_fwd", 0.25),
+        ("norm", "rms", 0.1),
+        ("copy", "cat", 0.05),
+    )
+    return tuple(
+        KernelUse(phase, name, family, 6, share * time_share / 500, share)
+        for phase in ("prefill", "decode")
+        for family, name, share in shares
+    )
+
+
 def task_parts(lost, chance):
     right = [chance.random() < 0.62 for _ in range(200)]
     kept = [each if chance.random() > lost else not each and chance.random() < 0.3 for each in right]
@@ -111,7 +128,8 @@ def fill(store):
             return store.write_cell(sweep, result, kind=kind, **place)
 
         write("transform", CellKind.TRANSFORM, (Record("transform_s", 3.5 * time_share, "s"),))
-        write(SMALL, CellKind.SCENARIO, speed_records(1, bytes_share, time_share, chance))
+        records = speed_records(1, bytes_share, time_share, chance)
+        write(SMALL, CellKind.SCENARIO, records, kernels=kernels(bytes_share, time_share))
         write(LARGE, CellKind.SCENARIO, speed_records(3, bytes_share, time_share, chance))
         records, items = task_parts(lost, random.Random(3))
         write("hellaswag", CellKind.TASK, records, items)

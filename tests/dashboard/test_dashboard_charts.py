@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,15 @@ import pytest
 
 pytest.importorskip("plotly")
 
-from harness_dashboard import charts, queries
+from harness_dashboard import charts, detail_charts, pareto_charts, queries
+from harness_dashboard.pareto_charts import Axis
+from harness_dashboard.queries import Filters
 
 from harness import display
 from harness.method import FAMILIES
-from tests.dashboard.filling import HOSTILE, SMALL
+from harness.records import KernelUse
+from harness.why import Explanation
+from tests.dashboard.filling import HOSTILE, MODEL, SMALL
 
 ACCURACY, DECODE = "acc · hellaswag", f"decode_latency · {SMALL}"
 
@@ -64,51 +69,76 @@ def test_the_families_most_often_seen_together_differ_for_the_colour_blind(kind)
 # --- the front --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("x_better", ["lower", "higher"])
-@pytest.mark.parametrize("y_better", ["lower", "higher"])
-def test_the_front_is_what_nothing_beats(x_better, y_better):
+def beats(a, b, better):
+    gains = [(a[axis] - b[axis]) * (1 if way == "higher" else -1) for axis, way in better.items()]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+@pytest.mark.parametrize(
+    "ways", [*itertools.product(("lower", "higher"), repeat=2), ("lower", "higher", "lower")]
+)
+def test_the_front_is_what_nothing_beats(ways):
     rng = np.random.default_rng(0)
-    frame = pd.DataFrame(rng.integers(0, 8, size=(60, 2)).astype(float), columns=["x", "y"])
-    frame.index = rng.permutation(60)
-
-    def beats(a, b):
-        gains = [
-            (a[axis] - b[axis]) * (1 if better == "higher" else -1)
-            for axis, better in (("x", x_better), ("y", y_better))
-        ]
-        return min(gains) >= 0 and max(gains) > 0
-
+    better = dict(zip("xyz", ways, strict=False))
+    frame = pd.DataFrame(rng.integers(0, 6, size=(80, len(ways))).astype(float), columns=list(better))
+    frame.index = rng.permutation(80)
     rows = frame.to_dict("index")
-    expected = {index for index in rows if not any(beats(other, rows[index]) for other in rows.values())}
-    front = charts.pareto_front(frame, x_better, y_better)
+    expected = {
+        index for index in rows if not any(beats(other, rows[index], better) for other in rows.values())
+    }
+    front = pareto_charts.pareto_front(frame, better)
     assert set(front[front].index) == expected
     assert front.index.equals(frame.index)
 
 
 def test_the_front_of_nothing():
-    assert charts.pareto_front(pd.DataFrame({"x": [], "y": []}), "lower", "lower").empty
+    for axes in ("xy", "xyz"):
+        empty = pd.DataFrame({axis: [] for axis in axes})
+        assert pareto_charts.pareto_front(empty, dict.fromkeys(axes, "lower")).empty
 
 
 # --- figures ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def frame(filled):
-    return queries.named(queries.load(filled))
+def read(filled):
+    """Points, or readings, of columns with what describes their variants."""
+    by_name = {column.name: column for column in queries.columns(filled, None)}
+
+    def points(*names):
+        found = queries.points(filled, [by_name[name] for name in names], Filters(), None)
+        return found.merge(queries.described(filled, found["variant"].tolist()), on="variant")
+
+    def readings(name, model=MODEL):
+        ids = queries.matching(filled, Filters(models=(model,)), None)[::-1]
+        found = queries.values(filled, [by_name[name]], None, ids)
+        column = by_name[name]
+        about = {"metric": column.metric, "unit": column.unit, "kind": column.kind}
+        return found.merge(queries.described(filled, ids), on="variant").assign(**about)
+
+    points.of, points.columns = readings, by_name
+    return points
+
+
+TIME, SCORE = Axis(DECODE, "s", "lower"), Axis(ACCURACY, "fraction", "higher")
+BYTES = Axis(f"weight_bytes · {SMALL}", "B", "lower")
 
 
 @pytest.fixture
-def figure(frame):
-    return charts.pareto(
-        queries.points(frame, DECODE, ACCURACY),
-        x_name=DECODE, x_unit="s", x_better="lower",
-        y_name=ACCURACY, y_unit="fraction", y_better="higher",
-    )  # fmt: skip
+def figure(read):
+    return pareto_charts.pareto(read(DECODE, ACCURACY), TIME, SCORE)
 
 
 def test_axes_name_unit_and_direction(figure):
     assert figure.layout.xaxis.title.text == f"{DECODE} [ms] (lower is better)"
     assert figure.layout.yaxis.title.text == f"{ACCURACY} [%] (higher is better)"
+
+
+def test_both_axes_can_be_logarithmic(read):
+    drawn = pareto_charts.pareto(
+        read(DECODE, ACCURACY), replace(TIME, is_log=True), replace(SCORE, is_log=True)
+    )
+    assert (drawn.layout.xaxis.type, drawn.layout.yaxis.type) == ("log", "log")
 
 
 def test_one_trace_a_family_in_its_colour_with_intervals(figure):
@@ -144,24 +174,54 @@ def test_the_front_steps_through_what_is_reachable(figure):
     assert list(front.y) == sorted(front.y)
 
 
-def test_text_from_the_store_is_escaped(filled, frame):
-    rows = queries.newest(frame)
-    hostile = rows[rows["method"] == HOSTILE]
-    figure = charts.comparison(hostile[hostile["column"] == DECODE], [hostile["name"].iloc[0]])
+@pytest.mark.parametrize("is_log", [False, True])
+def test_a_third_axis_is_the_area_of_the_points(read, is_log):
+    points = read(DECODE, ACCURACY, f"weight_bytes · {SMALL}")
+    drawn = pareto_charts.pareto(points, TIME, SCORE, replace(BYTES, is_log=is_log))
+    traces = {trace.name: trace for trace in drawn.data}
+    assert "Pareto front" not in traces, "a line would show the front of two"
+    rings = traces["Pareto front of all three"]
+    better = {"x": "lower", "y": "higher", "z": "lower"}
+    assert len(rings.x) == pareto_charts.pareto_front(points, better).sum()
+    sizes = dict(zip(traces["quantization"].hovertext, traces["quantization"].marker.size, strict=True))
+    small = next(size for text, size in sizes.items() if text.startswith("gptq:bits=3"))
+    assert small == pytest.approx(6.0), "the fewest bytes"
+    assert list(traces["baseline"].marker.size) == pytest.approx([30.0])
+    assert "z: 11.92 MiB" in traces["baseline"].hovertext[0]
+
+
+def test_of_many_points_the_front_is_always_drawn(read):
+    one = read(DECODE, ACCURACY).head(1)
+    rng = np.random.default_rng(0)
+    many = pd.concat([one] * 3000, ignore_index=True)
+    many["x"], many["y"] = rng.uniform(1, 2, 3000), rng.uniform(0.2, 0.9, 3000)
+    drawn = pareto_charts.pareto(many, TIME, SCORE)
+    front, family = drawn.data
+    assert len(family.x) == 1200
+    assert drawn.layout.meta["left_out"] == 1800
+    on_front = pareto_charts.pareto_front(many, {"x": "lower", "y": "higher"})
+    assert len(front.x) == on_front.sum()
+    assert family.mode == "markers"
+    assert np.count_nonzero(family.error_x.array) <= on_front.sum()
+
+
+def test_text_from_the_store_is_escaped(read):
+    hostile = read.of(DECODE)
+    hostile = hostile[hostile["method"] == HOSTILE]
+    figure = charts.comparison(hostile, [hostile["name"].iloc[0]])
     assert "<img" not in figure.to_json()
     assert "&lt;img" in figure.to_json()
-    points = queries.points(frame, DECODE, f"weight_bytes · {SMALL}")
-    drawn = charts.pareto(
-        points, x_name=f"{DECODE} <b>", x_unit="s", x_better="lower",
-        y_name="<i>", y_unit="B", y_better="lower",
-    )  # fmt: skip
+    drawn = pareto_charts.pareto(
+        read(DECODE, f"weight_bytes · {SMALL}"),
+        replace(TIME, name=f"{DECODE} <b>"),
+        replace(BYTES, name="<i>"),
+    )
     assert "<img" not in drawn.to_json()
     assert "<i>" not in drawn.layout.yaxis.title.text
 
 
-def test_a_comparison_keeps_the_order_and_the_place_of_who_has_no_value(frame):
-    rows = queries.newest(frame)
-    rows = rows[(rows["column"] == DECODE) & (rows["model"] == "zoo:llama-6m")]
+def test_a_comparison_keeps_the_order_and_the_place_of_who_has_no_value(read):
+    rows = read.of(DECODE)
     names = [*rows["name"][:2], "somebody without a value"]
     figure = charts.comparison(rows[rows["name"].isin(names)], names)
     assert list(figure.layout.yaxis.ticktext) == names
@@ -170,21 +230,70 @@ def test_a_comparison_keeps_the_order_and_the_place_of_who_has_no_value(frame):
     assert figure.layout.title.text == DECODE
 
 
-def test_a_long_name_leaves_room_and_is_whole_when_hovering(frame):
-    rows = queries.newest(frame)
+def test_a_long_name_leaves_room_and_is_whole_when_hovering(read):
     name = "smoothquant:alpha=0.75+gptq:bits=3:group_size=64"
-    rows = rows[rows["column"] == DECODE].head(1).assign(name=name)
+    rows = read.of(DECODE).head(1).assign(name=name)
     figure = charts.comparison(rows, [name])
     assert figure.layout.yaxis.ticktext[0] == "smoothquant:alpha=0.75+gptq:bits=…"
     assert name in figure.data[0].hovertext[0]
 
 
-def test_a_value_without_interval_has_no_bar(frame):
-    rows = queries.newest(frame)
-    rows = rows[rows["column"] == f"weight_bytes · {SMALL}"].head(1)
+def test_a_value_without_interval_has_no_bar(read):
+    rows = read.of(f"weight_bytes · {SMALL}").head(1)
     [trace] = charts.comparison(rows, rows["name"].tolist()).data
     assert list(trace.error_x.array) == [0.0]
     assert "[" not in trace.hovertext[0].split("<br>")[1].replace("[MiB]", "")
+
+
+# --- details ----------------------------------------------------------------------------------
+
+
+def test_every_reading_is_drawn_in_its_familys_colour(filled, read):
+    rows = read.of(DECODE).head(2)
+    about = queries.described(filled, rows["variant"].tolist())
+    column = read.columns[DECODE]
+    figure = detail_charts.distributions(queries.readings(filled, rows), column, about)
+    assert [len(trace.x) for trace in figure.data] == [20, 20]
+    assert figure.data[0].x.min() > 1, "in ms"
+    assert figure.data[1].marker.color == charts.FAMILY_STYLES["quantization"][0]
+    assert figure.layout.xaxis.title.text == "[ms] (lower is better)"
+
+
+def explanation(*kernels, **records):
+    known = {name: {"value": value, "unit": "B/s"} for name, value in records.items()}
+    return Explanation("m", "gptq", 0, SMALL, False, False, known, kernels)
+
+
+def test_kernels_of_one_family_are_added_up():
+    found = {
+        1: explanation(
+            KernelUse("decode", "gemv", "matmul", 6, 0.6, 0.6),
+            KernelUse("decode", "copy", "copy", 2, 0.4, 0.4),
+        ),
+        2: explanation(
+            KernelUse("decode", "a", "matmul", 1, 0.5, 0.5),
+            KernelUse("decode", HOSTILE, "matmul", 1, 0.5, 0.5),
+        ),
+    }
+    figure = detail_charts.kernel_shares(found, {1: "one", 2: "two"}, "decode")
+    shares = {trace.name: list(trace.x) for trace in figure.data}
+    assert shares == {"matmul": pytest.approx([60, 100]), "copy": pytest.approx([40, 0])}
+    assert "<img" not in figure.to_json()
+    assert detail_charts.kernel_shares(found, {1: "one", 2: "two"}, "prefill") is None
+    assert len({(t.marker.color, t.marker.pattern.shape) for t in figure.data}) == 2
+
+
+def test_what_was_achieved_stands_beside_what_is_possible(filled, read):
+    about = queries.described(filled, [1, 2])
+    found = {
+        1: explanation(decode_mbu=0.5, decode_bytes_per_s=1.5e12),
+        2: explanation(decode_mbu=0.25, decode_bytes_per_s=0.75e12, prefill_mfu=0.4),
+    }
+    figure = detail_charts.ceilings(found, about)
+    assert [list(trace.x) for trace in figure.data] == [[50.0], [40.0, 25.0]]
+    assert "3,000,000,000,000 B/s" in figure.data[0].hovertext[0]
+    assert figure.layout.shapes[0].x0 == 100
+    assert detail_charts.ceilings({1: explanation()}, about) is None
 
 
 # --- numbers ----------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import pytest
 
 pytest.importorskip("streamlit")
 
-from harness_dashboard import launch, page
+from harness_dashboard import launch, page, queries
 from harness_dashboard.access import Address
 from streamlit.testing.v1 import AppTest
 
@@ -87,6 +88,16 @@ def test_the_page_cannot_write(filled_path, monkeypatch):
 # --- overview ---------------------------------------------------------------------------------
 
 
+def board(app):
+    return table(app).set_index("method")
+
+
+def choose(app, kind, label, value):
+    [widget] = [each for each in getattr(app, kind) if each.label == label]
+    widget.set_value(value).run()
+    assert not app.exception, [error.value for error in app.exception]
+
+
 def test_the_overview_lists_every_variant(filled_path, monkeypatch):
     app = draw("overview", filled_path, monkeypatch)
     assert [figure.value for figure in app.metric] == ["15", "50", "44", "6"]
@@ -95,29 +106,84 @@ def test_the_overview_lists_every_variant(filled_path, monkeypatch):
     assert "decode_latency · b1-p512-g64 [ms]" in shown
     assert "acc · hellaswag [%]" in shown
     assert set(shown["marks"]) == {"", "simulated", "synthetic"}
-    differences = table(app, 1)
-    assert {"better", "worse", "no clear difference", "equal"} == set(differences["verdict"])
+    assert board(app).loc["moe", "cells"] == "✕ 1 oom"
+    assert set(board(app).loc["baseline", "cells"]) == {"✓ 5 ok", "– 1 not_applicable, ✓ 1 ok"}
+
+
+def test_the_board_is_ranked_and_compared_by_one_figure(filled_path, monkeypatch):
+    app = draw("overview", filled_path, monkeypatch, model=MODEL, by="decode_latency · b1-p512-g64")
+    shown = table(app)
+    assert shown["#"].tolist() == list(range(1, 13))
+    assert shown["method"].tolist()[:2] == ["smoothquant+gptq", "gptq:bits=4"]
+    row = board(app).loc["smoothquant+gptq"]
+    assert row["against the baseline"].startswith("0.5 [0.49")
+    assert row["verdict"].startswith("▲ ")
+    assert row["verdict"].endswith("x faster")
+    assert len(row["readings"]) == 12
+    assert board(app).loc["baseline", "verdict"] == ""
+    choose(app, "selectbox", "Order", "worst first")
+    assert table(app)["method"].tolist()[0] == "wanda:sparsity=0.5"
+    assert app.query_params["order"] == "worst first"
+    choose(app, "selectbox", "Ranked by", "acc · hellaswag")
+    row = board(app).loc["magnitude"]
+    assert row["verdict"] == "▼ worse"
+    assert row["p"] < 0.01
+    assert row["against the baseline"].endswith("points")
+
+
+def test_every_figure_can_be_compared_at_once(filled_path, monkeypatch):
+    app = draw("overview", filled_path, monkeypatch, all="1")
+    found = table(app, 1)
+    assert {"▲", "▼", "≈", "="} == {verdict[:1] for verdict in found["verdict"]} - {""}
+    assert len(set(found["figure"])) == 6
+
+
+def test_a_long_list_comes_in_pages(filled_path, monkeypatch):
+    monkeypatch.setattr("harness_dashboard.views.overview._SIZES", ("4", "25"))
+    app = draw("overview", filled_path, monkeypatch, by="method")
+    first = table(app)["method"].tolist()
+    assert len(first) == 4
+    assert "1 to 4 of 15 variants" in app.caption[0].value
+    choose(app, "selectbox", "Page", "2")
+    assert app.query_params["page"] == "2"
+    assert table(app)["#"].tolist() == [5, 6, 7, 8]
+    assert "page" in app.query_params
+    choose(app, "text_input", "Search", "GPTQ")
+    assert table(app)["#"].tolist() == [1, 2, 3, 4], "another list begins at its first page"
+    assert app.query_params["q"] == "GPTQ"
+
+
+def test_what_was_measured_again_has_a_history(tmp_path, monkeypatch):
+    path = tmp_path / "results.db"
+    with Store.open(path) as store:
+        sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
+        store.write_variant(sweep, variant_row("rtn", (("rtn", {}),), "quantization", key="v"))
+        for value in (0.5, 0.75):
+            result = CellResult("c", "v", Status.OK, records=(Record("acc", value, "fraction"),))
+            store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
+    app = draw("overview", path, monkeypatch)
+    assert [list(each) for each in table(app)["history"]] == [[0.5, 0.75]]
+    assert table(app)["acc · t [%]"].tolist() == [75.0]
 
 
 def test_filters_come_from_the_address(filled_path, monkeypatch):
     app = draw("overview", filled_path, monkeypatch, model=MODEL, family=["pruning", "attention"])
     assert set(table(app)["method"]) == {"wanda:sparsity=0.5", "magnitude", "window-attention"}
-    assert set(table(app, 1)["variant"]) == {"wanda:sparsity=0.5", "magnitude", "window-attention"}
+    assert table(app)["verdict"].astype(bool).any(), "the baseline takes part though a filter hides it"
 
 
 def test_what_is_chosen_goes_to_the_address(filled_path, monkeypatch):
     app = draw("overview", filled_path, monkeypatch)
-    family = next(each for each in app.multiselect if each.label == "Families")
-    family.set_value(["pruning"]).run()
+    choose(app, "multiselect", "Families", ["pruning"])
     assert app.query_params["family"] == "pruning"
     assert len(table(app)) == 2
-    next(each for each in app.multiselect if each.label == "Families").set_value([]).run()
+    choose(app, "multiselect", "Families", [])
     assert "family" not in app.query_params
     assert len(table(app)) == 15
 
 
 def test_what_the_store_does_not_offer_is_not_chosen(filled_path, monkeypatch):
-    app = draw("overview", filled_path, monkeypatch, method="no-such-method", sweep="77")
+    app = draw("overview", filled_path, monkeypatch, method="no-such-method", sweep="77", page="9", by="x")
     assert len(table(app)) == 15
     assert "method" not in app.query_params
 
@@ -130,8 +196,8 @@ def test_new_results_are_shown_at_once(tmp_path, monkeypatch):
     assert len(table(app)) == 15
     with Store.open(path) as store:
         sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
-        store.write_variant(sweep, variant_row("new", (("new", {}),), "other"))
-        result = CellResult("new", f"{MODEL}/new", Status.OK, records=(Record("acc", 0.5, "fraction"),))
+        store.write_variant(sweep, variant_row("new", (("new", {}),), "other", key="new"))
+        result = CellResult("new", "new", Status.OK, records=(Record("acc", 0.5, "fraction"),))
         store.write_cell(sweep, result, kind=CellKind.TASK, task="hellaswag", scenario=None)
     app.run()
     assert "new" in set(table(app)["method"])
@@ -143,36 +209,90 @@ def test_new_results_are_shown_at_once(tmp_path, monkeypatch):
 def test_pareto_offers_quality_and_cost_of_one_model(filled_path, monkeypatch):
     app = draw("pareto", filled_path, monkeypatch)
     by_label = {each.label: each for each in app.selectbox}
-    assert by_label["Model"].value == MODEL
-    assert by_label["Quality"].value == "token_perplexity · wikitext"
-    assert by_label["Cost"].options[0] == "weight_bytes · b1-p512-g64"
+    assert by_label["Vertical"].value == "token_perplexity · wikitext"
+    assert by_label["Vertical"].options[0] == "quality: token_perplexity · wikitext"
+    assert by_label["Horizontal"].options[0] == "memory: weight_bytes · b1-p512-g64"
     assert len(app.get("plotly_chart")) == 1
     assert table(app)["method"].tolist()[0] == "gptq:bits=3"
-    by_label["Quality"].set_value("acc · hellaswag").run()
+    choose(app, "selectbox", "Vertical", "acc · hellaswag")
     assert app.query_params["quality"] == "acc · hellaswag"
+
+
+def test_pareto_takes_a_third_figure_and_logarithms(filled_path, monkeypatch):
+    app = draw("pareto", filled_path, monkeypatch, third="decode_latency · b1-p512-g64", log_x="1")
+    drawn = json.loads(app.get("plotly_chart")[0].proto.spec)
+    assert drawn["layout"]["xaxis"]["type"] == "log"
+    assert drawn["layout"]["yaxis"]["type"] == "linear"
+    assert "Pareto front of all three" in {trace["name"] for trace in drawn["data"]}
+    assert "decode_latency · b1-p512-g64 [ms]" in table(app)
+    choose(app, "toggle", "Vertical logarithmic", True)
+    assert app.query_params["log_y"] == "1"
+
+
+def test_pareto_draws_several_models_apart(filled_path, monkeypatch):
+    both = {"on": [MODEL, SHAPE], "cost": "weight_bytes · b1-p512-g64"}
+    app = draw("pareto", filled_path, monkeypatch, quality="decode_latency · b1-p512-g64", **both)
+    assert len(app.get("plotly_chart")) == 2
+    assert set(table(app)["model"]) == {MODEL, SHAPE}
+    app = draw("pareto", filled_path, monkeypatch, quality="acc · hellaswag", **both)
+    assert len(app.get("plotly_chart")) == 1
+    assert f"{SHAPE}: no variant" in app.text[-1].value
 
 
 def test_pareto_says_that_random_weights_have_no_quality(filled_path, monkeypatch):
     app = draw("pareto", filled_path, monkeypatch, on=SHAPE)
-    assert "random weights have no quality" in app.info[0].value
+    assert any("random weights have no quality" in each.value for each in app.caption)
+    assert len(app.get("plotly_chart")) == 1
 
 
 def test_compare_begins_with_a_baseline(filled_path, monkeypatch):
     app = draw("compare", filled_path, monkeypatch)
-    assert len(app.get("plotly_chart")) == 6
-    differences, options, changed = (table(app, place) for place in range(3))
+    assert len(app.get("plotly_chart")) == 9, "six figures, the raw readings, kernels of two phases"
+    differences, items, values, options, changed = (table(app, place) for place in range(5))
     assert options.columns[0] == "baseline"
     assert set(differences["variant"]) == set(options.columns[1:])
+    assert {"McNemar", ""} == set(differences["test"])
+    assert {"item", "baseline", "change"} <= set(items.columns)
+    assert len(values) == 14
+    assert values.columns.tolist()[2:] == options.columns.tolist()
     assert changed["variant"].tolist() == list(options.columns)
 
 
 def test_compare_takes_the_variants_of_the_address(filled_path, monkeypatch):
     app = draw("compare", filled_path, monkeypatch, variant=["3", "6"])
-    options = table(app, 1)
+    options = table(app, 3)
     assert options.columns.tolist() == ["gptq:bits=4", "wanda:sparsity=0.5"]
     assert options.loc["marks"].tolist() == ["", "simulated"]
     app = draw("compare", filled_path, monkeypatch, variant=["3"])
     assert app.info[0].value == "Choose at least 2 variants."
+    app = draw("compare", filled_path, monkeypatch, variant=["3", "no number", "77"])
+    assert app.info[0].value == "Choose at least 2 variants."
+
+
+def test_compare_keeps_what_was_chosen_where_it_offers_only_some(filled_path, monkeypatch):
+    monkeypatch.setattr("harness_dashboard.views.compare._OFFERED", 2)
+    app = draw("compare", filled_path, monkeypatch, variant=["1", "2"], q="llama")
+    assert table(app, 3).columns.tolist() == ["baseline", "rtn:bits=4"]
+    [widget] = [each for each in app.multiselect if each.label.startswith("Variants")]
+    assert len(widget.options) == 4
+    assert any("The newest 2 of 15 variants" in each.value for each in app.caption)
+
+
+def test_an_item_is_shown_with_all_that_was_kept_of_it(filled_path, monkeypatch):
+    app = draw("compare", filled_path, monkeypatch, variant=["1", "7"])
+    index = int(table(app, 1)["item"][1])
+    choose(app, "selectbox", "Item", str(index))
+    kept = [json.loads(code.value) for code in app.code if code.value.startswith("{")]
+    assert [each["loglikelihoods"][0] for each in kept] == [-1.0 - index] * 2
+    assert app.query_params["item"] == str(index)
+
+
+def test_two_models_side_by_side_are_said_to_differ(filled_path, monkeypatch):
+    with Store.open_readonly(filled_path) as store:
+        about = queries.described(store, queries.matching(store, queries.Filters(), None))
+    ids = about[about["family"] == "baseline"]["variant"].astype(str).tolist()
+    app = draw("compare", filled_path, monkeypatch, variant=ids)
+    assert all("model: " in caution for caution in table(app)["caution"])
 
 
 def test_all_well(tmp_path, monkeypatch):
@@ -183,9 +303,9 @@ def test_all_well(tmp_path, monkeypatch):
         result = CellResult("c", "v", Status.OK, records=(Record("acc", 0.5, "fraction"),))
         store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
     app = draw("overview", path, monkeypatch)
-    assert "no baseline" in app.info[0].value
-    draw("compare", path, monkeypatch)
-    draw("pareto", path, monkeypatch)
+    assert any("has a baseline with this figure" in each.value for each in app.caption)
+    assert draw("compare", path, monkeypatch).info[0].value == "Choose at least 2 variants."
+    assert "needs two figures" in draw("pareto", path, monkeypatch).info[0].value
 
 
 # --- starting ---------------------------------------------------------------------------------

@@ -13,23 +13,25 @@ import pytest
 
 from harness.store.store import Store
 from tests.core.stores import add_cell, add_sweep
-from tests.dashboard.filling import HOSTILE
-from tests.dashboard.pages import add_failures, fill_quality, fill_scaling
-from tests.dashboard.test_dashboard_browser import (
+from tests.dashboard.browsing import (
     CHART,
+    NARROW,
     TABLE,
+    WIDE,
+    browsing,
+    chromium,
     count,
-    page,  # noqa: F401 - a fixture
     save,
-    start_server,  # noqa: F401 - a fixture
+    serving,
     visit,
 )
+from tests.dashboard.filling import HOSTILE
+from tests.dashboard.pages import add_failures, fill_quality, fill_scaling
 from tests.robustness.tiny import TASK, save_model
 
 pytestmark = pytest.mark.browser
 
 HERE = Path(__file__).parent
-NARROW, WIDE = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +69,44 @@ def path(tmp_path_factory, sweeping):
     return path
 
 
-def fits_its_width(page):  # noqa: F811
+@pytest.fixture(scope="module")
+def url(path):
+    with serving(path) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def window():
+    pytest.importorskip("playwright.sync_api")
+    if chromium() is None:
+        pytest.skip("no Chromium is installed")
+    with browsing() as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(window):
+    window.complaints.clear()
+    yield window
+    assert window.complaints == []
+
+
+def fits_its_width(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def look(page, url, heading, name):  # noqa: F811
+def look(page, url, heading, name):
     """A page at both widths: nothing sticks out, nothing complains, no text of the store was obeyed."""
-    for width, size in (("390", NARROW), ("1280", WIDE)):
-        page.set_viewport_size(size)
+    for width in (NARROW, WIDE):
+        page.set_viewport_size({"width": width, "height": 900})
         visit(page, url, heading)
         assert fits_its_width(page), f"{heading} is wider than {width} px"
         assert page.locator("img[src='x']").count() == 0
         assert page.locator("a[href^='javascript']").count() == 0
     save(page, name)
-    assert page.complaints == []
 
 
-def test_scaling(start_server, page, path):  # noqa: F811
-    url = start_server(path)
+def test_scaling(url, page):
     look(page, f"{url}/scaling", "Scaling", "scaling")
     count(page, CHART, 6)
     page.get_by_text("Both take the same time at").first.wait_for()
@@ -95,27 +117,22 @@ def test_scaling(start_server, page, path):  # noqa: F811
     page.wait_for_function("location.search.includes('time=decode_latency')")
     page.reload()
     page.wait_for_function("document.body.innerText.includes('decode_latency [ms]')")
-    assert page.complaints == []
 
 
-def test_environment(start_server, page, path):  # noqa: F811
-    url = start_server(path)
+def test_environment(url, page):
     look(page, f"{url}/environment", "Environment", "environment")
     count(page, TABLE, 4)
     page.get_by_role("button", name="Check the store").click()
     page.get_by_text("No damage was found.").wait_for()
-    assert page.complaints == []
 
 
-def test_failures_of_a_sweep_are_text(start_server, page, path):  # noqa: F811
-    url = start_server(path)
+def test_failures_of_a_sweep_are_text(url, page):
     look(page, f"{url}/sweep?status=crashed", "Sweep", "sweep-failures")
     assert f"crashed: {HOSTILE}" in page.locator("[data-testid=stText]").all_inner_texts()
     assert page.locator("[data-testid=stCode]").last.inner_text().strip() == HOSTILE
 
 
-def test_method(start_server, page, path):  # noqa: F811
-    url = start_server(path)
+def test_method(url, page):
     page.goto(f"{url}/method?name=unheard-of")  # the plugins are read now, by a process of its own
     page.get_by_text("No plugin that is installed here").wait_for(timeout=120_000)
     visit(page, f"{url}/method?name=gptq", "Method")
@@ -140,20 +157,25 @@ def wait_for_store(folder, process):
     raise AssertionError("the sweep does not start")
 
 
-def metric(page, label):  # noqa: F811
+def metric(page, label):
     return page.locator("[data-testid=stMetric]", has_text=label).locator("[data-testid=stMetricValue]")
 
 
-def test_the_page_follows_a_sweep_that_runs(start_server, page, sweeping):  # noqa: F811
+def test_the_page_follows_a_sweep_that_runs(page, sweeping):
     folder, process = sweeping
     wait_for_store(folder, process)
-    visit(page, f"{start_server(folder / 'results.db')}/sweep", "Sweep")
+    with serving(folder / "results.db") as server:
+        follow(page, server.url, folder, process)
+
+
+def follow(page, url, folder, process):
+    visit(page, f"{url}/sweep", "Sweep")
     page.get_by_role("heading", name="Sweep 1: running").wait_for()
     # The baseline's three cells; the next variant waits for this test.
     page.wait_for_function("document.body.innerText.includes('3 of 12 cells done')")
-    page.set_viewport_size(NARROW)
+    page.set_viewport_size({"width": NARROW, "height": 900})
     assert fits_its_width(page)
-    page.set_viewport_size(WIDE)
+    page.set_viewport_size({"width": WIDE, "height": 900})
     save(page, "sweep-running")
     (folder / "1").touch()  # nobody touches the page from here on
     page.wait_for_function("document.body.innerText.includes('6 of 12 cells done')", timeout=60_000)
@@ -170,16 +192,15 @@ def test_the_page_follows_a_sweep_that_runs(start_server, page, sweeping):  # no
     assert page.get_by_text("This part is drawn again").count() == 0
     assert page.locator("img[src='x']").count() == 0
     save(page, "sweep-finished")
-    assert page.complaints == []
 
 
-def test_a_killed_sweep_is_interrupted_with_its_command(start_server, page, tmp_path):  # noqa: F811
+def test_a_killed_sweep_is_interrupted_with_its_command(page, tmp_path):
     path = tmp_path / "results.db"
     with Store.open(path) as store:
         sweep = store.open_sweep(command="harness sweep --methods a", config={}, manifest={}, cells_planned=2)
         add_cell(store, sweep, "a", task="t", key="a")
         store.close_sweep(sweep, "interrupted")
-    visit(page, f"{start_server(path)}/sweep", "Sweep")
-    page.get_by_role("heading", name="Sweep 1: interrupted").wait_for()
-    assert page.locator("[data-testid=stCode]").first.inner_text().strip() == "harness sweep --methods a"
-    assert page.complaints == []
+    with serving(path) as server:
+        visit(page, f"{server.url}/sweep", "Sweep")
+        page.get_by_role("heading", name="Sweep 1: interrupted").wait_for()
+        assert page.locator("[data-testid=stCode]").first.inner_text().strip() == "harness sweep --methods a"

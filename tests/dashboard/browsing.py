@@ -1,0 +1,150 @@
+"""The real server and a real browser, for tests and for measuring."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SERVE = """
+import sys
+from harness_dashboard.launch import serve
+sys.exit(serve(sys.argv[1], port=int(sys.argv[2]), open_browser=False))
+"""
+WIDE, NARROW = 1280, 390
+CHART, TABLE = ".js-plotly-plot", "[data-testid=stDataFrame]"
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def resident_bytes(self) -> int:
+        """Memory of the server and what it started, each process once."""
+        total, waiting = 0, [self.process.pid]
+        while waiting:
+            folder = Path("/proc") / str(waiting.pop())
+            status = (folder / "status").read_text()
+            total += int(status.partition("VmRSS:")[2].split()[0]) * 1024
+            waiting += map(int, (folder / f"task/{folder.name}/children").read_text().split())
+        return total
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[Server]:
+    """The dashboard's server on a store; it must end well."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", SERVE, str(path), str(port)], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server did not start"
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield Server(f"http://127.0.0.1:{port}", process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=20)
+    assert code == 0
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return
+    raise AssertionError("Streamlit did not end with it")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def chromium() -> str | None:
+    """The system's browser."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@contextmanager
+def browsing(width: int = WIDE) -> Iterator[Any]:
+    """A page of the system's Chromium; `complaints` holds what its console and its scripts complain of."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": 1100})
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(f"script: {error}"))
+        page.on("console", lambda line: record_error(page, line))
+        page.on("dialog", lambda dialog: page.complaints.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: record_stranger(page, request))
+        yield page
+        browser.close()
+
+
+def record_error(page: Any, line: Any) -> None:
+    # At first Streamlit looks for its server under the page's own path.
+    probe = line.location.get("url", "").endswith(("/_stcore/health", "/_stcore/host-config"))
+    if line.type == "error" and not probe:
+        page.complaints.append(f"console: {line.text} ({line.location.get('url')})")
+
+
+def record_stranger(page: Any, request: Any) -> None:
+    if not request.url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")):
+        page.complaints.append(f"request to {request.url}")
+
+
+def visit(page: Any, url: str, heading: str) -> Any:
+    """Open a page and wait until it is drawn."""
+    page.goto(url)
+    page.get_by_role("heading", name=heading, exact=True).wait_for(timeout=30_000)
+    settle(page)
+    return page
+
+
+def settle(page: Any) -> None:
+    """Wait until the script has run and everything is drawn."""
+    page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
+    # Tables and charts come in pieces after the script has run.
+    page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')")
+    assert page.locator('[data-testid="stException"]').count() == 0
+
+
+def choose(page: Any, label: str, option: str, kind: str = "stMultiSelect") -> None:
+    """Choose an option of a list, by what the reader sees."""
+    box = page.locator(f'[data-testid="{kind}"]').filter(has=page.get_by_text(label, exact=True))
+    box.locator("input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def count(page: Any, selector: str, expected: int) -> None:
+    page.wait_for_function(f"document.querySelectorAll('{selector}').length == {expected}")
+
+
+def save(page: Any, name: str, width: int = 1500) -> None:
+    """A picture of the whole page in the ignored folder."""
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.set_viewport_size({"width": width, "height": 1100})
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight + 20")
+    page.set_viewport_size({"width": width, "height": max(900, min(height, 6000))})
+    page.wait_for_timeout(500)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    page.set_viewport_size({"width": 1500, "height": 1100})

@@ -1,0 +1,273 @@
+"""Around the pages, in a real browser: sign-in, downloads, themes, a narrow screen, the keyboard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("streamlit")
+
+from harness_dashboard.theme import DARK, LIGHT, TEXT_CONTRAST, contrast
+
+from tests.dashboard.filling import HOSTILE, SIMULATED, VARIANTS
+from tests.dashboard.test_dashboard_browser import CHART, FLAGS, SCREENSHOTS, TABLE, free_port, save, visit
+
+pytestmark = pytest.mark.browser
+
+TOKEN = "correct-horse-battery-staple"
+PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "failures": "Failures"}
+LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "file:")
+
+
+@pytest.fixture(scope="module")
+def server(filled_path, tmp_path_factory):
+    """A server with a token, as the command line starts it."""
+    output = tmp_path_factory.mktemp("server") / "output.txt"
+    port = free_port()
+    environment = {**os.environ, "HARNESS_DASHBOARD_TOKEN": TOKEN}
+    line = [sys.executable, "-m", "harness", "dashboard", "--db", str(filled_path), "--port", str(port)]
+    with output.open("w") as said:
+        process = subprocess.Popen(line, env=environment, stdout=said, stderr=said)
+    try:
+        wait_for(process, f"http://127.0.0.1:{port}/_stcore/health")
+        check_child(process.pid)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=20)
+    assert code == 0
+    assert "sign in with the token" in output.read_text()
+    assert TOKEN not in output.read_text()
+    assert "Traceback" not in output.read_text()
+
+
+def wait_for(process, url):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def check_child(pid):
+    """The server itself is not told the token, neither in its command line nor in its environment."""
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for told in ("cmdline", "environ"):
+        content = Path(f"/proc/{child}/{told}").read_bytes()
+        assert content
+        assert TOKEN.encode() not in content
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """A page from which nothing but this machine can be reached."""
+    contexts, strangers = [], []
+
+    def guard(route):
+        if route.request.url.startswith(LOCAL):
+            route.continue_()
+        else:
+            strangers.append(route.request.url)
+            route.abort()
+
+    def make(**settings):
+        context = browser.new_context(accept_downloads=True, **settings)
+        context.route("**/*", guard)
+        contexts.append(context)
+        page = context.new_page()
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        return page
+
+    yield make
+    for context in contexts:
+        assert [page.problems for page in context.pages] == [[]] * len(context.pages)
+        context.close()
+    assert strangers == []
+
+
+def sign_in(page, url):
+    """By the same form, without drawing it."""
+    assert page.context.request.post(f"{url}/sign-in", form={"token": TOKEN, "next": "/sign-in"}).ok
+
+
+def test_nothing_is_shown_before_the_sign_in(server, open_page):
+    page = open_page()
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("websocket", lambda stream: asked.append(stream.url))
+    page.goto(f"{server}/pareto?family=quantization")
+    assert page.evaluate("document.activeElement.type") == "password"
+    assert "gptq" not in page.content()
+    assert not any("stcore" in each or "static" in each for each in asked)
+
+    page.get_by_label("The token").fill("not-the-right-token-at-all")
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_text("That is not the token.").wait_for()
+    page.keyboard.type(TOKEN)
+    page.keyboard.press("Enter")
+    page.locator(CHART).wait_for(timeout=30_000)
+    assert page.url.startswith(f"{server}/pareto")
+    assert "family=quantization" in page.url
+
+    page.reload()
+    page.locator(CHART).wait_for(timeout=30_000)
+    held = page.evaluate("[document.cookie, JSON.stringify(localStorage), JSON.stringify(sessionStorage)]")
+    assert "harness_dashboard" not in held[0]
+    assert TOKEN not in "".join(held) + page.content() + "".join(asked)
+
+    page.goto(f"{server}/sign-out")
+    page.goto(server)
+    page.get_by_label("The token").wait_for()
+
+
+def downloaded(page, click):
+    with page.expect_download() as waiting:
+        click()
+    name = waiting.value.suggested_filename
+    with open(waiting.value.path(), "rb") as file:
+        return name, file.read()
+
+
+def test_tables_and_figures_can_be_taken_home(server, open_page, tmp_path):
+    page = open_page(viewport={"width": 1400, "height": 1000})
+    sign_in(page, server)
+    visit(page, server, "Overview")
+    page.locator(TABLE).nth(1).wait_for()
+    box = page.locator(TABLE).first.bounding_box()
+    page.mouse.move(box["x"] + 560, box["y"] + 18)
+    page.get_by_text("Memory of all parameters and buffers").wait_for()
+    page.mouse.move(0, 0)
+    name, content = downloaded(page, page.get_by_role("button", name="CSV").first.click)
+    assert re.fullmatch(r"harness-overview-[\w-]+\.csv", name)
+    rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"))))
+    assert len(rows) == 15
+    assert {label for label, *_ in VARIANTS} <= {row["method"] for row in rows}
+    assert float(rows[0]["weight_bytes · b1-p512-g64 [MiB]"]) > 0
+    name, content = downloaded(page, page.get_by_role("button", name="JSON").first.click)
+    assert re.fullmatch(r"harness-overview-[\w-]+\.json", name)
+    rows = json.loads(content)
+    assert len(rows) == 15
+    assert HOSTILE in {row["method"] for row in rows}
+
+    visit(page, f"{server}/pareto?quality=acc+·+hellaswag", "Pareto")
+    page.locator(CHART).wait_for()
+    name, content = downloaded(page, page.get_by_role("button", name="HTML").click)
+    assert re.fullmatch(r"harness-pareto-acc-hellaswag-[\w-]+\.html", name)
+    (tmp_path / name).write_bytes(content)
+
+    camera = page.locator(f"{CHART} .modebar-btn[data-title^='Download plot']")
+    page.locator(CHART).hover()
+    name, content = downloaded(page, camera.click)
+    assert name.endswith(".png")
+    assert content.startswith(b"\x89PNG")
+    page.locator("[data-testid=stRadio] label", has_text="SVG").click()
+    page.wait_for_function(  # the chart is drawn anew, and for a moment there are two
+        f"(all => all.length == 1 && all[0]._context?.toImageButtonOptions.format == 'svg')"
+        f"(document.querySelectorAll('{CHART}'))"
+    )
+    page.locator(CHART).hover()
+    name, content = downloaded(page, camera.click)
+    assert name.endswith(".svg")
+    assert content.startswith(b"<svg")
+    assert SIMULATED in content.decode()
+
+    alone = open_page(offline=True)
+    alone.goto((tmp_path / next(tmp_path.iterdir()).name).as_uri())
+    alone.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for()
+    assert "acc · hellaswag" in alone.locator(".js-plotly-plot").inner_text()
+
+
+def rgb(text):
+    return "#" + "".join(f"{int(part):02X}" for part in re.findall(r"\d+", text)[:3])
+
+
+@pytest.mark.parametrize(("scheme", "theme"), [("light", LIGHT), ("dark", DARK)])
+def test_pages_and_figures_follow_the_readers_theme(server, open_page, scheme, theme):
+    page = open_page(viewport={"width": 1400, "height": 1000}, color_scheme=scheme)
+    sign_in(page, server)
+    visit(page, f"{server}/pareto", "Pareto")
+    page.locator(CHART).wait_for()
+    page.locator(f"{CHART} .xtitle").wait_for()
+    style = "element => [getComputedStyle(element).color, getComputedStyle(element).backgroundColor]"
+    text, ground = map(rgb, page.locator("[data-testid=stApp]").evaluate(style))
+    assert (text, ground) == (theme.text, theme.background)
+    fills = page.locator(CHART).evaluate(
+        "chart => [...chart.querySelectorAll('text')].map(text => getComputedStyle(text).fill)"
+    )
+    assert len(fills) > 10
+    for fill in set(fills):
+        assert contrast(rgb(fill), ground) >= TEXT_CONTRAST, fill
+    points = page.locator(f"{CHART} .point").evaluate_all(
+        "points => points.map(point => getComputedStyle(point).stroke)"
+    )
+    assert points
+    for stroke in set(points):
+        assert contrast(rgb(stroke), ground) >= 3, stroke
+    save(page, f"pareto-{scheme}")
+
+
+def test_a_narrow_screen(server, open_page):
+    page = open_page(viewport={"width": 390, "height": 844})
+    sign_in(page, server)
+    for path, heading in PAGES.items():
+        visit(page, f"{server}/{path}", heading)
+        page.locator(TABLE).first.wait_for()
+        widths = page.evaluate(
+            "['body', '[data-testid=stMain]'].map(name => document.querySelector(name).scrollWidth)"
+        )
+        assert max(widths) <= 390, (heading, widths)
+        save_narrow(page, f"narrow-{heading.lower()}")
+
+
+def save_narrow(page, name):
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def test_everything_is_reached_by_the_keyboard(server, open_page):
+    page = open_page(viewport={"width": 1400, "height": 1000})
+    sign_in(page, server)
+    visit(page, f"{server}/pareto", "Pareto")
+    page.locator(CHART).wait_for()
+    reached = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate(
+                "(it => (it.getAttribute('aria-label') || it.innerText || it.tagName).trim())"
+                "(document.activeElement)"
+            )
+        )
+    order = ["Overview", "Compare", "Models", "Status", "Refresh", "Quality", "Cost", "HTML", "CSV", "JSON"]
+    places = [next((n for n, label in enumerate(reached) if name in label), None) for name in order]
+    assert None not in places, dict(zip(order, places, strict=True)) | {"reached": reached}
+    assert places == sorted(places), dict(zip(order, places, strict=True))
