@@ -166,6 +166,7 @@ def test_the_page_follows_a_sweep_that_runs(page, sweeping):
     wait_for_store(folder, process)
     with serving(folder / "results.db") as server:
         follow(page, server.url, folder, process)
+        page.goto("about:blank")  # or it would look for a server that has ended
 
 
 def follow(page, url, folder, process):
@@ -204,3 +205,4 @@ def test_a_killed_sweep_is_interrupted_with_its_command(page, tmp_path):
         visit(page, f"{server.url}/sweep", "Sweep")
         page.get_by_role("heading", name="Sweep 1: interrupted").wait_for()
         assert page.locator("[data-testid=stCode]").first.inner_text().strip() == "harness sweep --methods a"
+        page.goto("about:blank")
