@@ -19,5 +19,9 @@
 `downloads`     tables as CSV and JSON, figures as HTML; pure
 `page`          what all views share: the store, the filters, text as text
 `views`         one page a file
+`scaling_data`  what the page Scaling shows, with `scaling_charts`
+`method_data`   what Method shows, with `method_catalogue` and `method_charts`
+`sweep_data`    what Sweep shows
+`store_health`  what Environment shows, with `environment_data`
 ==============  ================================================================
 """

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from harness.display import better
 from harness.metric_words import METRIC_WORDS
+from harness.page_words import PAGE_WORDS
 
 __all__ = ["COLUMNS", "VALUES", "Heading", "explain", "explain_metric", "heading_of", "word_of"]
 
@@ -71,6 +72,7 @@ COLUMNS = {
     "value / baseline": "This variant's figure over the baseline's; 1 is no change.",
     "variant": "A method on a model with its seed, type and device.",
     "verdict": "What the interval of the difference says.",
+    **PAGE_WORDS,
 }
 """Columns that are not metrics."""
 
@@ -208,7 +210,7 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
 
     Only words of this module are repeated, never a text of the cells.
     """
-    told = COLUMNS.get(column)
+    told = COLUMNS.get(column, COLUMNS.get(heading_of(column).metric))
     if told is None:
         return explain_metric(column)
     seen = list(dict.fromkeys(str(cell) for cell in cells))
@@ -216,7 +218,9 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
         names = dict.fromkeys(heading_of(cell).metric.partition("/")[0].partition(",")[0] for cell in seen)
         meanings = {name: word_of(name) for name in names if name in METRIC_WORDS or _is_plain(name)}
     else:
-        meanings = {word: VALUES.get(column, {}).get(word) for word in seen}
+        known = VALUES.get(column, {})
+        words = [cell if cell in known else cell.partition(" ")[2] for cell in seen]  # behind a sign
+        meanings = {word: known.get(word) for word in words}
         if column == "marks":  # a cell may hold both
             meanings = {word: text for word, text in _MARKS.items() if any(word in cell for cell in seen)}
         elif column in _SIGNED:

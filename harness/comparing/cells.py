@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import select
 
@@ -17,7 +17,10 @@ from harness.store.readings import all_readings
 from harness.store.store import Store
 from harness.store.tables import cells, sweeps
 
-__all__ = ["Cell", "all_cells", "cells_of"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Cell", "all_cells", "cells_in", "cells_of"]
 
 _PLACE = ("model", "seed", "kind", "task", "scenario", "origin")  # what was imported stands apart
 _CHUNK = 10_000
@@ -83,7 +86,11 @@ def all_cells(
         UnknownName: no such sweep.
         StoreError: the store cannot be read.
     """
-    frame = queries.results(store, models=models, sweep=sweep)
+    return cells_in(store, queries.results(store, models=models, sweep=sweep))
+
+
+def cells_in(store: Store, frame: pd.DataFrame) -> list[Cell]:
+    """The cells of rows that have the columns `Cell` reads, as `harness.store.queries.results` gives them."""
     frame = frame.astype(object).where(frame.notna(), None)
     ids = {int(cell) for cell in frame["cell"]}
     ok = {int(cell) for cell in frame["cell"][frame["status"] == str(Status.OK)]}

@@ -21,7 +21,7 @@ from tests.dashboard.browsing import TABLE, browsing, choose, serving, settle, v
 
 __all__ = ["measure"]
 
-PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "failures": "Failures"}
+PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "scaling": "Scaling", "sweep": "Sweep"}
 FILTERS = (
     ("Families", "quantization"),
     ("Models", "zoo:model-20m"),

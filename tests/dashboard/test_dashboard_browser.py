@@ -33,7 +33,7 @@ pytest.importorskip("streamlit")
 
 __all__ = ["CHART", "FLAGS", "SCREENSHOTS", "TABLE", "free_port", "save", "visit"]
 
-PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "failures": "Failures"}
+PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare"}
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +108,6 @@ def test_every_page_of_a_filled_store(url, page):
     count(page, TABLE, 5)
     save(page, "compare")
 
-    visit(page, f"{url}/failures", "Failures")
-    page.get_by_text("End of the log").wait_for()
-    count(page, TABLE, 1)
-    save(page, "failures")
-
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
 def test_no_page_is_wider_than_its_window(url, page, width):
@@ -170,13 +165,9 @@ def test_a_flip_is_followed_down_to_its_item(url, page):
 
 
 def test_text_of_the_store_is_text(url, page, filled_path):
-    """A method, an option, a reason, a traceback and a log that try to be HTML and Markdown."""
+    """A method and an option that try to be HTML and Markdown."""
     with Store.open_readonly(filled_path) as store:
         variants = queries.variants(store).set_index("method")["variant"]
-    visit(page, f"{url}/failures?status=crashed", "Failures")
-    assert page.locator("[data-testid=stText]").first.inner_text() == HOSTILE
-    assert page.locator("[data-testid=stCode]").last.inner_text().strip() == HOSTILE
-    save(page, "hostile-failure")
     visit(
         page, f"{url}/compare?variant={variants[HOSTILE]}&variant={variants['rtn:bits=4'].iloc[0]}", "Compare"
     )

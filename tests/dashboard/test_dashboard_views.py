@@ -16,9 +16,9 @@ from streamlit.testing.v1 import AppTest
 from harness.errors import ConfigError, MissingExtra, StoreError
 from harness.records import CellKind, CellResult, Record, Status
 from harness.store.store import Store
-from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, fill, variant_row
+from tests.dashboard.filling import MODEL, SHAPE, fill, variant_row
 
-VIEWS = ("overview", "pareto", "compare", "failures")
+VIEWS = ("overview", "pareto", "compare")
 
 
 def draw(view, path, monkeypatch, **address):
@@ -302,18 +302,6 @@ def test_two_models_side_by_side_are_said_to_differ(filled_path, monkeypatch):
     assert all("model: " in caution for caution in table(app)["caution"])
 
 
-def test_failures_show_reason_traceback_and_log(filled_path, monkeypatch):
-    app = draw("failures", filled_path, monkeypatch)
-    assert len(table(app)) == 6
-    assert table(app)["status"].tolist()[:2] == ["✕ crashed", "✕ oom"]
-    assert HOSTILE in app.text[0].value
-    traceback, log = (code.value for code in app.code)
-    assert traceback.startswith("Traceback")
-    assert log == HOSTILE
-    app = draw("failures", filled_path, monkeypatch, status="oom")
-    assert table(app)["reason"].tolist() == ["CUDA out of memory"]
-
-
 def test_all_well(tmp_path, monkeypatch):
     path = tmp_path / "results.db"
     with Store.open(path) as store:
@@ -321,7 +309,6 @@ def test_all_well(tmp_path, monkeypatch):
         store.write_variant(sweep, variant_row("rtn", (("rtn", {}),), "quantization", key="v"))
         result = CellResult("c", "v", Status.OK, records=(Record("acc", 0.5, "fraction"),))
         store.write_cell(sweep, result, kind=CellKind.TASK, task="t", scenario=None)
-    assert draw("failures", path, monkeypatch).success[0].value == "Every cell is ok."
     app = draw("overview", path, monkeypatch)
     assert any("has a baseline with this figure" in each.value for each in app.caption)
     assert draw("compare", path, monkeypatch).info[0].value == "Choose at least 2 variants."

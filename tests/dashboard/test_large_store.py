@@ -105,7 +105,7 @@ def test_the_command(tmp_path, capsys):
         ("overview", {"by": "acc · hellaswag", "q": "gptq", "status": "ok", "sweep": "1"}),
         ("pareto", {"quality": "acc · hellaswag", "third": "weight_bytes · b1-p512-g64"}),
         ("compare", {}),
-        ("failures", {"model": "shape:model-3b"}),
+        ("sweep", {"sweep": "1", "status": "oom"}),
     ],
 )
 def test_a_page_reads_only_what_it_shows_and_by_indexes(view, address, path, watched, monkeypatch):

@@ -1,0 +1,37 @@
+"""What variants are called in lists, tables and charts: as short as it can be without doubt. Pure."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+__all__ = ["variant_names"]
+
+_DISTINGUISHING = ("model", "dtype", "device_name", "seed", "origin")
+
+
+def variant_names(variants: pd.DataFrame) -> dict[int, str]:
+    """A name for each variant: its method, and what else tells the variants of this frame apart.
+
+    Args:
+        variants: one row a variant with the columns variant, method and any of model, dtype,
+            device_name, seed and origin.
+    """
+    if variants.empty:
+        return {}
+    parts = [
+        name for name in _DISTINGUISHING if name in variants and variants[name].nunique(dropna=False) > 1
+    ]
+    names = {
+        int(row["variant"]): " · ".join([str(row["method"]), *(_shown(part, row[part]) for part in parts)])
+        for row in variants[["variant", "method", *parts]].to_dict("records")
+    }
+    counts = pd.Series(list(names.values()), dtype=object).value_counts()
+    return {id_: name if counts[name] == 1 else f"{name} · #{id_}" for id_, name in names.items()}
+
+
+def _shown(part: str, value: object) -> str:
+    if part == "seed":
+        return f"seed {value}"
+    if part == "origin":
+        return "measured here" if value is None or value != value else f"from {value}"
+    return str(value)
