@@ -7,7 +7,6 @@
 `variants`      what a variant is, pages of them, their baselines, how their cells ended
 `compared`      variants against another: differences, intervals, tests
 `details`       raw readings, items that changed, kernels
-`failures`      the cells that are not ok
 ==============  ====================================================================================
 
 Nothing here reads all records: conditions, order and page go into the query, and tests look at the plans.
@@ -27,7 +26,6 @@ from .details import (
     readings,
     shapes,
 )
-from .failures import failures, what_was_said
 from .scope import Filters, Options, Stamp, is_empty, only_model, options, stamp, sweep_ids
 from .values import everything, histories, points, values
 from .variants import (
@@ -56,7 +54,6 @@ __all__ = [
     "differences",
     "everything",
     "explanations",
-    "failures",
     "has_readings",
     "histograms",
     "histories",
@@ -80,5 +77,4 @@ __all__ = [
     "stamp",
     "sweep_ids",
     "values",
-    "what_was_said",
 ]

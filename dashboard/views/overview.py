@@ -57,7 +57,7 @@ def _draw_counts(ids: Sequence[int], ended: pd.DataFrame) -> None:
     figures[0].metric("Variants", len(ids), help="A method on a model, with a seed, a type and a device.")
     figures[1].metric("Cells", total, help="What was asked of the variants: transform, shapes and tasks.")
     figures[2].metric("ok", ok)
-    figures[3].metric("not ok", total - ok, help="Failed, or not applicable: the Failures page says why.")
+    figures[3].metric("not ok", total - ok, help="Failed, or not applicable: the Sweep page says why.")
 
 
 class _Order:

@@ -488,34 +488,3 @@ def test_why_a_variant_is_as_fast_as_it_is(store, sweep):
     assert found[1].kernels == kernels
     assert found[1].value("decode_latency") == 1.0
     assert queries.explanations(store, [1, 2], "b8-p1-g1", None)[1].verdict == "launch-bound"
-
-
-# --- failures ---------------------------------------------------------------------------------
-
-
-def test_failures_that_should_have_worked_come_first(filled):
-    found = queries.failures(filled, Filters(), None)
-    assert found.counts == {"not_applicable": 4, "crashed": 1, "oom": 1}
-    assert found.rows["status"].tolist() == ["crashed", "oom", *["not_applicable"] * 4]
-    assert found.rows["reason"][0] == HOSTILE
-    assert found.rows["place"].tolist()[:3] == ["transform", "transform", "hellaswag"]
-    assert found.rows["cell"].tolist()[2:] == sorted(found.rows["cell"][2:], reverse=True)
-    second = queries.failures(filled, Filters(), None, first=2, count=2)
-    assert second.rows["cell"].tolist() == found.rows["cell"].tolist()[2:4]
-    said = queries.what_was_said(filled, int(found.rows["cell"][0]))
-    assert said.log_tail == HOSTILE
-
-
-@pytest.mark.parametrize(
-    ("filters", "expected"),
-    [
-        (Filters(statuses=("oom",)), 1),
-        (Filters(statuses=("ok",)), 0),
-        (Filters(models=(SHAPE,)), 3),
-        (Filters(tasks=("wikitext",)), 3),
-        (Filters(search="fp8"), 1),
-    ],
-)
-def test_failures_that_pass_the_filters(filled, filters, expected):
-    found = queries.failures(filled, filters, None)
-    assert sum(found.counts.values()) == len(found.rows) == expected

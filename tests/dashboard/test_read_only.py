@@ -46,7 +46,7 @@ def test_the_database_refuses(path, statement):
     assert digest(path) == before
 
 
-@pytest.mark.parametrize("view", ["overview", "pareto", "compare", "failures"])
+@pytest.mark.parametrize("view", ["overview", "pareto", "compare", "scaling", "sweep", "environment"])
 def test_drawing_a_page_leaves_the_file_as_it_is(path, view):
     before = digest(path)
     script = f"from harness_dashboard.views import {view}\n{view}.render()"

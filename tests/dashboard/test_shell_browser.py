@@ -28,7 +28,7 @@ from tests.dashboard.test_dashboard_browser import CHART, FLAGS, SCREENSHOTS, TA
 pytestmark = pytest.mark.browser
 
 TOKEN = "correct-horse-battery-staple"
-PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "failures": "Failures"}
+PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "sweep": "Sweep"}
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "file:")
 
 

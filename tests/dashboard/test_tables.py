@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from tests.dashboard.filling import HOSTILE
 
-VIEWS = ("overview", "pareto", "compare", "failures")
+VIEWS = ("overview", "pareto", "compare", "scaling", "sweep", "environment")
 
 
 def draw(view, path, monkeypatch):
