@@ -21,6 +21,7 @@ from harness.cli import (
     exchange,
     new,
     report,
+    reproduce,
     results,
     scaling,
     sweep,
@@ -63,6 +64,7 @@ app.command("compare")(compare.compare)
 app.command("scaling")(scaling.scaling)
 app.command("why")(why.why)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("dashboard")(dashboard.dashboard)
 app.command("new")(new.new)
 app.command("doctor")(doctor.doctor)
