@@ -62,11 +62,12 @@ class SweepNeed:
 
     @property
     def scenarios(self) -> frozenset[str]:
-        """The labels of its timed shapes."""
+        """The labels of its timed shapes; an encoder's decode nothing."""
         return frozenset(
-            f"b{batch}-p{prompt}-g{self.new_tokens}"
+            f"b{batch}-p{prompt}-g{new}"
             for batch in self.batch_sizes
             for prompt in self.prompt_lens
+            for new in (self.new_tokens, 0)
         )
 
     def settings(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class SweepNeed:
         return values
 
     def accepts(self, cell: StoredCell) -> bool:
-        """Whether a stored cell is one of this grid, measured on enough items and with the budget it names."""
+        """Whether a stored cell is one of this grid, on enough items and with the budget that it names."""
         if cell.model not in self.models or cell.seed not in self.seeds:
             return False
         if cell.method not in self.methods and not cell.is_baseline:

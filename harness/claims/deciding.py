@@ -100,7 +100,7 @@ def loses_at_most(
     metric: str = "nll",
     seeds: Sequence[int] = (0,),
 ) -> Part:
-    """A method loses at most so much more than another: what "almost nothing" means must be said in numbers."""
+    """A method loses at most so much more than another: "almost nothing" must be said in numbers."""
     return lambda evidence: loss_contrast(
         evidence,
         {(model, method): 1.0, (model, than): -1.0},

@@ -8,8 +8,8 @@ The rule, the same for every claim:
   any spread (bytes, counts; outcomes that are equal item by item) is what it is: one side or the other.
 - A claim **holds** where all parts support it. All have to, so its p-value is the largest of theirs and
   nothing need be corrected (an intersection-union test).
-- It **does not hold** where a part contradicts it. One of them is enough, so the smallest p-value is multiplied
-  by their number (Bonferroni).
+- It **does not hold** where a part contradicts it. One of them is enough, so the smallest p-value is
+  multiplied by their number (Bonferroni).
 - Else it is **not decidable** with these rows, and the smallest effect that they would show is given.
 - The p-values of all claims of a board are adjusted together (Benjamini-Hochberg); what is no longer below
   0.05 is not decidable.
@@ -80,10 +80,9 @@ class Finding:
     def side(self) -> Side:
         """What it says to the claim: supports, contradicts or open."""
         if self.p is None or self.lower == self.upper:
-            is_above = self.value > self.bound and not math.isclose(self.value, self.bound, rel_tol=1e-9)
-            is_below = self.value < self.bound and not math.isclose(self.value, self.bound, rel_tol=1e-9)
-            expected = is_above if self.expected is Side.ABOVE else is_below
-            return Side.SUPPORTS if expected else Side.CONTRADICTS
+            distance = self.value - self.bound if self.expected is Side.ABOVE else self.bound - self.value
+            is_there = distance > 1e-9 * max(1.0, abs(self.bound))  # rounding is no effect
+            return Side.SUPPORTS if is_there else Side.CONTRADICTS
         if self.p >= LEVEL or self.lower <= self.bound <= self.upper:
             return Side.OPEN
         is_above = self.lower > self.bound

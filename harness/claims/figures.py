@@ -79,7 +79,7 @@ def loss_contrast(
         sums.append(found[0])
         weights = found[1]
     assert weights is not None
-    return _over_items(np.stack(sums), weights, about)
+    return _over_items(np.stack(sums), weights, about, "windows" if metric == "nll" else "items")
 
 
 class _About:
@@ -112,7 +112,7 @@ def _item_sums(
     return constant + sign * shares @ outcomes, weights
 
 
-def _over_items(sums: Floats, weights: list[float], about: _About) -> Finding:
+def _over_items(sums: Floats, weights: list[float], about: _About, unit_of_n: str) -> Finding:
     """`sums`: [seeds, items]."""
     even = len(set(weights)) == 1
     means = sums.mean(axis=0)
@@ -132,7 +132,7 @@ def _over_items(sums: Floats, weights: list[float], about: _About) -> Finding:
         test += f" over items, t over {len(of_seeds)} seeds"
     return Finding(
         about.what, value, lower, upper, about.unit, about.expected, about.bound, test, len(means),
-        "items" if even else "windows", p, detectable, about.cells,
+        unit_of_n, p, detectable, about.cells,
     )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def estimated(plan: SweepPlan, work: Work, store: Store) -> dict[Variant, float]
 def affordable(
     claims: Sequence[Claim], needed: Mapping[str, Mapping[Any, float]], budget_s: float
 ) -> tuple[list[Claim], dict[str, float]]:
-    """The claims that fit into a budget, taken in their order, and by how many seconds each other one exceeds it.
+    """The claims that fit into a budget, in their order, and by how many seconds each other one exceeds it.
 
     Pure. What two claims share is paid once, so a later claim may fit where an earlier one did not.
 
@@ -222,7 +222,7 @@ def _planned(
         labels = {variant.chain.label for variant in plan.grid.variants}
         for wrong in sorted(set(work.methods) - labels):
             users = frozenset().union(*(ids for pair, ids in work.users.items() if pair[1] == wrong))
-            why = f"the claim writes {wrong}, which no table does; its methods must be written as tables show them"
+            why = f"the claim writes {wrong}, which no table does: write methods as tables show them"
             done.notes |= dict.fromkeys(users, why)
         found.append((work, plan))
     return found

@@ -26,7 +26,8 @@ CLAIMS = [
         id="attention-dominates-at-length",
         section=SECTION,
         says="Prefill time grows faster than the prompt, because attention is quadratic in its length.",
-        source="Weng 2023, Large Transformer Model Inference Optimization, introduction; Vaswani et al. 2017, "
+        source="Weng 2023, Large Transformer Model Inference Optimization, introduction; Vaswani et "
+        "al. 2017, "
         "arXiv:1706.03762, table 1",
         methods=("baseline",),
         sweep=(timed("baseline", prompts=PROMPTS),),
@@ -51,7 +52,7 @@ CLAIMS = [
                     than_place=f"b1-p{other}-g16",
                 )
                 for one, other in ((PROMPTS[0], PROMPTS[-1]), (PROMPTS[-1], PROMPTS[0]))
-            )  # fmt: skip
+            )
         ),
         scale="a model of 6 M parameters, 256 and 960 tokens",
     ),

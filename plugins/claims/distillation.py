@@ -18,13 +18,15 @@ CLAIMS = [
     Claim(
         id="kd-beats-plain-training",
         section=SECTION,
-        says="A small network learns more from a teacher's predictions and the text than from the text alone.",
+        says="A small network learns more from a teacher's predictions and the text than from the text "
+        "alone.",
         source="Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 3",
         methods=("kd",),
         sweep=(nano(PLAIN, _TAUGHT),),
         decide=all_of(loses_less(_TAUGHT, than=PLAIN, model=NANO, task="kjv", seeds=SEEDS)),
         where=("cpu", "cuda"),
-        scale="a network of 0.7 M parameters far from trained; at temperature 1, the paper's 2 and more is worse here",
+        scale="a network of 0.7 M parameters far from trained; at temperature 1, the paper's 2 and "
+        "more is worse here",
     ),
     Claim(
         id="distilbert-size-and-speed",
@@ -43,7 +45,8 @@ CLAIMS = [
         id="distillation-combines-with-quantization",
         section=SECTION,
         says="A distilled network can be quantized to 4 bits at as small a cost as the network it came from.",
-        source="Sanh et al. 2019, arXiv:1910.01108, section 4; Polino, Pascanu, Alistarh 2018, arXiv:1802.05668",
+        source="Sanh et al. 2019, arXiv:1910.01108, section 4; Polino, Pascanu, Alistarh 2018, "
+        "arXiv:1802.05668",
         methods=("distilbert", "gptq"),
         sweep=(
             SweepNeed(
@@ -57,7 +60,7 @@ CLAIMS = [
                 calibration_len=256,
                 making_s=60.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(
             loses_at_most(_FOUR_BITS, 0.05, model=LLAMA, task="kjv"),
             loses_at_most(f"distilbert+{_FOUR_BITS}", 0.05, model=LLAMA, task="kjv", than="distilbert"),

@@ -53,7 +53,8 @@ CLAIMS = [
     Claim(
         id="not-every-smaller-form-is-faster",
         section=SECTION,
-        says="Fewer bits alone make nothing faster: without a kernel for them 4-bit weights slow the prefill down, "
+        says="Fewer bits alone make nothing faster: without a kernel for them 4-bit weights slow the "
+        "prefill down, "
         "and 8-bit weights and activations do not speed up the decoding.",
         source="Weng 2023, section Quantization; Dettmers et al. 2022, arXiv:2208.07339, table 3",
         methods=("rtn",),

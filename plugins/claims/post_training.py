@@ -33,7 +33,8 @@ CLAIMS = [
     Claim(
         id="activations-not-weights",
         section=SECTION,
-        says="At 8 bits it is the activations whose rounding hurts; the weights can be rounded almost for free.",
+        says="At 8 bits it is the activations whose rounding hurts; the weights can be rounded almost "
+        "for free.",
         source="Bondarenko, Nagel, Blankevoort 2021, arXiv:2109.12948, table 1 (W8A8, W32A8, W8A32)",
         methods=("rtn",),
         sweep=(quality(W8, A8, W8A8, models=OUTLIERS),),
@@ -53,7 +54,8 @@ CLAIMS = [
     Claim(
         id="outliers-break-per-tensor-activations",
         section=SECTION,
-        says="A few outlier channels ruin activations that share one scale a tensor, which are harmless without.",
+        says="A few outlier channels ruin activations that share one scale a tensor, which are "
+        "harmless without.",
         source="Bondarenko, Nagel, Blankevoort 2021, arXiv:2109.12948, section 3; Dettmers et al. 2022, "
         "arXiv:2208.07339, figure 1",
         methods=("rtn",),
@@ -84,7 +86,8 @@ CLAIMS = [
         decide=all_of(
             *(repairs("smoothquant", W8A8, model=model, task="kjv", share=0.9) for model in OUTLIERS)
         ),
-        scale=f"{PLANTED}, which are planted where it smooths; repairing is taking away nine tenths of the loss",
+        scale=f"{PLANTED}, which are planted where it smooths; repairing is taking away nine tenths of "
+        "the loss",
     ),
     Claim(
         id="peg-repairs-outliers",
@@ -100,17 +103,19 @@ CLAIMS = [
                 making_s=30.0,
                 cell_s=20.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(
             loses_less("baseline", than="peg:groups=1", model=ENCODER, task="kjv_books", metric="acc"),
             repairs("peg", "peg:groups=1", model=ENCODER, task="kjv_books", metric="acc", share=0.5),
         ),
-        scale="MiniLM, a trained encoder of 23 M parameters, by a linear probe; BERT-base has larger outliers",
+        scale="MiniLM, a trained encoder of 23 M parameters, by a linear probe; BERT-base has larger "
+        "outliers",
     ),
     Claim(
         id="smoothquant-sweet-spot",
         section=SECTION,
-        says="SmoothQuant's alpha has a sweet spot near 0.5: too little or too much of the range moved hurts.",
+        says="SmoothQuant's alpha has a sweet spot near 0.5: too little or too much of the range moved "
+        "hurts.",
         source="Xiao et al. 2022, arXiv:2211.10438, figure 10",
         methods=("smoothquant",),
         sweep=(
@@ -121,7 +126,7 @@ CLAIMS = [
                 models=(f"{LLAMA}+outliers",),
                 making_s=15.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(
             *(
                 loses_less(
@@ -145,7 +150,7 @@ CLAIMS = [
                 models=(f"{LLAMA}+outliers:k=16", f"{LLAMA}+outliers:k=256"),
                 making_s=15.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(
             gains_more(
                 "smoothquant:alpha=0.75",
@@ -155,7 +160,8 @@ CLAIMS = [
                 task="kjv",
             )
         ),
-        scale="planted outliers leave the function as it is, so the weights that read them are as much smaller: "
+        scale="planted outliers leave the function as it is, so the weights that read them are as much "
+        "smaller: "
         "smoothing undoes that whatever alpha is",
     ),
     _gptq_against_rounding(4, "gptq:group_size=64", "rtn:group_size=64"),
@@ -164,7 +170,8 @@ CLAIMS = [
     Claim(
         id="finer-weight-scales-lose-less",
         section=SECTION,
-        says="4-bit weights lose less with a scale a row than with one a matrix, and less still with one a group.",
+        says="4-bit weights lose less with a scale a row than with one a matrix, and less still with "
+        "one a group.",
         source="Krishnamoorthi 2018, arXiv:1806.08342, table 2; Shen et al. 2019, arXiv:1909.05840, table 2",
         methods=("rtn",),
         sweep=(quality("rtn:group_size=-1:w_gran=per-tensor", "rtn:group_size=-1", "rtn:group_size=64"),),
@@ -195,7 +202,8 @@ CLAIMS = [
         decide=all_of(
             *(loses_less(W8A8, than=PER_TENSOR, model=model, task="kjv") for model in (*ZOO, *OUTLIERS))
         ),
-        scale="models of 4 and 6 M parameters, with and without planted outliers; the tensor's scale is fixed",
+        scale="models of 4 and 6 M parameters, with and without planted outliers; the tensor's scale "
+        "is fixed",
     ),
 ]
 

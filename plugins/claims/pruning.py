@@ -33,13 +33,15 @@ CLAIMS = [
     Claim(
         id="iterative-beats-one-shot",
         section=SECTION,
-        says="At an equal number of training steps, pruning and retraining in cycles loses less than one cut.",
+        says="At an equal number of training steps, pruning and retraining in cycles loses less than "
+        "one cut.",
         source="Han, Pool, Tran, Dally 2015, arXiv:1506.02626, figure 5; Renda, Frankle, Carbin 2020, "
         "arXiv:2003.02389",
         methods=("iterative-prune",),
         sweep=(nano(ITERATIVE, ONE_SHOT),),
         decide=all_of(loses_less(ITERATIVE, than=ONE_SHOT, model=NANO, task="kjv", seeds=SEEDS)),
-        scale=f"{SMALL}; 120 steps, then three cycles of 40 against one of 120. The papers' cycles are each as long "
+        scale=f"{SMALL}; 120 steps, then three cycles of 40 against one of 120. The papers' cycles are "
+        "each as long "
         "as the one",
     ),
     Claim(
@@ -65,7 +67,8 @@ CLAIMS = [
     Claim(
         id="winning-tickets-beat-random-ones",
         section=SECTION,
-        says="A ticket's weights at their own early values learn better than as many at random places, or than "
+        says="A ticket's weights at their own early values learn better than as many at random places, "
+        "or than "
         "the same places with other initial values.",
         source="Frankle, Carbin 2019, arXiv:1803.03635, figures 1 and 3",
         methods=("lottery-rewind",),
@@ -79,7 +82,8 @@ CLAIMS = [
     Claim(
         id="winning-tickets-match-the-dense-network",
         section=SECTION,
-        says="A winning ticket with a fifth of the weights learns as well as the whole network in as many steps.",
+        says="A winning ticket with a fifth of the weights learns as well as the whole network in as "
+        "many steps.",
         source="Frankle, Carbin 2019, arXiv:1803.03635, figure 1",
         methods=("lottery-rewind",),
         sweep=(nano(TICKET, PLAIN),),
@@ -90,7 +94,8 @@ CLAIMS = [
         id="calibrated-scores-beat-magnitudes",
         section=SECTION,
         says="At 50 % zeros in one shot, Wanda loses less than magnitudes and SparseGPT less than Wanda.",
-        source="Sun et al. 2023, arXiv:2306.11695, table 3; Frantar, Alistarh 2023, arXiv:2301.00774, table 1",
+        source="Sun et al. 2023, arXiv:2306.11695, table 3; Frantar, Alistarh 2023, arXiv:2301.00774, "
+        "table 1",
         methods=("wanda", "sparsegpt", "magnitude-prune"),
         sweep=(quality("magnitude-prune", "wanda", "sparsegpt", making_s=20.0),),
         decide=all_of(
@@ -112,7 +117,8 @@ CLAIMS = [
         decide=all_of(
             *(loses_less("magnitude-prune", than=STRUCTURED, model=model, task="kjv") for model in ZOO)
         ),
-        scale="models of 4 and 6 M parameters, half of the blocks' weights, no retraining; what is left of the "
+        scale="models of 4 and 6 M parameters, half of the blocks' weights, no retraining; what is "
+        "left of the "
         "structured ones is refitted to the old outputs, the zeros are not compensated",
     ),
 ]

@@ -34,12 +34,14 @@ CLAIMS = [
     Claim(
         id="qat-beats-rounding-at-2-bits",
         section=SECTION,
-        says="At 2 bits training through the rounding loses less than rounding does, with fewer bits for scales.",
+        says="At 2 bits training through the rounding loses less than rounding does, with fewer bits "
+        "for scales.",
         source="Esser et al. 2019, arXiv:1902.08153, table 1; Liu et al. 2023, arXiv:2305.17888, table 1",
         methods=("qat", "rtn"),
         sweep=(_grid(_QAT), _grid(_RTN)),
         decide=all_of(*(loses_less(_QAT, than=_RTN, model=model, task="kjv") for model in ZOO)),
-        scale="models of 4 and 6 M parameters, 200 steps of 8 x 128 tokens; rounding has groups of 16 and the "
+        scale="models of 4 and 6 M parameters, 200 steps of 8 x 128 tokens; rounding has groups of 16 "
+        "and the "
         "trained weights one scale a row",
     ),
 ]

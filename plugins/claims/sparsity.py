@@ -41,7 +41,7 @@ CLAIMS = [
                 train_len=128,
                 making_s=25.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(
             repairs("nm-prune:steps=60", "nm-prune", model=OPT, task="kjv", share=0.65, clean=DENSE)
         ),
@@ -65,14 +65,15 @@ CLAIMS = [
                 train_len=64,
                 making_s=35.0,
             ),
-        ),  # fmt: skip
+        ),
         decide=all_of(loses_less(REFINED, than=PLAIN_STE, model=OPT, task="kjv", seeds=SEEDS)),
         scale="4 M parameters and 120 steps, where masks hardly have time to settle",
     ),
     Claim(
         id="exploration-helps-top-kast",
         section=SECTION,
-        says="Sparse training that also updates weights outside of the forward pass loses less than without them.",
+        says="Sparse training that also updates weights outside of the forward pass loses less than "
+        "without them.",
         source="Jayakumar et al. 2020, arXiv:2106.03517, table 1",
         methods=("top-kast",),
         sweep=(nano(EXPLORING, NOT_EXPLORING),),
