@@ -92,4 +92,4 @@ def _finding(finding: Finding) -> str:
 
 
 def _p(value: float) -> str:
-    return "< 0.0001" if value < 1e-4 else f"= {value:.2g}"
+    return "below 0.0001" if value < 1e-4 else f"= {value:.2g}"

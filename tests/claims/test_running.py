@@ -180,6 +180,7 @@ def register_methods():
     assert "failed" in row["why"]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_it_cleanly(folder):
     command = [sys.executable, "-m", "harness", "reproduce", "--plugin", "plug.py", "--claim", "smaller",
                "--device", "cpu"]  # fmt: skip
