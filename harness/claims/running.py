@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.interrupts import Interrupts
     from harness.store.store import Store
 
-__all__ = ["Reproduction", "Work", "affordable", "estimated", "merged", "reproduce"]
+__all__ = ["Means", "Reproduction", "Work", "affordable", "estimated", "merged", "reproduce"]
 
 MOST_JOBS = 4  # each takes most of a gigabyte
 Variant = tuple[str, str, int]  # model, method, seed
@@ -45,19 +45,38 @@ class Work:
     def claims(self) -> frozenset[str]:
         return frozenset().union(*self.users.values())
 
-    def config(
-        self, device: str, plugin: Sequence[str] = (), *, jobs: int = 1, retry: bool = False
-    ) -> SweepConfig:
+    def config(self, device: str, means: Means) -> SweepConfig:
         """As a sweep; what is timed runs alone on the machine."""
+        jobs = means.jobs or _usual_jobs(device)
         return SweepConfig(
             models=self.models,
             methods=self.methods,
             device=device,
-            plugin=tuple(plugin),
+            plugin=means.plugin,
             jobs=1 if self.settings["prompt_lens"] else jobs,
-            retry_failed=retry,
+            retry_failed=means.retry,
+            fresh=means.fresh,
             **self.settings,
         )
+
+
+@dataclass(frozen=True)
+class Means:
+    """How claims are measured.
+
+    Args:
+        budget_min: minutes; claims that do not fit are left out and noted. None: no limit.
+        jobs: variants at a time where nothing is timed; by default one for each CPU core, up to four.
+        retry: measure again what failed.
+        fresh: measure everything again, as for times that were taken on a busy machine.
+        plugin: what `--plugin` was given.
+    """
+
+    budget_min: float | None = None
+    jobs: int | None = None
+    retry: bool = False
+    fresh: bool = False
+    plugin: tuple[str, ...] = ()
 
 
 @dataclass
@@ -152,13 +171,10 @@ def reproduce(
     claims: Sequence[Claim],
     *,
     device: str,
+    means: Means,
     reporter: Callable[[], Reporter],
     interrupts: Interrupts,
     command: str,
-    plugin: Sequence[str] = (),
-    budget_min: float | None = None,
-    jobs: int | None = None,
-    retry: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Reproduction:
     """Measure what these claims need on this device and the store has not; every cell is stored at once.
@@ -166,19 +182,16 @@ def reproduce(
     Args:
         device: as `--device` has it, resolved: ``cpu``, ``cuda``, ``cuda:0``.
         reporter: makes what shows a sweep.
-        budget_min: minutes; claims that do not fit are left out and noted. None: no limit.
-        jobs: variants at a time where nothing is timed; by default one for each CPU core, up to four.
-        retry: measure again what failed.
 
     Raises:
         Interrupted: a signal came; what was finished is stored.
     """
     kind = device.partition(":")[0]
     mine = [claim for claim in claims if kind in claim.where]
-    jobs = _usual_jobs(kind) if jobs is None else jobs
+    budget_min = means.budget_min
     done = Reproduction()
     started = time.monotonic()
-    works = _planned(merged(mine), device, plugin, jobs, retry, done)
+    works = _planned(merged(mine), device, means, done)
     if budget_min is not None:
         needed: dict[str, dict[Any, float]] = {claim.id: {} for claim in mine}
         for number, (work, plan) in enumerate(works):
@@ -189,7 +202,7 @@ def reproduce(
         fitting, beyond = affordable(mine, needed, budget_min * 60)
         done.notes |= {id_: _beyond(seconds, budget_min) for id_, seconds in beyond.items()}
         if beyond:
-            works = _planned(merged(fitting), device, plugin, jobs, retry, done)
+            works = _planned(merged(fitting), device, means, done)
     for number, (work, plan) in enumerate(works, start=1):
         estimate = sum(estimated(plan, work, store).values()) / plan.config.jobs
         if not estimate:
@@ -207,13 +220,13 @@ def reproduce(
 
 
 def _planned(
-    works: Sequence[Work], device: str, plugin: Sequence[str], jobs: int, retry: bool, done: Reproduction
+    works: Sequence[Work], device: str, means: Means, done: Reproduction
 ) -> list[tuple[Work, SweepPlan]]:
     """The sweeps that can be planned here; of the others their claims say why not."""
     found = []
     for work in works:
         try:
-            plan = plan_sweep(work.config(device, plugin, jobs=jobs, retry=retry))
+            plan = plan_sweep(work.config(device, means))
         except StoreError:
             raise
         except HarnessError as error:
@@ -228,8 +241,8 @@ def _planned(
     return found
 
 
-def _usual_jobs(kind: str) -> int:
-    return 1 if kind != "cpu" else max(1, min(MOST_JOBS, len(os.sched_getaffinity(0))))
+def _usual_jobs(device: str) -> int:
+    return 1 if device != "cpu" else max(1, min(MOST_JOBS, len(os.sched_getaffinity(0))))
 
 
 def _beyond(seconds: float, budget_min: float) -> str:

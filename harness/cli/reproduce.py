@@ -14,7 +14,7 @@ from harness.cli.output import Format, print_rows
 
 if TYPE_CHECKING:
     from harness.claims import BoardRow, Claim
-    from harness.claims.running import Reproduction
+    from harness.claims.running import Means, Reproduction
     from harness.interrupts import Interrupts
     from harness.plugins import LoadedPlugins
     from harness.progress import QuietReporter
@@ -49,6 +49,9 @@ def reproduce(
         ),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure again what failed.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what is stored, such as times of a busy machine.")
+    ] = False,
     plugin: Annotated[
         list[str] | None, typer.Option(help="A plugin: FILE.py or a module. May be repeated.")
     ] = None,
@@ -60,6 +63,8 @@ def reproduce(
     1 where cells failed that were to be measured.
     """
     from harness.claims import chosen
+    from harness.claims.running import Means
+    from harness.cli.sweep import database
     from harness.interrupts import Interrupted, Interrupts
     from harness.plugins import load_plugins
 
@@ -69,50 +74,44 @@ def reproduce(
         return 0
     with Interrupts() as interrupts:
         try:
-            return _reproduce(
-                claim, budget, db, device, output, jobs, retry_failed, plugin, quiet, interrupts
-            )
+            means = Means(budget, jobs, retry_failed, fresh, tuple(plugin or ()))
+            return _reproduce(claim or (), means, database(db), device, output, quiet, interrupts)
         except Interrupted as stopped:
             typer.echo(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
             return stopped.exit_code
 
 
 def _reproduce(
-    names: Sequence[str] | None,
-    budget: float | None,
-    db: str | None,
+    names: Sequence[str],
+    means: Means,
+    target: str,
     device: str,
     output: Format,
-    jobs: int | None,
-    retry_failed: bool,
-    plugin: Sequence[str] | None,
     quiet: bool,
     interrupts: Interrupts,
 ) -> int:
     from harness.claims import board, chosen
     from harness.claims.running import Reproduction
-    from harness.cli.sweep import database
     from harness.measure.machine import resolve_device
     from harness.plugins import load_plugins
     from harness.store.store import Store
 
-    runs = budget is None or budget > 0
+    runs = means.budget_min is None or means.budget_min > 0
     if runs:
         # The server's imports take seconds: they run beside the parent's own.
         from harness.executors.server import start_fork_server
 
         start_fork_server()
-    plugins = load_plugins(plugin or ())
+    plugins = load_plugins(means.plugin)
     for report in plugins.broken:
         where = f"{report.name} ({report.location})"
         typer.echo(f"warning: plugin {where} could not be loaded: {report.error}", err=True)
-    wanted = chosen(plugins.claims, names or ())
+    wanted = chosen(plugins.claims, names)
     place = resolve_device(device)
-    target = database(db)
     with Store.open(target) if runs else Store.open_readonly(target) as store:
         done = Reproduction()
         if runs:
-            done = _measure(store, wanted, place, budget, jobs, retry_failed, plugin or (), quiet, interrupts)
+            done = _measure(store, wanted, place, means, quiet, interrupts)
         rows = board(store, plugins.claims.values(), device=place.partition(":")[0])
     kept = {each.id for each in wanted}
     rows = [_noted(row, done) for row in rows if row.claim.id in kept]
@@ -123,15 +122,7 @@ def _reproduce(
 
 
 def _measure(
-    store: Store,
-    claims: Sequence[Claim],
-    device: str,
-    budget: float | None,
-    jobs: int | None,
-    retry: bool,
-    plugin: Sequence[str],
-    quiet: bool,
-    interrupts: Interrupts,
+    store: Store, claims: Sequence[Claim], device: str, means: Means, quiet: bool, interrupts: Interrupts
 ) -> Reproduction:
     from contextlib import ExitStack
 
@@ -149,13 +140,10 @@ def _measure(
             store,
             claims,
             device=device,
+            means=means,
             reporter=reporter,
             interrupts=interrupts,
             command=without_passwords(shlex.join(["harness", *sys.argv[1:]])),
-            plugin=plugin,
-            budget_min=budget,
-            jobs=jobs,
-            retry=retry,
             say=lambda line: None if quiet else typer.echo(line, err=True),
         )
 

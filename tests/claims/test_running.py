@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from harness.claims import SweepNeed
-from harness.claims.running import affordable, merged
+from harness.claims.running import Means, affordable, merged
 from harness.cli.app import run
 from tests.claims.rows import MODEL, OTHER, begin, claim, scored
 
@@ -92,8 +92,8 @@ def test_a_method_is_run_on_the_models_that_need_it_only():
 def test_what_is_timed_runs_alone():
     timed = claim(need=SweepNeed((MODEL,), ("x",), prompt_lens=(64,)))
     scored_only = claim(need=SweepNeed((MODEL,), ("x",), ("text",)))
-    assert merged([timed])[0].config("cpu", jobs=4).jobs == 1
-    assert merged([scored_only])[0].config("cpu", jobs=4).jobs == 4
+    assert merged([timed])[0].config("cpu", Means(jobs=4)).jobs == 1
+    assert merged([scored_only])[0].config("cpu", Means(jobs=4)).jobs == 4
 
 
 def test_a_budget_takes_claims_in_their_order_and_pays_shared_variants_once():
