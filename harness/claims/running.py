@@ -191,18 +191,19 @@ def reproduce(
     budget_min = means.budget_min
     done = Reproduction()
     started = time.monotonic()
-    works = _planned(merged(mine), device, means, done)
+    works = _planned(merged(mine), mine, device, means, done)
     if budget_min is not None:
         needed: dict[str, dict[Any, float]] = {claim.id: {} for claim in mine}
         for number, (work, plan) in enumerate(works):
             for variant, seconds in estimated(plan, work, store).items():
                 share = seconds / plan.config.jobs
-                for user in work.users.get(variant[:2], work.claims):  # the baseline is for all of them
+                _, method, _ = variant
+                for user in work.claims if method == "baseline" else work.users[variant[:2]]:
                     needed[user][number, variant] = share
         fitting, beyond = affordable(mine, needed, budget_min * 60)
         done.notes |= {id_: _beyond(seconds, budget_min) for id_, seconds in beyond.items()}
         if beyond:
-            works = _planned(merged(fitting), device, means, done)
+            works = _planned(merged(fitting), fitting, device, means, done)
     for number, (work, plan) in enumerate(works, start=1):
         estimate = sum(estimated(plan, work, store).values()) / plan.config.jobs
         if not estimate:
@@ -220,9 +221,13 @@ def reproduce(
 
 
 def _planned(
-    works: Sequence[Work], device: str, means: Means, done: Reproduction
+    works: Sequence[Work], claims: Sequence[Claim], device: str, means: Means, done: Reproduction
 ) -> list[tuple[Work, SweepPlan]]:
-    """The sweeps that can be planned here; of the others their claims say why not."""
+    """The sweeps that can be planned here; of the others their claims say why not.
+
+    Where a sweep of several claims cannot be planned, each of them is tried alone: one that names a method
+    that does not exist must not take the others with it.
+    """
     found = []
     for work in works:
         try:
@@ -230,7 +235,10 @@ def _planned(
         except StoreError:
             raise
         except HarnessError as error:
-            done.notes |= dict.fromkeys(work.claims, f"cannot be measured here: {error}")
+            if len(work.claims) > 1:
+                found += _planned(_alone(work, claims), claims, device, means, done)
+            else:
+                done.notes |= dict.fromkeys(work.claims, f"cannot be measured here: {error}")
             continue
         labels = {variant.chain.label for variant in plan.grid.variants}
         for wrong in sorted(set(work.methods) - labels):
@@ -239,6 +247,17 @@ def _planned(
             done.notes |= dict.fromkeys(users, why)
         found.append((work, plan))
     return found
+
+
+def _alone(work: Work, claims: Sequence[Claim]) -> list[Work]:
+    """What each of a sweep's claims needs of it by itself."""
+    return [
+        part
+        for claim in claims
+        if claim.id in work.claims
+        for part in merged([claim])
+        if part.settings == work.settings and set(part.models) <= set(work.models)
+    ]
 
 
 def _usual_jobs(device: str) -> int:

@@ -37,6 +37,7 @@ def register_claims():
     smaller = times_smaller("weight_bytes", 1.05, model="mine", method=COARSE, than=FINE, place="transform")
     larger = times_smaller("weight_bytes", 1.05, model="mine", method=FINE, than=COARSE, place="transform")
     loss = SweepNeed(("shape:llama-15m",), (FINE,), ("kjv",), making_s=6000)
+    absent = SweepNeed(("mine",), ("no-such",))
     about = {"section": "mine", "source": "nobody 2026", "methods": ("rtn",)}
 
     def explode(evidence):
@@ -45,11 +46,12 @@ def register_claims():
     return [
         Claim("smaller", says="Two bits are less.", sweep=(need,), decide=all_of(smaller), **about),
         Claim("larger", says="Eight bits are less.", sweep=(need,), decide=all_of(larger), **about),
+        Claim("absent", says="It is not.", sweep=(absent,), decide=all_of(smaller), **about),
         Claim("hostile", says="It breaks.", sweep=(need,), decide=explode, **about),
         Claim("dear", says="It takes hours.", sweep=(loss,), decide=all_of(), **about),
     ]
 """
-MINE = ("--claim", "smaller", "--claim", "larger", "--claim", "hostile")
+MINE = ("--claim", "smaller", "--claim", "larger", "--claim", "hostile", "--claim", "absent")
 
 
 @pytest.fixture
@@ -112,8 +114,10 @@ def test_a_plugins_claims_are_measured_and_decided_in_every_format(folder, capsy
     rows = {row["claim"]: row for row in json.loads(board_of(capsys, *MINE, "--format", "json"))}
     assert {name: row["outcome"] for name, row in rows.items()} == {
         "smaller": "holds", "larger": "does_not_hold", "hostile": "not_decidable",
+        "absent": "not_decidable",
     }  # fmt: skip
     assert "RuntimeError: on purpose" in rows["hostile"]["why"]
+    assert rows["absent"]["why"].startswith("cannot be measured here: unknown method 'no-such'")
     assert rows["smaller"]["findings"][0]["value"] > 1.05
     assert len(rows["smaller"]["cells"]) == 2
     # Nothing is measured again: the second board comes from the store alone.
@@ -122,7 +126,7 @@ def test_a_plugins_claims_are_measured_and_decided_in_every_format(folder, capsy
     assert (first["claim"], first["outcome"]) == ("smaller", "holds")
     table = board_of(capsys, *MINE, "--budget", "0")
     assert "does not hold" in table
-    assert "3 claims: 1 holds, 1 does not hold, 1 not decidable" in table
+    assert "4 claims: 1 holds, 1 does not hold, 2 not decidable" in table
     assert "| mine | larger | does not hold |" in board_of(
         capsys, *MINE, "--budget", "0", "--format", "markdown"
     )
