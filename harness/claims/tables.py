@@ -75,20 +75,14 @@ def _line(row: BoardRow) -> list[str]:
             numbers += f" (p {_p(decision.p_adjusted)})"
     else:
         numbers = decision.why
-    return [
-        f"{claim.id}: {says}",
-        claim.source,
-        decision.outcome.words,
-        numbers,
-        row.device_name or "nowhere",
-    ]
+    return [f"{claim.id}: {says}", claim.source, decision.outcome.words, numbers, row.device_name or "–"]
 
 
 def _finding(finding: Finding) -> str:
     text = f"{finding.what}: {finding.value:.3g}"
     if finding.has_spread:
         text += f" [{finding.lower:.3g}, {finding.upper:.3g}]"
-    return " ".join(f"{text} {finding.unit}, {finding.expected} {finding.bound:.3g} claimed".split())
+    return f"{text} {finding.unit}".rstrip() + f", {finding.expected} {finding.bound:.3g} claimed"
 
 
 def _p(value: float) -> str:

@@ -16,7 +16,7 @@ _QAT, _QAT_KD, _RTN = "qat:bits=2:lr=0.0005", "qat-kd:bits=2:lr=0.0005", "rtn:bi
 def _grid(*methods: str) -> SweepNeed:
     return SweepNeed(
         ZOO, methods, ("kjv",), train_steps=200, train_batch_size=8, train_len=128,
-        calibration_samples=128, calibration_len=256, making_s=110.0,
+        calibration_samples=128, calibration_len=256, making_s=70.0,
     )  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def test_commands_of_the_reference_page_are_understood():
 
     page = (ROOT / "reference" / "README.md").read_text()
     commands = re.findall(r"^harness (.+)$", page, flags=re.M)
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         name, *arguments = shlex.split(command)
         found = typer.main.get_command(app).commands[name]
