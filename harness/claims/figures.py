@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import NormalDist, stdev
 
 import numpy as np
@@ -65,7 +66,8 @@ def loss_contrast(
     evidence.require_comparable(cells, Scope.QUALITY)
     sign = 1.0 if metric_of(metric).better == "lower" else -1.0
     unit = metric_of(metric).unit
-    about = _About(what, unit, expected, bound, tuple(sorted({cell.id for cell in cells})))
+    counted = "windows" if metric == "nll" else "items"
+    about = _About(what, unit, expected, bound, counted, tuple(sorted({cell.id for cell in cells})))
     sums: list[Floats] = []
     weights: list[float] | None = None
     for of_seed in by_seed:
@@ -79,14 +81,19 @@ def loss_contrast(
         sums.append(found[0])
         weights = found[1]
     assert weights is not None
-    return _over_items(np.stack(sums), weights, about, "windows" if metric == "nll" else "items")
+    return _over_items(np.stack(sums), weights, about)
 
 
+@dataclass(frozen=True)
 class _About:
     """What a finding is about, whatever it is computed from."""
 
-    def __init__(self, what: str, unit: str, expected: Side, bound: float, cells: tuple[int, ...]) -> None:
-        self.what, self.unit, self.expected, self.bound, self.cells = what, unit, expected, bound, cells
+    what: str
+    unit: str
+    expected: Side
+    bound: float
+    unit_of_n: str
+    cells: tuple[int, ...]
 
 
 def _item_sums(
@@ -112,7 +119,7 @@ def _item_sums(
     return constant + sign * shares @ outcomes, weights
 
 
-def _over_items(sums: Floats, weights: list[float], about: _About, unit_of_n: str) -> Finding:
+def _over_items(sums: Floats, weights: list[float], about: _About) -> Finding:
     """`sums`: [seeds, items]."""
     even = len(set(weights)) == 1
     means = sums.mean(axis=0)
@@ -132,7 +139,7 @@ def _over_items(sums: Floats, weights: list[float], about: _About, unit_of_n: st
         test += f" over items, t over {len(of_seeds)} seeds"
     return Finding(
         about.what, value, lower, upper, about.unit, about.expected, about.bound, test, len(means),
-        unit_of_n, p, detectable, about.cells,
+        about.unit_of_n, p, detectable, about.cells,
     )  # fmt: skip
 
 
@@ -159,7 +166,7 @@ def _from_differences(
     p, detectable = _normal(value, lower, upper, about.bound)
     return Finding(
         about.what, value, lower, upper, about.unit, about.expected, about.bound,
-        "intervals against the baseline", n, "items", p, detectable, about.cells,
+        "intervals against the baseline", n, about.unit_of_n, p, detectable, about.cells,
         "combined as if independent",
     )  # fmt: skip
 

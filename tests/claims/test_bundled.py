@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -95,3 +97,13 @@ def test_all_needs_are_covered_by_few_sweeps_that_measure_nothing_else():
     assert len(works) < sum(len(claim.sweep) for claim in CLAIMS.values())
     nano = [work for work in works if work.models == ("scratch:llama-nano",)]
     assert len(nano) == 1, "one sweep trains all of them"
+
+
+def test_reading_claims_does_not_import_torch():
+    code = (
+        "import sys\n"
+        "from harness.plugins import load_claims\n"
+        "print(len(load_claims(bundled_only=True)), sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1) == [str(len(CLAIMS)), "[]\n"]
