@@ -1,7 +1,7 @@
 """Generate the reference pages from the code: ``python -m harness.docs docs``.
 
 The pages are committed, and a test compares them with what the code says now. The README's tables of
-the rows in `reference/` are brought up to date too.
+the rows in `reference/` and the board of claims are brought up to date too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.claims.tables import update_claims_page
 from harness.quality_tables import update_quality_page
 from harness.reference_tables import update_readme
 
@@ -86,3 +87,4 @@ if __name__ == "__main__":
     write_pages(pages)
     update_readme(pages.resolve().parent)
     update_quality_page(pages.resolve().parent)
+    update_claims_page(pages.resolve().parent)

@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     import torch
 
+    from harness.claims import Claim
     from harness.evaluate.task import TaskSource
     from harness.measure.meter import Meter
     from harness.method import Method
@@ -52,6 +53,14 @@ def register_tasks() -> Iterable[TaskSource]:  # type: ignore[empty-body]
 @hookspec
 def register_meters() -> Iterable[Meter]:  # type: ignore[empty-body]
     """Return meters, which measure a variant in a scenario. Called once, at start."""
+
+
+@hookspec
+def register_claims() -> Iterable[Claim]:  # type: ignore[empty-body]
+    """Return claims that stored rows decide, for `harness reproduce` and the Survey page.
+
+    Called once, at start. Ids must be unique over all plugins.
+    """
 
 
 @hookspec(firstresult=True)

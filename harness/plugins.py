@@ -15,7 +15,7 @@ import os
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from harness import hookspecs
+from harness.claims.claim import Claim
 from harness.errors import HarnessError, PluginError, UnknownName
 from harness.evaluate.task import TaskSource
 from harness.importing import import_file
@@ -34,10 +35,11 @@ from harness.models.registry import ModelEntry
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["LoadedPlugins", "PluginReport", "import_bundled", "load_plugins"]
+__all__ = ["LoadedPlugins", "PluginReport", "import_bundled", "load_claims", "load_plugins"]
 
 ENTRY_POINT_GROUP = "harness.plugins"
 BUNDLED_PACKAGE = "harness_plugins"
+BUNDLED_CLAIMS = f"{BUNDLED_PACKAGE}.claims."
 HOST_PLUGINS = ("harness.evaluate.bundled", "harness.measure.bundled", "harness.models.bundled")
 
 
@@ -52,6 +54,7 @@ class PluginReport:
     models: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     meters: tuple[str, ...] = ()
+    claims: tuple[str, ...] = ()
     error: str | None = None
 
 
@@ -65,6 +68,7 @@ class LoadedPlugins:
     task_sources: tuple[TaskSource, ...]
     meters: tuple[Meter, ...]
     reports: tuple[PluginReport, ...]
+    claims: Mapping[str, Claim] = field(default_factory=dict)  # in the order of registering
 
     @property
     def broken(self) -> tuple[PluginReport, ...]:
@@ -112,7 +116,22 @@ def load_plugins(extra: Sequence[str] = (), *, strict: bool = False) -> LoadedPl
         task_sources=tuple(collected.task_sources.values()),
         meters=tuple(collected.meters.values()),
         reports=tuple(reports),
+        claims=MappingProxyType(dict(collected.claims)),
     )
+
+
+def load_claims(*, bundled_only: bool = False) -> Mapping[str, Claim]:
+    """The claims of the bundled plugins and of entry points, without importing the bundled methods.
+
+    For what only reads stores: importing every method takes seconds.
+    """
+    manager = pluggy.PluginManager("harness")
+    manager.add_hookspecs(hookspecs)
+    collected = _Collected()
+    bundled = [found for found in _bundled() if found.name.startswith(BUNDLED_CLAIMS)]
+    for found in (*bundled, *(() if bundled_only else _entry_points())):
+        _load(manager, found, collected)
+    return MappingProxyType(dict(collected.claims))
 
 
 def import_bundled() -> None:
@@ -197,6 +216,7 @@ class _Collected:
         self.methods: dict[str, Method] = {}
         self.models: dict[str, ModelEntry] = {}
         self.meters: dict[str, Meter] = {}
+        self.claims: dict[str, Claim] = {}
         self.task_sources: dict[Path, TaskSource] = {}
         self.owners: dict[tuple[str, str], str] = {}
 
@@ -238,8 +258,10 @@ def _collect(
     models = _called(plugin, "register_models", ModelEntry)
     sources = _called(plugin, "register_tasks", TaskSource)
     meters = _called(plugin, "register_meters", Meter)
+    claims = _called(plugin, "register_claims", Claim)
     named = [("method", m.name) for m in methods]
     named += [("model", m.name) for m in models] + [("meter", m.name) for m in meters]
+    named += [("claim", claim.id) for claim in claims]
     # Check everything before taking anything: a broken plugin leaves nothing behind.
     if duplicate := next((pair for pair in named if named.count(pair) > 1), None):
         raise PluginError(f"{duplicate[0]} {duplicate[1]!r} is registered twice by {found.location}")
@@ -252,6 +274,7 @@ def _collect(
     collected.methods.update({method.name: method for method in methods})
     collected.models.update({model.name: model for model in models})
     collected.meters.update({meter.name: meter for meter in meters})
+    collected.claims.update({claim.id: claim for claim in claims})
     collected.task_sources.update({Path(source.path): source for source in sources})
     return PluginReport(
         found.name,
@@ -261,6 +284,7 @@ def _collect(
         models=tuple(model.name for model in models),
         tasks=tuple(str(source.path) for source in sources),
         meters=tuple(meter.name for meter in meters),
+        claims=tuple(claim.id for claim in claims),
     )
 
 

@@ -16,6 +16,7 @@ from harness.errors import ConfigError
 
 __all__ = [
     "BEGIN",
+    "CLAIMS",
     "END",
     "QUALITY",
     "heading",
@@ -32,6 +33,8 @@ BEGIN = "<!-- reference:begin (generated from reference/ by `make docs`; do not 
 END = "<!-- reference:end -->"
 QUALITY = "quality-"
 """How the files begin whose rows are in `docs/quality.md` and not in the README."""
+CLAIMS = "claims-"
+"""The same of the rows that decide the claims of `docs/claims.md`."""
 _BETWEEN = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), flags=re.DOTALL)
 
 _TIMES = (
@@ -66,7 +69,7 @@ def update_readme(root: Path) -> None:
     """
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    files = [file for file in reference_files(root) if not file.name.startswith(QUALITY)]
+    files = [file for file in reference_files(root) if not file.name.startswith((QUALITY, CLAIMS))]
     readme.write_text(with_section(text, reference_section(files)), encoding="utf-8")
 
 

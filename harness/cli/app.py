@@ -22,6 +22,7 @@ from harness.cli import (
     export,
     new,
     report,
+    reproduce,
     results,
     scaling,
     sweep,
@@ -64,6 +65,7 @@ app.command("compare")(compare.compare)
 app.command("scaling")(scaling.scaling)
 app.command("why")(why.why)
 app.command("report")(report.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("dashboard")(dashboard.dashboard)
 app.command("export")(export.export)
 app.command("new")(new.new)

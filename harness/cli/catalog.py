@@ -151,6 +151,6 @@ def plugins(output: FormatOption = Format.TABLE, plugin: PluginOption = None) ->
     rows = []
     for report in load_plugins(plugin or ()).reports:
         row = asdict(report)
-        registers = [*row["methods"], *row["models"], *row["meters"]]
+        registers = [*row["methods"], *row["models"], *row["meters"], *row["claims"]]
         rows.append({**row, "plugin": row.pop("name"), "registers": ", ".join(registers)})
     print_rows(rows, ["plugin", "origin", "location", "registers", "error"], output)

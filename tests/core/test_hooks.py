@@ -26,6 +26,8 @@ import pathlib
 import torch
 
 from harness import Meter, Method, ModelEntry, Options, Record, TaskSource, hookimpl
+from harness.claims import Claim, Side, SweepNeed, all_of
+from harness.claims.figures import exact
 from harness.models.loading import LoadedModel, load
 from harness.nn.surgery import block_linears
 
@@ -66,6 +68,15 @@ def register_meters():
         return [Record("parameters_counted", count, "parameters")]
 
     return [Meter(name="count", measure=measure)]
+
+
+@hookimpl
+def register_claims():
+    def counted(evidence):
+        return exact(evidence, "mine", "half", "b1-p8-g2", "parameters_counted", expected=Side.ABOVE, bound=1)
+
+    need = SweepNeed(("mine",), ("half",), prompt_lens=(8,), new_tokens=2)
+    return [Claim("counts", "my section", "It counts.", "nobody", ("half",), (need,), all_of(counted))]
 
 
 @hookimpl
@@ -113,6 +124,9 @@ def test_a_plugin_that_uses_every_hook(tmp_path, tiny_llama):
     rows = json.loads(harness("results", "--format", "json").stdout)
     counted = {row["value"] for row in rows if row["metric"] == "parameters_counted"}
     assert counted == {sum(parameter.numel() for parameter in tiny_llama.parameters())}
+    command = ("reproduce", "--plugin", "plug.py", "--claim", "counts", "--budget", "0", "--device", "cpu")
+    [claim] = json.loads(harness(*command, "--format", "json").stdout)
+    assert (claim["outcome"], claim["findings"][0]["value"]) == ("holds", next(iter(counted)))
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     by_hook = {hook: [s for s in seen if s["hook"] == hook] for hook in HOOKS}
     assert {s["label"] for s in by_hook["variant_started"]} == {"mine · baseline", "mine · half"}

@@ -1,0 +1,1 @@
+"""The survey's claims, one file a section; `harness reproduce` decides them."""
