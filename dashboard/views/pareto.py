@@ -126,7 +126,7 @@ def _draw(
         if len(models) > 1:
             place.text(model)
         figure = pareto(points, *axes, height=560 if len(models) == 1 else 440)
-        figures.show_figure(figure, f"pareto {model}", place, alt=_in_words(points, axes))
+        figures.show_figure(figure, f"front {model}", place, alt=_in_words(points, axes))
         if left_out := figure.layout.meta["left_out"]:
             place.caption(
                 f"{len(points) - left_out:,} of {len(points):,} variants are drawn: all on the front, and "

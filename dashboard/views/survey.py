@@ -32,7 +32,7 @@ def render() -> None:
     st.title("Survey")
     with page.opened() as store:
         claims = _claims()
-        device = page.choose_one("Measured on", _DEVICES, "on", st.sidebar) or ANY
+        device = page.choose_one("Measured on", _DEVICES, "board", st.sidebar) or ANY
         rows = _board(store.label, _stamp(store), None if device == ANY else device, store)
         _draw_counts(rows)
         sections = list(dict.fromkeys(row.claim.section for row in rows))
@@ -91,7 +91,7 @@ def _draw_card(row: BoardRow, variants: Sequence[int]) -> None:
         st.text(" · ".join(filter(None, about)), width="stretch")
         if decision.findings:
             with st.expander("Numbers"):
-                tables.show_table(numbers(decision.findings))
+                tables.show_table(numbers(decision.findings), f"numbers of {claim.id}")
                 if decision.p_adjusted is not None:
                     st.text(f"p = {decision.p:.2g}, {decision.p_adjusted:.2g} adjusted over the board")
         st.link_button("Its rows", link_to_rows(claim, variants))
@@ -118,14 +118,17 @@ def numbers(findings: Sequence[Finding]) -> pd.DataFrame:
 
 
 def link_to_rows(claim: Claim, variants: Sequence[int]) -> str:
-    """Where the rows are: two to six variants side by side, else all of the claim's models and methods."""
+    """Where the rows are: two to six variants side by side, else all of the claim's models and methods.
+
+    The Overview has no path of its own.
+    """
     query: Mapping[str, Sequence[str]]
     if 1 < len(variants) <= _COMPARED_AT_MOST:
         query = {"variant": [str(variant) for variant in variants]}
         return f"compare?{urlencode(query, doseq=True)}"
     models = sorted({model for need in claim.sweep for model in need.models})
     methods = sorted({method for need in claim.sweep for method in need.methods} | {"baseline"})
-    return f"overview?{urlencode({'model': models, 'method': methods}, doseq=True)}"
+    return f"./?{urlencode({'model': models, 'method': methods}, doseq=True)}"
 
 
 # --- read once ------------------------------------------------------------------------------------------
