@@ -17,6 +17,8 @@ from harness.errors import ConfigError
 __all__ = [
     "BEGIN",
     "CLAIMS",
+    "CLAIMS_BEGIN",
+    "CLAIMS_END",
     "END",
     "QUALITY",
     "heading",
@@ -31,11 +33,12 @@ __all__ = [
 
 BEGIN = "<!-- reference:begin (generated from reference/ by `make docs`; do not edit) -->"
 END = "<!-- reference:end -->"
+CLAIMS_BEGIN = "<!-- claims:begin (generated from reference/ by `make docs`; do not edit) -->"
+CLAIMS_END = "<!-- claims:end -->"
 QUALITY = "quality-"
 """How the files begin whose rows are in `docs/quality.md` and not in the README."""
 CLAIMS = "claims-"
 """The same of the rows that decide the claims of `docs/claims.md`."""
-_BETWEEN = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), flags=re.DOTALL)
 
 _TIMES = (
     ("decode_latency", "decode_speedup", "One decode step"),
@@ -73,15 +76,19 @@ def update_readme(root: Path) -> None:
     readme.write_text(with_section(text, reference_section(files)), encoding="utf-8")
 
 
-def with_section(readme: str, section: str, page: str = "the README") -> str:
-    """The text with what stands between the markers replaced.
+def with_section(
+    readme: str, section: str, page: str = "the README", markers: tuple[str, str] = (BEGIN, END)
+) -> str:
+    """The text with what stands between the two markers replaced.
 
     Raises:
         ConfigError: the markers are missing, or are there twice.
     """
-    if len(_BETWEEN.findall(readme)) != 1:
-        raise ConfigError(f"{page} needs these two lines once: {BEGIN} and {END}")
-    return _BETWEEN.sub(lambda _: f"{BEGIN}\n{section}\n{END}", readme)
+    begin, end = markers
+    between = re.compile(re.escape(begin) + r".*?" + re.escape(end), flags=re.DOTALL)
+    if len(between.findall(readme)) != 1:
+        raise ConfigError(f"{page} needs these two lines once: {begin} and {end}")
+    return between.sub(lambda _: f"{begin}\n{section}\n{end}", readme)
 
 
 def reference_section(files: Sequence[Path]) -> str:

@@ -13,7 +13,7 @@ from harness.claims.reading import read_evidence
 from harness.errors import UnknownName
 from harness.store.store import Store
 
-__all__ = ["BoardRow", "board", "chosen", "counts", "in_order"]
+__all__ = ["BoardRow", "board", "chosen", "counts", "in_order", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,20 @@ def counts(rows: Iterable[BoardRow]) -> dict[Outcome, int]:
     """How many claims ended in each way."""
     found = Counter(row.decision.outcome for row in rows)
     return {outcome: found[outcome] for outcome in Outcome}
+
+
+def in_words(found: Mapping[Outcome, int]) -> str:
+    """How many claims ended in each way.
+
+    >>> in_words({Outcome.HOLDS: 2, Outcome.DOES_NOT_HOLD: 1, Outcome.NOT_DECIDABLE: 0})
+    '2 hold, 1 does not hold, 0 are not decidable'
+    """
+    words = {
+        Outcome.HOLDS: ("holds", "hold"),
+        Outcome.DOES_NOT_HOLD: ("does not hold", "do not hold"),
+        Outcome.NOT_DECIDABLE: ("is not decidable", "are not decidable"),
+    }
+    return ", ".join(f"{number} {words[outcome][number != 1]}" for outcome, number in found.items())
 
 
 def _decided(claim: Claim, evidence: Sequence[Evidence], device: str | None) -> BoardRow:

@@ -6,10 +6,16 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.claims.board import BoardRow, board, counts
+from harness.claims.board import BoardRow, board, counts, in_words
 from harness.claims.claim import Claim
 from harness.claims.decision import Finding
-from harness.reference_tables import markdown_table, reference_files, with_section
+from harness.reference_tables import (
+    CLAIMS_BEGIN,
+    CLAIMS_END,
+    markdown_table,
+    reference_files,
+    with_section,
+)
 
 __all__ = ["PAGE", "board_section", "reference_board", "short_board", "update_claims_page"]
 
@@ -17,16 +23,20 @@ PAGE = "docs/claims.md"
 
 
 def update_claims_page(root: Path) -> None:
-    """Write the board into the checkout's page, where it has one.
+    """Write the board into the checkout's page and, in short, into its README, where they have a place.
 
     Raises:
-        ConfigError: the page has no place for it, or a file in `reference/` is broken.
+        ConfigError: a page has half a place for it, or a file in `reference/` is broken.
     """
-    page = root / PAGE
-    if page.exists():
-        text = page.read_text(encoding="utf-8")
-        section = board_section(reference_board(reference_files(root)))
-        page.write_text(with_section(text, section, PAGE), encoding="utf-8")
+    page, readme = root / PAGE, root / "README.md"
+    if not page.exists():
+        return
+    rows = reference_board(reference_files(root))
+    text = page.read_text(encoding="utf-8")
+    page.write_text(with_section(text, board_section(rows), PAGE), encoding="utf-8")
+    if readme.exists() and CLAIMS_BEGIN in (text := readme.read_text(encoding="utf-8")):
+        markers = (CLAIMS_BEGIN, CLAIMS_END)
+        readme.write_text(with_section(text, short_board(rows), markers=markers), encoding="utf-8")
 
 
 def reference_board(files: Sequence[Path], claims: Iterable[Claim] | None = None) -> list[BoardRow]:
@@ -48,8 +58,7 @@ def reference_board(files: Sequence[Path], claims: Iterable[Claim] | None = None
 
 def board_section(rows: Sequence[BoardRow]) -> str:
     """The whole board: how many claims end how, then a table a section."""
-    found = counts(rows)
-    parts = [", ".join(f"{number} {outcome.words}" for outcome, number in found.items()) + "."]
+    parts = [f"{in_words(counts(rows))}."]
     for section in dict.fromkeys(row.claim.section for row in rows):
         parts.append(f"### {section[0].upper()}{section[1:]}")
         lines = [_line(row) for row in rows if row.claim.section == section]
@@ -59,11 +68,9 @@ def board_section(rows: Sequence[BoardRow]) -> str:
 
 def short_board(rows: Sequence[BoardRow], *, link: str = PAGE) -> str:
     """The board in few columns, for a README; the numbers are behind the link."""
-    found = counts(rows)
-    total = ", ".join(f"{number} {outcome.words}" for outcome, number in found.items())
     lines = [[row.claim.says, row.decision.outcome.words] for row in rows]
     table = markdown_table(["claim", "outcome"], lines)
-    return f"{table}\n\n{total}; the numbers, sources and tests are in [{link}]({link})."
+    return f"{table}\n\n{in_words(counts(rows))}; the numbers, sources and tests are in [{link}]({link})."
 
 
 def _line(row: BoardRow) -> list[str]:

@@ -214,10 +214,7 @@ def _need(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[BoardRow], plugins: LoadedPlugins) -> str:
-    from harness.claims import counts
+    from harness.claims.board import counts, in_words
 
-    found = counts(rows)
-    text = ", ".join(f"{number} {outcome.words}" for outcome, number in found.items())
-    return (
-        f"{len(rows)} claims: {text}; p-values adjusted over all {len(plugins.claims)} (Benjamini-Hochberg)"
-    )
+    how = f"p-values adjusted over all {len(plugins.claims)} (Benjamini-Hochberg)"
+    return f"{len(rows)} claims: {in_words(counts(rows))}; {how}"

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("streamlit")
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright")
 
 from harness_dashboard.theme import DARK, GRAPHIC_CONTRAST, LIGHT, TEXT_CONTRAST, contrast
 
@@ -81,6 +81,8 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("no Chromium is installed")
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         yield browser
@@ -180,12 +182,14 @@ def downloaded(page, click):
 
 def found_by_hovering(page, table, text):
     """Move over the headings of a table, which are drawn on a canvas, until one explains itself so."""
+    from playwright.sync_api import TimeoutError as TookTooLong
+
     box = table.bounding_box()
     for offset in range(40, int(box["width"]), 50):
         page.mouse.move(box["x"] + offset, box["y"] + 18)
         try:
             page.get_by_text(text).wait_for(timeout=1000)
-        except sync_api.TimeoutError:
+        except TookTooLong:
             continue
         page.mouse.move(0, 0)
         return
