@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 # Of these folders the files share a server that takes seconds to start.
-TOGETHER = ("cli", "dashboard", "robustness", "store")
+TOGETHER = ("cli", "robustness", "store")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -98,6 +98,7 @@ READING = {
     ),
     "scaling": (("scaling",),),
     "why": (("why",),),
+    "reproduce": (("reproduce", "--budget", "0", "--claim", "kd-beats-plain-training"),),
 }
 
 

@@ -82,7 +82,7 @@ def test_the_dashboard_reads_a_server(harness, url, monkeypatch):
     with Store.open(url) as store:
         fill(store)
     monkeypatch.setenv("HARNESS_DB", url)
-    for view in ("overview", "failures"):
+    for view in ("overview", "sweep"):
         script = f"from harness_dashboard.views import {view}\n{view}.render()"
         page = AppTest.from_string(script, default_timeout=30).run()
         assert not page.exception

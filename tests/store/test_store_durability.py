@@ -78,15 +78,16 @@ def test_killed_at_any_moment_nothing_finished_is_lost_or_doubled(target):
     for _ in range(4 if isinstance(target, Path) else 2):
         with start_writer(target, "cell", 100_000) as child:
             assert child.stdout.readline() == "ready\n"
+            first = [child.stdout.readline().strip() for _ in range(2)]  # it is at work, however slow
             time.sleep(chance.uniform(0.02, 0.25))
             child.send_signal(signal.SIGKILL)
-            lines = child.stdout.read().split("\n")
+            lines = first + child.stdout.read().split("\n")
         assert child.returncode == -signal.SIGKILL
         said |= set(lines[:-1])
         stored = assert_whole(target, said)
         assert len(stored - said) <= 1, "only the cell in flight may be there unsaid"
         said = stored
-    assert len(said) > 4
+    assert len(said) >= 4
     with Store.open_readonly(target) as store:
         assert set(queries.sweeps(store)["status"]) == {"running"}
 
