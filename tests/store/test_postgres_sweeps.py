@@ -82,11 +82,14 @@ def test_the_dashboard_reads_a_server(harness, url, monkeypatch):
     with Store.open(url) as store:
         fill(store)
     monkeypatch.setenv("HARNESS_DB", url)
-    for view in ("overview", "sweep"):
+    for view in ("overview", "pareto", "compare", "scaling", "sweep", "environment"):
         script = f"from harness_dashboard.views import {view}\n{view}.render()"
-        page = AppTest.from_string(script, default_timeout=30).run()
-        assert not page.exception
-        assert len(page.dataframe[0].value)
+        page = AppTest.from_string(script, default_timeout=30)
+        page.query_params["sweep"] = "1"
+        page.run()
+        assert not page.exception, view
+        assert not page.error, view
+        assert len(page.dataframe[0].value), view
 
 
 # --- processes of their own -----------------------------------------------------------------------------
