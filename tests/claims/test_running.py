@@ -126,7 +126,7 @@ def test_a_plugins_claims_are_measured_and_decided_in_every_format(folder, capsy
     assert (first["claim"], first["outcome"]) == ("smaller", "holds")
     table = board_of(capsys, *MINE, "--budget", "0")
     assert "does not hold" in table
-    assert "4 claims: 1 holds, 1 does not hold, 2 not decidable" in table
+    assert "4 claims: 1 holds, 1 does not hold, 2 are not decidable" in table
     assert "| mine | larger | does not hold |" in board_of(
         capsys, *MINE, "--budget", "0", "--format", "markdown"
     )

@@ -34,7 +34,7 @@ def rows_of(store):
 
 def test_every_outcome_is_shown_alike(store):
     section = board_section(rows_of(store))
-    assert section.startswith("1 holds, 1 does not hold, 1 not decidable.")
+    assert section.startswith("1 holds, 1 does not hold, 1 is not decidable.")
     lines = {line.split(":")[0].strip("| "): line for line in section.splitlines() if line.startswith("| ")}
     assert "| holds |" in lines["better"]
     assert "| does not hold |" in lines["worse"]
