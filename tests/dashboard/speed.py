@@ -21,7 +21,16 @@ from tests.dashboard.browsing import TABLE, browsing, choose, serving, settle, v
 
 __all__ = ["measure"]
 
-PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "scaling": "Scaling", "sweep": "Sweep"}
+PAGES = {
+    "": "Overview",
+    "pareto": "Pareto",
+    "compare": "Compare",
+    "scaling": "Scaling",
+    "method": "Method",
+    "sweep?sweep=1": "Sweep",
+    "survey": "Survey",
+    "environment": "Environment",
+}
 FILTERS = (
     ("Families", "quantization"),
     ("Models", "zoo:model-20m"),
@@ -62,7 +71,7 @@ def measure(path: Path, repeats: int = 3) -> dict[str, dict[str, float]]:
 
 def drawn(page: Any, url: str, heading: str) -> None:
     visit(page, url, heading)
-    page.locator(TABLE).first.wait_for()
+    page.locator(f"{TABLE}, [class*=st-key-claim-]").first.wait_for()  # the Survey has cards
 
 
 def filtered(page: Any, label: str, option: str) -> None:
