@@ -217,4 +217,5 @@ def _summary(rows: Sequence[BoardRow], plugins: LoadedPlugins) -> str:
     from harness.claims.board import counts, in_words
 
     how = f"p-values adjusted over all {len(plugins.claims)} (Benjamini-Hochberg)"
-    return f"{len(rows)} claims: {in_words(counts(rows))}; {how}"
+    named = "1 claim" if len(rows) == 1 else f"{len(rows)} claims"
+    return f"{named}: {in_words(counts(rows))}; {how}"

@@ -37,9 +37,11 @@ CLAIMS = [
         sweep=(SweepNeed((_BERT,), ("distilbert",), prompt_lens=(128,), cell_s=40.0),),
         decide=all_of(
             faster("distilbert", model=_BERT, scenario="b1-p128-g0", phase="prefill", by=1.6),
-            times_smaller("weight_bytes", 1 / 0.6, model=_BERT, method="distilbert", place="b1-p128-g0"),
+            # Table 3 has 110 and 66 million parameters, rounded: the least that these can stand for.
+            times_smaller("weight_bytes", 109.5 / 66.5, model=_BERT, method="distilbert", place="b1-p128-g0"),
         ),
-        scale="BERT-base's shapes with random weights: size and speed, not accuracy",
+        scale="BERT-base's shapes with random weights: size and speed, not accuracy; 40 % is within the "
+        "rounding of the paper's 66 of 110 million parameters",
     ),
     Claim(
         id="distillation-combines-with-quantization",
