@@ -15,6 +15,7 @@ from harness.comparing import Comparison, Reading, adjusted
 from harness.comparing.cells import Cell
 from harness.comparing.methods import compare_cells, ratio_verdict
 from harness.display import COUNTED, better
+from harness.evaluate.intervals import sum_of_independent
 from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
 from harness.store.store import Store
@@ -135,11 +136,12 @@ def with_interval(row: Comparison, readings: tuple[Reading, Reading]) -> Compari
 
 
 def independent_interval(a: tuple[float, float, float], b: tuple[float, float, float]) -> tuple[float, float]:
-    """MOVER's interval of the difference ``b - a`` of two independent readings, each lower, value, upper."""
-    difference = b[1] - a[1]
-    below = math.hypot(b[1] - b[0], a[2] - a[1])
-    above = math.hypot(b[2] - b[1], a[1] - a[0])
-    return difference - below, difference + above
+    """The interval of the difference ``b - a`` of two independent readings, each lower, value, upper."""
+    (a_lower, a_value, a_upper), (b_lower, b_value, b_upper) = a, b
+    _, lower, upper = sum_of_independent(
+        [(b_value, b_lower, b_upper, 1.0), (a_value, a_lower, a_upper, -1.0)]
+    )
+    return lower, upper
 
 
 def _judged(row: Comparison) -> Comparison:

@@ -17,7 +17,7 @@ from harness.claims.evidence import Evidence, Incomparable, NotMeasured, StoredC
 from harness.comparability import Scope
 from harness.comparing.quality import weights_that_explain
 from harness.derive import difference_name
-from harness.evaluate.intervals import Floats
+from harness.evaluate.intervals import Floats, sum_of_independent
 from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import compare_paired
 from harness.records import Item, Record
@@ -150,19 +150,11 @@ def _from_differences(
     models = {cell.model for cell, _ in terms}
     if name is None or len(models) > 1 or not math.isclose(sum(s for _, s in terms), 0, abs_tol=1e-9):
         raise NotMeasured(about.what, "the outcomes of single items were not kept", is_missing=False)
-    value = below = above = 0.0
-    n = 0
-    for cell, share in terms:
-        if cell.is_baseline:
-            continue  # its difference to itself
-        record = evidence.record(cell, name)
-        if record.lower is None or record.upper is None:
-            raise NotMeasured(about.what, f"{name} has no interval", is_missing=False)
-        ends = sorted(share * sign * bound for bound in (record.lower, record.upper))
-        point = share * sign * record.value
-        value, below, above = value + point, below + (point - ends[0]) ** 2, above + (ends[1] - point) ** 2
-        n = max(n, record.n)
-    lower, upper = value - math.sqrt(below), value + math.sqrt(above)
+    records = [(evidence.record(cell, name), share) for cell, share in terms if not cell.is_baseline]
+    value, lower, upper = sum_of_independent(
+        (record.value, *_bounds(record, about.what), share * sign) for record, share in records
+    )
+    n = max((record.n for record, _ in records), default=0)
     p, detectable = _normal(value, lower, upper, about.bound)
     return Finding(
         about.what, value, lower, upper, about.unit, about.expected, about.bound,
@@ -221,15 +213,25 @@ def speedup(
 
 def _of_logarithms(parts: Sequence[tuple[Record, float]], what: str) -> tuple[float, float, float]:
     """The product of powers of records, with the interval of independent logarithms."""
-    value = below = above = 0.0
+    logarithms = []
     for record, power in parts:
-        if record.lower is None or record.upper is None or not record.lower > 0:
+        lower, upper = _bounds(record, what)
+        if not lower > 0:
             raise NotMeasured(what, f"{record.metric} has no interval", is_missing=False)
-        point = power * math.log(record.value)
-        ends = sorted(power * math.log(bound) for bound in (record.lower, record.upper))
-        value, below, above = value + point, below + (point - ends[0]) ** 2, above + (ends[1] - point) ** 2
-    bounds = value - math.sqrt(below), value + math.sqrt(above)
-    return math.exp(value), math.exp(bounds[0]), math.exp(bounds[1])
+        logarithms.append((math.log(record.value), math.log(lower), math.log(upper), power))
+    value, lower, upper = map(math.exp, sum_of_independent(logarithms))
+    return value, lower, upper
+
+
+def _bounds(record: Record, what: str) -> tuple[float, float]:
+    """The interval of a record.
+
+    Raises:
+        NotMeasured: it has none.
+    """
+    if record.lower is None or record.upper is None:
+        raise NotMeasured(what, f"{record.metric} has no interval", is_missing=False)
+    return record.lower, record.upper
 
 
 def prefill_exponent(

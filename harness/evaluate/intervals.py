@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "bootstrap_weighted_mean",
     "generator",
     "percentile_interval",
+    "sum_of_independent",
     "wilson",
 ]
 
@@ -40,6 +41,27 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float
     lower = 0.0 if k == 0 else centre - half
     upper = 1.0 if k == n else centre + half
     return lower, upper
+
+
+def sum_of_independent(
+    parts: Iterable[tuple[float, float, float, float]],
+) -> tuple[float, float, float]:
+    """A weighted sum of independent readings with its interval: value, lower, upper.
+
+    MOVER (Zou and Donner 2008, Statistics in Medicine 27): each side of the interval is the root of the sum
+    of squares of the parts' own sides, so lopsided intervals stay lopsided.
+
+    Args:
+        parts: of each reading its value, lower and upper bound, and the weight, which may be negative.
+    """
+    value, below, above = 0.0, [0.0], [0.0]
+    for reading, low, high, weight in parts:
+        point = weight * reading
+        first, last = sorted((weight * low, weight * high))
+        value += point
+        below.append(point - first)
+        above.append(last - point)
+    return value, value - math.hypot(*below), value + math.hypot(*above)
 
 
 def generator(seed: int, name: str) -> np.random.Generator:

@@ -45,9 +45,6 @@ def started(store, sweep):
     return datetime.fromisoformat(text)
 
 
-DEAD = {"boot": "another", "machine": None}
-
-
 # --- progress ---------------------------------------------------------------------------------
 
 

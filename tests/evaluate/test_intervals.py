@@ -10,6 +10,7 @@ from harness.evaluate.intervals import (
     bootstrap_weighted_mean,
     generator,
     percentile_interval,
+    sum_of_independent,
 )
 
 
@@ -53,3 +54,13 @@ def test_large_samples_are_drawn_in_pieces(monkeypatch):
     draws = bootstrap_weighted_mean(np.arange(30.0), generator(0, "x"), resamples=50)
     assert draws.shape == (50,)
     assert np.all((draws > 0) & (draws < 29))
+
+
+def test_sides_of_independent_readings_are_added_in_squares():
+    """A lopsided reading, alone, turned round by its weight, and with another."""
+    lopsided = (10.0, 7.0, 14.0)
+    assert sum_of_independent([(*lopsided, 1.0)]) == pytest.approx(lopsided)
+    assert sum_of_independent([(*lopsided, -2.0)]) == pytest.approx((-20.0, -28.0, -14.0))
+    value, lower, upper = sum_of_independent([(*lopsided, 1.0), (5.0, 1.0, 8.0, -1.0)])
+    assert (value, lower, upper) == pytest.approx((5.0, 5.0 - np.hypot(3, 3), 5.0 + np.hypot(4, 4)))
+    assert sum_of_independent([]) == (0.0, 0.0, 0.0)
