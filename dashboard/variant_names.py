@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 __all__ = ["variant_names"]
@@ -9,18 +11,16 @@ __all__ = ["variant_names"]
 _DISTINGUISHING = ("model", "dtype", "device_name", "seed", "origin")
 
 
-def variant_names(variants: pd.DataFrame) -> dict[int, str]:
+def variant_names(variants: pd.DataFrame, distinguishing: Sequence[str] = _DISTINGUISHING) -> dict[int, str]:
     """A name for each variant: its method, and what else tells the variants of this frame apart.
 
     Args:
-        variants: one row a variant with the columns variant, method and any of model, dtype,
-            device_name, seed and origin.
+        variants: one row a variant with the columns variant, method and any of those that distinguish.
+        distinguishing: what may tell them apart beside the method, in this order.
     """
     if variants.empty:
         return {}
-    parts = [
-        name for name in _DISTINGUISHING if name in variants and variants[name].nunique(dropna=False) > 1
-    ]
+    parts = [name for name in distinguishing if name in variants and variants[name].nunique(dropna=False) > 1]
     names = {
         int(row["variant"]): " · ".join([str(row["method"]), *(_shown(part, row[part]) for part in parts)])
         for row in variants[["variant", "method", *parts]].to_dict("records")

@@ -12,6 +12,7 @@ from harness.store.frames import count_where, frame_of, typed
 from harness.store.store import Store
 from harness.store.tables import cells, effects, imports, records, variants
 
+from ..variant_names import variant_names
 from .columns import Column
 from .scope import Filters, chosen_cells, chunks, measured, passing
 from .values import limits_for, newest_of
@@ -119,25 +120,8 @@ def marks_text(*, simulated: bool, synthetic: bool, imported: bool = False) -> s
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
     """The variants with a ``name`` that is no longer than it must be to be unique among them."""
-    parts = [
-        name
-        for name in ("method", "model", "seed", "dtype", "device_name")
-        if name == "method" or frame[name].nunique() > 1
-    ]
-    names = pd.Series(
-        [
-            " · ".join(
-                f"seed {value}" if part == "seed" else str(value)
-                for part, value in zip(parts, row, strict=True)
-            )
-            for row in frame[parts].itertuples(index=False, name=None)
-        ],
-        index=frame.index,
-        dtype=object,
-    )
-    doubled = names.duplicated(keep=False)
-    names[doubled] = names[doubled] + " · #" + frame["variant"][doubled].astype(str)
-    return frame.assign(name=names)
+    names = variant_names(frame, _SETTING[:-1])  # where a row came from is among its marks
+    return frame.assign(name=frame["variant"].map(names).astype(object))
 
 
 def baselines(store: Store, about: pd.DataFrame, sweep: int | None) -> dict[int, int]:
