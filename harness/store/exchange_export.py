@@ -23,7 +23,7 @@ from harness.store.selection import current, narrowed, sweep_number
 from harness.store.store import Store
 from harness.store.tables import cells, machines, sweep_cells, sweeps, variants
 
-__all__ = ["ExportTree", "Exported", "Wanted", "export_results"]
+__all__ = ["ExportTree", "Exported", "Wanted", "export_results", "read_tree"]
 
 _CHUNK = 10_000
 _NOT_EXPORTED = ("traceback", "log_tail")  # of cells: they quote paths, names and anything else
@@ -72,17 +72,29 @@ def export_results(
         UnknownName: no such sweep, or nothing of that name can be left out.
         StoreError: the store cannot be read.
     """
-    for name in leave_out:
-        if name not in OPTIONAL:
-            raise UnknownName("section", name, OPTIONAL)
-    with store.reading() as connection:
-        tree = ExportTree(connection, wanted, frozenset(leave_out), with_host)
+    tree = read_tree(store, wanted, leave_out, with_host=with_host)
     if not tree.variants:
         raise ConfigError(f"nothing to export: no cell in {store.label} is wanted")
     rows = [*tree.machines, *tree.sweeps, *tree.variants]
     counts = Counter(row.section.name for root in rows for row in root.walk())
     size = write_lines(file, _lines(rows, tree.sweeps, leave_out))
     return Exported(counts, size)
+
+
+def read_tree(
+    store: Store, wanted: Wanted, leave_out: Collection[str] = (), *, with_host: bool = False
+) -> ExportTree:
+    """The rows that are wanted, without the sections that are left out.
+
+    Raises:
+        UnknownName: no such sweep, or nothing of that name can be left out.
+        StoreError: the store cannot be read.
+    """
+    for name in leave_out:
+        if name not in OPTIONAL:
+            raise UnknownName("section", name, OPTIONAL)
+    with store.reading() as connection:
+        return ExportTree(connection, wanted, frozenset(leave_out), with_host)
 
 
 def _lines(rows: Iterable[Row], sweep_rows: Iterable[Row], leave_out: Collection[str]) -> Iterator[str]:

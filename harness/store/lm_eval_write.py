@@ -15,11 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from harness.errors import ConfigError, UnknownName
+from harness.errors import ConfigError
 from harness.evaluate.metrics import metric_of
 from harness.store.encoding import dump_json
-from harness.store.exchange_export import ExportTree, Wanted
-from harness.store.exchange_layout import OPTIONAL
+from harness.store.exchange_export import ExportTree, Wanted, read_tree
 from harness.store.exchange_rows import Row
 from harness.store.lm_eval_files import safe_name, samples_name
 from harness.store.lm_eval_own import OWN, own_rows
@@ -59,11 +58,7 @@ def export_lm_eval(
         UnknownName: no such sweep, or nothing of that name can be left out.
         StoreError: the store cannot be read.
     """
-    for name in leave_out:
-        if name not in OPTIONAL:
-            raise UnknownName("section", name, OPTIONAL)
-    with store.reading() as connection:
-        tree = ExportTree(connection, wanted, frozenset(leave_out), with_host)
+    tree = read_tree(store, wanted, leave_out, with_host=with_host)
     runs = list(_runs(tree))
     cells = sum(each.section.name == "cells" for row in tree.variants for each in row.children)
     if not runs:
