@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.cli.output import Format, clean, print_rows
+from harness.cli.output import Format, print_rows, say
 
 if TYPE_CHECKING:
     from harness.export.exporting import Check, Exported, Written
@@ -79,7 +79,7 @@ def export(
                 force, allow_changed, device, tuple(plugin) if plugin else None, tolerance,
             )  # fmt: skip
         except Interrupted as stopped:
-            typer.echo(f"interrupted ({stopped}); nothing was written", err=True)
+            say(f"interrupted ({stopped}); nothing was written", err=True)
             return stopped.exit_code
     if done is None:
         return 1
@@ -127,7 +127,7 @@ def _export(
         if layout not in LAYOUTS:
             raise UnknownName("layout", layout, LAYOUTS)
         check_target(folder, force=force)
-        typer.echo(clean(found.label), err=True)
+        say(found.label, err=True)
         try:
             with without_chatter():
                 exported = export_variant(
@@ -139,10 +139,10 @@ def _export(
                     force=force,
                     allow_changed=allow_changed,
                     largest_difference=tolerance,
-                    say=lambda line: typer.echo(f"  {clean(line)}", err=True),
+                    say=lambda line: say(f"  {line}", err=True),
                 )
         except ExportRejected as rejected:
-            typer.echo(f"error: {clean(str(rejected))}", err=True)
+            say(f"error: {rejected}", err=True)
             return None
     return found, exported
 
@@ -152,22 +152,22 @@ def _print(exported: Exported) -> None:
 
     written = exported.written
     schemes = ", ".join(f"{count} x {scheme}" for scheme, count in written.schemes.items())
-    typer.echo(f"format   {written.format}" + (f": {schemes}" if schemes else ""))
+    say(f"format   {written.format}" + (f": {schemes}" if schemes else ""))
     for each in written.simulated:
-        typer.echo(f"SIMULATED: {clean(each)}")
+        say(f"SIMULATED: {each}")
     for change in exported.changes:
-        typer.echo(f"CHANGED since it was measured: {clean(change)}")
-    typer.echo("weights  decoded from the files, equal to the variant's")
+        say(f"CHANGED since it was measured: {change}")
+    say("weights  decoded from the files, equal to the variant's")
     for check in written.checks:
-        typer.echo(_told(check))
+        say(_told(check))
     if written.unread:
-        typer.echo(
+        say(
             f"NOT LOADED again with transformers: {', '.join(written.unread)} not installed; run: "
             f"pip install {' '.join(name.replace('_', '-') for name in written.unread)}"
         )
     weights, whole = written.weight_file_bytes / 1e6, written.folder_bytes / 1e6
-    typer.echo(f"disk     {weights:,.2f} MB of weights, {whole:,.2f} MB in all")
-    typer.echo(f"folder   {clean(str(exported.folder))} (what was measured: {MANIFEST})")
+    say(f"disk     {weights:,.2f} MB of weights, {whole:,.2f} MB in all")
+    say(f"folder   {exported.folder} (what was measured: {MANIFEST})")
 
 
 def _told(check: Check) -> str:
@@ -191,4 +191,4 @@ def _record_size(target: str, found: StoredVariant, written: Written) -> None:
         with Store.open(target) as store:
             store.write_derived(found.transform_cell, [disk_record(written)])
     except StoreError as error:
-        typer.echo(f"warning: disk_bytes was not recorded: {clean(str(error))}", err=True)
+        say(f"warning: disk_bytes was not recorded: {error}", err=True)
