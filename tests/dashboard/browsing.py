@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -61,15 +63,7 @@ def serving(path: Path) -> Iterator[Server]:
     port = free_port()
     process = subprocess.Popen([sys.executable, "-c", SERVE, str(path), str(port)], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server did not start"
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1):
-                    break
-            except OSError:
-                time.sleep(0.1)
+        wait_until_up(process, port)
         yield Server(f"http://127.0.0.1:{port}", process)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -82,15 +76,31 @@ def serving(path: Path) -> Iterator[Server]:
     raise AssertionError("Streamlit did not end with it")
 
 
+def wait_until_up(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a server that was started answers."""
+    deadline = time.monotonic() + 60
+    while True:
+        assert process.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server did not start"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.1)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def chromium() -> str | None:
-    """The system's browser."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
+def chromium() -> str:
+    """The system's browser; a test that needs it is skipped where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("no Chromium is installed")
+    return found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harness.store.store import Store
+from tests.dashboard.browsing import browsing
 from tests.dashboard.filling import fill
 
 
@@ -20,3 +21,11 @@ def filled_path(tmp_path_factory):
 def filled(filled_path):
     with Store.open_readonly(filled_path) as store:
         yield store
+
+
+@pytest.fixture(scope="module")
+def window():
+    """A page of a browser for all tests of a file."""
+    pytest.importorskip("playwright.sync_api")
+    with browsing() as opened:
+        yield opened

@@ -11,16 +11,11 @@ from harness.store import queries
 from harness.store.store import Store
 from tests.dashboard.browsing import (
     CHART,
-    FLAGS,
     NARROW,
-    SCREENSHOTS,
     TABLE,
     WIDE,
-    browsing,
     choose,
-    chromium,
     count,
-    free_port,
     save,
     serving,
     settle,
@@ -31,8 +26,6 @@ from tests.dashboard.filling import HOSTILE, MODEL, SHAPE
 pytestmark = pytest.mark.browser
 pytest.importorskip("streamlit")
 
-__all__ = ["CHART", "FLAGS", "SCREENSHOTS", "TABLE", "free_port", "save", "visit"]
-
 PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare"}
 
 
@@ -40,15 +33,6 @@ PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare"}
 def url(filled_path):
     with serving(filled_path) as server:
         yield server.url
-
-
-@pytest.fixture(scope="module")
-def window():
-    pytest.importorskip("playwright.sync_api")
-    if chromium() is None:
-        pytest.skip("no Chromium is installed")
-    with browsing() as opened:
-        yield opened
 
 
 @pytest.fixture

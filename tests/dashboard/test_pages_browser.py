@@ -18,8 +18,6 @@ from tests.dashboard.browsing import (
     NARROW,
     TABLE,
     WIDE,
-    browsing,
-    chromium,
     count,
     save,
     serving,
@@ -73,15 +71,6 @@ def path(tmp_path_factory, sweeping):
 def url(path):
     with serving(path) as server:
         yield server.url
-
-
-@pytest.fixture(scope="module")
-def window():
-    pytest.importorskip("playwright.sync_api")
-    if chromium() is None:
-        pytest.skip("no Chromium is installed")
-    with browsing() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ pytest.importorskip("playwright.sync_api")
 from harness.store.exchange_import import import_results
 from harness.store.exchange_read import read_results
 from harness.store.store import Store
-from tests.dashboard.browsing import CHART, SCREENSHOTS, browsing, chromium, count, serving, visit
+from tests.dashboard.browsing import CHART, SCREENSHOTS, browsing, count, serving, visit
 
 pytestmark = pytest.mark.browser
 
@@ -51,8 +51,6 @@ def test_the_committed_picture_is_small_and_shown():
 
 
 def test_it_can_be_taken_of_the_reference_rows(tmp_path):
-    if chromium() is None:
-        pytest.skip("no Chromium is installed")
     store = tmp_path / "reference.db"
     with Store.open(store) as opened:
         import_results(opened, [read_results(ROWS)])

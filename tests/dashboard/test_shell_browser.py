@@ -7,12 +7,10 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +21,18 @@ pytest.importorskip("playwright")
 
 from harness_dashboard.theme import DARK, GRAPHIC_CONTRAST, LIGHT, TEXT_CONTRAST, contrast
 
+from tests.dashboard.browsing import (
+    CHART,
+    FLAGS,
+    SCREENSHOTS,
+    TABLE,
+    chromium,
+    free_port,
+    save,
+    visit,
+    wait_until_up,
+)
 from tests.dashboard.filling import HOSTILE, SIMULATED, VARIANTS
-from tests.dashboard.test_dashboard_browser import CHART, FLAGS, SCREENSHOTS, TABLE, free_port, save, visit
 
 pytestmark = pytest.mark.browser
 
@@ -43,7 +51,7 @@ def server(filled_path, tmp_path_factory):
     with output.open("w") as said:
         process = subprocess.Popen(line, env=environment, stdout=said, stderr=said)
     try:
-        wait_for(process, f"http://127.0.0.1:{port}/_stcore/health")
+        wait_until_up(process, port)
         check_child(process.pid)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -53,18 +61,6 @@ def server(filled_path, tmp_path_factory):
     assert "sign in with the token" in output.read_text()
     assert TOKEN not in output.read_text()
     assert "Traceback" not in output.read_text()
-
-
-def wait_for(process, url):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the server did not start")
 
 
 def check_child(pid):
@@ -78,13 +74,10 @@ def check_child(pid):
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
     from playwright import sync_api
 
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         yield browser
         browser.close()
 
