@@ -15,9 +15,13 @@ from typing import IO
 
 from harness.errors import HarnessError
 
-__all__ = ["ForkServer", "Launched", "shared_server", "start_fork_server"]
+__all__ = ["SCRIPT", "ForkServer", "Launched", "shared_server", "start_fork_server"]
 
-_SCRIPT = "import sys; sys.path[:] = {path!r}; from harness.executors.serving import main; main({descriptor})"
+SCRIPT = (
+    "import sys; sys.path[:] = {path!r}; "
+    "from harness.executors.serving import main; main({control}, imports={imports})"
+)
+"""What the process of a server runs."""
 _END_LIMIT_S = 10.0
 
 
@@ -51,7 +55,8 @@ def launch() -> Launched:
     """Start a server as a process of its own, in a session of its own: Ctrl-C does not reach it."""
     ours, theirs = socket.socketpair()
     log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
-    script = _SCRIPT.format(path=[path or os.getcwd() for path in sys.path], descriptor=theirs.fileno())
+    path = [each or os.getcwd() for each in sys.path]
+    script = SCRIPT.format(path=path, control=theirs.fileno(), imports=True)
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-c", script],

@@ -1,6 +1,8 @@
 """The fork server: imports everything heavy once, then forks a keeper for every channel that it is handed.
 
-It never runs a method's code, starts no thread and never touches CUDA, so its children start clean. It ends
+It never runs a method's code, starts no thread and never touches CUDA, so its children start clean. Where an
+import has touched CUDA all the same (an installed package may ask for devices while it is imported), the
+server begins anew without imports, and every worker imports for itself, which takes it some seconds. It ends
 when the parent does, which closes the control socket.
 """
 
@@ -13,19 +15,34 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
+from harness.executors import cuda_driver
 from harness.executors.keeper import keep
 from harness.executors.processes import adopt_orphans, descendants, name_process, reap
+from harness.executors.server import SCRIPT
 
 __all__ = ["main", "serve"]
 
 
-def main(control: int) -> None:
+def main(control: int, *, imports: bool = True) -> None:
     """The server as a process of its own: import, then serve."""
-    import harness.executors.preload  # noqa: F401
+    if imports:
+        os.environ.update(cuda_driver.QUIET_CHECKS)
+        import harness.executors.preload  # noqa: F401
 
+        if cuda_driver.is_started():
+            _begin_anew(control)
     serve(socket.socket(fileno=control))
     os._exit(0)
+
+
+def _begin_anew(control: int) -> NoReturn:
+    """Be a server that has imported nothing: the driver stays started for as long as a process lives."""
+    print("an import has touched CUDA: workers import for themselves", file=sys.stderr, flush=True)
+    os.set_inheritable(control, True)
+    script = SCRIPT.format(path=sys.path, control=control, imports=False)
+    os.execv(sys.executable, [sys.executable, "-c", script])
 
 
 def serve(control: socket.socket) -> None:

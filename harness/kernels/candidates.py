@@ -22,16 +22,21 @@ WRITINGS = (
 )
 """Ways to write a matrix out, today's first."""
 
+_WIDE = (
+    Launch("wide", 8, words=512, warps=4),
+    Launch("wide", 8, words=256, warps=2),
+    Launch("wide", 16, words=256, warps=2),
+    Launch("wide", 4, words=512, warps=4),
+    Launch("wide", 8, words=512, warps=8),
+    Launch("wide", 16, words=128, warps=1),
+    Launch("wide", 8, words=128, warps=1),
+    Launch("wide", 16, words=512, warps=8),
+)
 _GEMV = (
-    Launch("gemv", 64, warps=2, programs=4),
     Launch("gemv", 64, warps=2, programs=16),
-    Launch("gemv", 64, warps=4, programs=8),
-    Launch("gemv", 32, warps=2, programs=8),
     Launch("gemv", 32, warps=1, programs=16),
     Launch("gemv", 128, warps=4, programs=4),
-    Launch("gemv", 32, words=32, warps=4, programs=8),
-    Launch("gemv", 16, warps=1, programs=16),
-    Launch("gemv", 16, warps=2, programs=8),
+    Launch("gemv", 64, warps=4, programs=8),
 )
 _FEW = (
     Launch("fused", 64, 16, programs=2, stages=4),
@@ -68,7 +73,7 @@ def candidates(form: Form, rows: int) -> list[Launch]:
     if chosen is not None:
         found.append(chosen)
     if rows == 1:
-        found += [*_GEMV, *(() if form.has_outliers else _FEW[:4])]
+        found += [*(() if form.is_table else _WIDE), *_GEMV, *(() if form.has_outliers else _FEW[:2])]
     elif not form.has_outliers and rows <= MOST_FUSED_ROWS:
         found += _some(form, rows)
     return [launch for place, launch in enumerate(found) if launch not in found[:place]]

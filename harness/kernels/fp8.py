@@ -17,12 +17,14 @@ from harness.kernels import int8_launches
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE
 
-__all__ = ["ALIGNMENT", "FORMATS", "choose", "device_problem", "linear", "quantize"]
+__all__ = ["ALIGNMENT", "FORMATS", "OWN", "choose", "device_problem", "linear", "quantize", "runs_own"]
 
 FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 """Largest values 448 and 57344; 3 and 2 bits of mantissa."""
 ALIGNMENT = 16
 """What both sizes of a weight must be divisible by."""
+OWN = "triton float8"
+"""The name of the project's own product."""
 
 _OLDEST = (8, 9)  # compute capability
 _OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,6 +93,13 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     return "_scaled_mm" if works else _FALLBACK
 
 
+def runs_own(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether so many rows of activations of this type, with a scale each, run the project's own product."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    return int8_launches.choose_float8(rows, columns) is not None and has_triton(device)
+
+
 @functools.cache
 def _multiplies(device_type: str, dtype: torch.dtype) -> bool:
     """Whether `torch._scaled_mm` has this device and format, in both forms; found by asking it."""
@@ -126,8 +135,7 @@ def linear(
         wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         y = functional.linear(codes.to(wide), weight.to(wide)).float() * scale * weight_scale
     else:
-        has_launch = int8_launches.choose_float8(*x.shape) is not None
-        if has_launch and x.is_cuda and scale.ndim == 2 and x.dtype.itemsize == 2:
+        if scale.ndim == 2 and runs_own(x.device, x.dtype, *x.shape):
             own: torch.Tensor = _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
             return own
         y = _scaled_mm(codes, scale, weight, weight_scale, x.dtype)

@@ -24,8 +24,8 @@ Kind = Literal["gemv", "dot", "tma"]
 
 ALIGNMENT = 16
 """What the columns must be divisible by for rows of codes to be read 16 bytes at a time."""
-FULL = 120
-"""Programs from which on a tile is wide enough: about one for each processor of an H100 (132)."""
+FULL = 132
+"""Programs from which on a tile is wide enough: one for each processor of an H100 or H200."""
 ROUND_IN_GEMV = True
 """One row of floats is rounded by the programs that multiply it, and not by a launch before them."""
 PACKED_ROWS = 64
@@ -55,26 +55,28 @@ class Launch:
     group: int = 8
 
 
-_GEMV = Launch("gemv", 1, 8, 2048, 8, 1)
+_GEMV = Launch("gemv", 1, 8, 1024, 4, 1)
 
 _DOT: tuple[tuple[int | None, tuple[Launch, ...]], ...] = (
     (16, (Launch("dot", 16, 32, 256, 4, 5),)),
     (32, (Launch("dot", 32, 64, 256, 4, 4), Launch("dot", 32, 32, 256, 4, 5))),
     (64, (Launch("dot", 64, 64, 128, 4, 4), Launch("dot", 64, 32, 128, 4, 5))),
-    (512, (Launch("dot", 128, 128, 128, 8, 3), Launch("dot", 64, 64, 128, 4, 4))),
-    (None, (Launch("dot", 128, 256, 128, 8, 3), Launch("dot", 128, 128, 128, 8, 3))),
+    (128, (Launch("dot", 64, 64, 128, 4, 4), Launch("dot", 64, 64, 128, 4, 4, split=2))),
+    (512, (Launch("dot", 64, 128, 128, 4, 4), Launch("dot", 64, 64, 128, 4, 4))),
+    (None, (Launch("dot", 128, 128, 128, 8, 3), Launch("dot", 64, 128, 128, 4, 4))),
 )
 """Up to so many rows: tiles from the widest to the narrowest. The first that fills the device is taken."""
 
-_PACKED_GEMV = Launch("gemv", 1, 32, 1024, 4, 1)
-_PACKED: tuple[tuple[int, Launch], ...] = (
-    (16, Launch("dot", 16, 64, 256, 4, 3)),
-    (32, Launch("dot", 32, 64, 256, 4, 3)),
-    (PACKED_ROWS, Launch("dot", 64, 64, 256, 4, 3)),
+_PACKED_GEMV = Launch("gemv", 1, 64, 1024, 8, 1)
+_PACKED: tuple[tuple[int, tuple[Launch, ...]], ...] = (
+    (16, (Launch("dot", 16, 128, 256, 4, 3), Launch("dot", 16, 32, 256, 4, 4))),
+    (32, (Launch("dot", 32, 64, 256, 4, 3),)),
+    (PACKED_ROWS, (Launch("dot", 64, 64, 256, 4, 3),)),
 )
+_PACKED_FULL = 64
+"""As `FULL`, for the products that unpack weights."""
 
-
-_FLOAT8: tuple[int, Launch] | None = None
+_FLOAT8: tuple[int, Launch] | None = (4096, Launch("tma", 128, 256, 128, 8, 4))
 """From so many rows on, the launch of a float8 product with row scales; None: `torch._scaled_mm` always."""
 
 
@@ -91,11 +93,14 @@ def choose(rows: int, out: int, columns: int) -> Launch:
     return next((tile for tile in tiles if programs(tile, rows, out) >= FULL), tiles[-1])
 
 
-def choose_packed(rows: int) -> Launch | None:
+def choose_packed(rows: int, out: int) -> Launch | None:
     """The launch of a product that unpacks weights of fewer bits; None: they are unpacked before it."""
     if rows == 1:
         return _PACKED_GEMV
-    return next((launch for most, launch in _PACKED if rows <= most), None)
+    tiles = next((tiles for most, tiles in _PACKED if rows <= most), None)
+    if tiles is None:
+        return None
+    return next((tile for tile in tiles if programs(tile, rows, out) >= _PACKED_FULL), tiles[-1])
 
 
 def choose_float8(rows: int, columns: int) -> Launch | None:

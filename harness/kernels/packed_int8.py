@@ -25,7 +25,7 @@ def fits(weight: PackedWeight) -> bool:
 def choose(weight: PackedWeight, rows: int) -> str:
     """The name of the kernel that `linear` runs for so many rows."""
     product = int8.choose(weight.codes.device)
-    if not fits(weight) or int8_launches.choose_packed(rows) is None:
+    if not fits(weight) or int8_launches.choose_packed(rows, weight.out_features) is None:
         return f"unpack, {product}"
     return f"triton w{weight.bits}a8 {'gemv' if rows == 1 else 'small'}"
 
@@ -86,7 +86,7 @@ def _linear_of_codes(
     from harness.kernels import triton_int8, triton_packed_int8
 
     rows, out = codes.shape[0], weight.out_features
-    launch = int8_launches.choose_packed(rows)
+    launch = int8_launches.choose_packed(rows, out)
     if launch is not None:
         run = triton_packed_int8.gemv if launch.kind == "gemv" else triton_packed_int8.small
         return run(codes, scale, weight, bias, dtype, launch)

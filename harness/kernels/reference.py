@@ -30,7 +30,7 @@ NormKind = Literal["layer", "rms", "rms-unit-offset"]
 plus its gain in float32 (Gemma)."""
 
 _CUDA_MIN_ROWS = 17  # torch._int_mm on CUDA needs more than 16 rows
-_CUDA_MULTIPLE = 8  # ... and both other sizes divisible by 8
+_CUDA_MULTIPLE = 8  # ... and all sizes divisible by 8
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,14 +73,15 @@ def weight_only_linear(
 def int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The exact product ``a @ b.T`` in int32 of int8 a [rows, in] and b [out, in].
 
-    On CUDA, where `torch._int_mm` needs more than 16 rows and sizes divisible by 8, the operands are
+    On CUDA, where `torch._int_mm` needs more than 16 rows and all sizes divisible by 8, the operands are
     padded with zeros. int32 cannot overflow below 133,152 columns (127 * 127 * columns < 2^31).
     """
     rows, out = a.shape[0], b.shape[0]
     if a.shape[1] == 1:  # torch 2.13 on the CPU takes the strides of one column for those of one row
         a, b = functional.pad(a, (0, 1)), functional.pad(b, (0, 1))
     if a.is_cuda:
-        a = functional.pad(a, (0, -a.shape[1] % _CUDA_MULTIPLE, 0, 32 - rows if rows < _CUDA_MIN_ROWS else 0))
+        more = -rows % _CUDA_MULTIPLE if rows >= _CUDA_MIN_ROWS else 32 - rows
+        a = functional.pad(a, (0, -a.shape[1] % _CUDA_MULTIPLE, 0, more))
         b = functional.pad(b, (0, -b.shape[1] % _CUDA_MULTIPLE, 0, -out % _CUDA_MULTIPLE))
     return torch._int_mm(a, b.t())[:rows, :out]
 

@@ -11,9 +11,19 @@ from typing import Literal
 from harness.kernels.stored import Form
 from harness.nn.packing import PLANES
 
-__all__ = ["RULES", "WRITING", "Launch", "Rule", "Writing", "rows_per_program", "select", "tiles_per_step"]
+__all__ = [
+    "RULES",
+    "WRITING",
+    "Launch",
+    "Rule",
+    "Writing",
+    "rows_per_program",
+    "select",
+    "tiles_abreast",
+    "tiles_per_step",
+]
 
-Kernel = Literal["gemv", "small", "fused"]
+Kernel = Literal["gemv", "wide", "small", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +31,8 @@ class Launch:
     """One way to launch a kernel.
 
     Args:
-        block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv.
+        block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv
+            and wide.
         words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
         programs: for each multiprocessor; the columns are split until there are so many.
         sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
@@ -68,8 +79,8 @@ WRITING = Writing(block_n=32)
 """For every matrix that is written out in full precision."""
 
 RULES: tuple[Rule, ...] = (
-    # Integers on a grid. One row waits for memory alone.
-    Rule(_ALL, 1, Launch("gemv", block_n=64, warps=2), activation_bits=(16, 32)),
+    # Integers on a grid. One row: nothing is added up twice.
+    Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
     Rule(_ALL, 64, Launch("fused", block_n=64, block_m=64, programs=2)),
@@ -98,6 +109,7 @@ def select(form: Form, rows: int, activation_bits: int) -> Launch | None:
             and form.is_table == rule.table
             and activation_bits in rule.activation_bits
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
+            and not (rule.launch.kernel == "wide" and form.is_table)
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -115,6 +127,15 @@ def tiles_per_step(form: Form, words: int, least: int = 1) -> int:
     while chunk * per_tile < words and form.bits != 3 and form.group_columns % (2 * chunk * form.tile) == 0:
         chunk *= 2
     while chunk * per_tile < least:
+        chunk *= 2
+    return chunk
+
+
+def tiles_abreast(form: Form, words: int) -> int:
+    """Tiles a step of *wide*: a power of two, no more than the matrix needs, across groups."""
+    per_tile = form.tile * PLANES[form.bits][0] // 32
+    chunk = 1
+    while 2 * chunk * per_tile <= words and chunk * form.tile < form.columns:
         chunk *= 2
     return chunk
 

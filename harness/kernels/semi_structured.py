@@ -9,7 +9,7 @@ decompressed, which is exact, and multiplied.
 from __future__ import annotations
 
 import functools
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "compress",
     "decompress",
+    "fastest",
     "forget_algorithms",
     "is_available",
     "linear",
@@ -38,6 +39,8 @@ _ROWS = {torch.bfloat16: 8, torch.float16: 8, torch.int8: 16, torch.float8_e4m3f
 _OLDEST = (8, 0)  # compute capability; 8.9 for float8
 _MOST_TUNED = 32  # numbers of rows for a matrix: a search takes tens of milliseconds
 _UNIT_ROWS = 1024
+_MOST_ALGORITHMS = 64  # the library of torch 2.11 has 21 for a product of 16 bits
+_TIMED_CALLS, _TIMINGS = 4, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +153,7 @@ def product(
     if tuned:
         tune(packed, x, out_features, bias=bias, out_dtype=out_dtype)
     chosen = algorithm_for(packed, x, out_features, bias=bias, out_dtype=out_dtype)
-    y: torch.Tensor = torch._cslt_sparse_mm(
-        packed,
-        x.t(),
-        bias=bias,
-        out_dtype=out_dtype,
-        transpose_result=True,
-        alg_id=chosen.number,
-        split_k=chosen.split_k,
-        split_k_mode=chosen.split_k_mode,
-    )
-    return y[:rows]
+    return _run(packed, x, bias, out_dtype, chosen)[:rows]
 
 
 def algorithm_for(
@@ -199,22 +192,77 @@ def tune(
 def _search(
     packed: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None
 ) -> Algorithm:
-    search = _library_search()
-    if search is not None:
-        number, split_k, split_k_mode, _ = search(packed, x.t(), bias, None, out_dtype, True)
-        return Algorithm(int(number), int(split_k), int(split_k_mode))
-    with warnings.catch_warnings():  # deprecated where the library's own search is there
-        warnings.simplefilter("ignore")
-        number = torch._cslt_sparse_mm_search(
-            packed, x.t(), bias=bias, out_dtype=out_dtype, transpose_result=True
-        )
-    return Algorithm(int(number))
+    """The fastest algorithm that does not split the sum.
+
+    The library has a search of its own, which splits as well. On an H200 (cuSPARSELt of torch 2.11) it ended
+    the process's context with an illegal instruction for float16, 4096 x 4096 and 32 rows, where each of the
+    algorithms alone is right; so they are timed here.
+    """
+    return fastest(functools.partial(_run, packed, x, bias, out_dtype), _seconds)
 
 
-@functools.cache
-def _library_search():  # type: ignore[no-untyped-def]
-    """torch's newer search, which chooses a split as well; None where torch has it not."""
-    return getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+def fastest(
+    run: Callable[[Algorithm], object], seconds: Callable[[Callable[[], object]], float]
+) -> Algorithm:
+    """The first of the quickest algorithms by their numbers; they end where the library refuses one.
+
+    Args:
+        run: multiplies with an algorithm, or raises RuntimeError.
+        seconds: how long a call takes.
+    """
+    times: dict[Algorithm, float] = {}
+    for number in range(_MOST_ALGORITHMS):
+        algorithm = Algorithm(number)
+        try:
+            run(algorithm)
+            times[algorithm] = seconds(functools.partial(run, algorithm))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            break
+    return min(times, key=lambda algorithm: times[algorithm], default=Algorithm())
+
+
+def _run(
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    algorithm: Algorithm,
+) -> torch.Tensor:
+    y: torch.Tensor = torch._cslt_sparse_mm(
+        packed,
+        x.t(),
+        bias=bias,
+        out_dtype=out_dtype,
+        transpose_result=True,
+        alg_id=algorithm.number,
+        split_k=algorithm.split_k,
+        split_k_mode=algorithm.split_k_mode,
+    )
+    return y
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The time of a call on the device. The library begins slowly, so calls are captured and replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # not `torch.cuda.graph`, which collects garbage every time
+        graph.capture_begin()
+        for _ in range(_TIMED_CALLS):
+            run()
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    times: list[float] = []
+    for _ in range(_TIMINGS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / _TIMED_CALLS)
+    return min(times)
 
 
 def _problem(

@@ -278,5 +278,5 @@ def _select(
         *(used if each is None else each for each in (codes, scale, values)),
         x.shape[1], threshold, capacity, ROUNDER, CHUNKS=0 if peaks is None else peaks.shape[0],
         SMALLEST=SMALLEST_SCALE, BLOCK=block, HAS_ALWAYS=always is not None,
-        num_warps=2 * warps_for(block), enable_fp_fusion=False,
+        num_warps=min(32, max(8, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip

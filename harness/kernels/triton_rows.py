@@ -2,9 +2,10 @@
 # mypy: disallow-untyped-calls=False
 """Triton kernels that round whole rows to 8 bits: a scale for each row and its codes in one launch.
 
-A program takes a row. Up to `WHOLE_ROW` columns it holds all of it, so that every value is read once;
-a wider row is read a second time. `quantize` rounds to int8 or float8, `normalize_quantize` is a norm
-before that, so that the floats between the two never reach memory.
+A program takes a row. Up to `HELD_ROW` columns `quantize` holds all of it, so that every value is read
+once; a wider row is read a second time, while it is in the cache. `quantize` rounds to int8 or float8,
+`normalize_quantize` is a norm before that, of rows up to `WHOLE_ROW`, so that the floats between the two
+never reach memory.
 
 Codes and scales are those of `harness.nn.quantizer.quantize_activation` and `harness.kernels.fp8.quantize`
 bit for bit: divisions round to nearest and nothing is fused. The mean of a norm is added up in another
@@ -19,12 +20,14 @@ import triton.language as tl
 
 from harness.nn.quantizer import SMALLEST_SCALE
 
-__all__ = ["WHOLE_ROW", "normalize_quantize", "quantize"]
+__all__ = ["HELD_ROW", "WHOLE_ROW", "normalize_quantize", "quantize"]
 
 WHOLE_ROW = 16384
 """Columns that a program can hold."""
+HELD_ROW = 8192
+"""Columns that a program holds where it need not: wider ones leave too many of its threads without work."""
 
-_CHUNK = 4096  # columns of a wider row that a program holds at a time
+_CHUNK, _CHUNK_WARPS = 2048, 8  # columns of a wider row that a program holds at a time, and its warps
 # 1.5 * 2^23: adding and subtracting it rounds half to even. The kernels that use it are launched without
 # fusing multiplication and addition, which would round the exact product and not the float32 one.
 ROUNDER = 12582912.0
@@ -151,8 +154,8 @@ def _normalize_quantize_kernel(
 
 
 def warps_for(block: int) -> int:
-    """Warps that hold a row of so many columns, at most 32 of them a thread."""
-    return min(16, max(4, block // 1024))
+    """Warps that hold a row of so many columns, at most 64 of them a thread."""
+    return min(8, max(4, block // 1024))
 
 
 def quantize(
@@ -169,13 +172,14 @@ def quantize(
     codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     mantissa, largest = _FLOAT8.get(dtype, (0, 127.0))
-    whole = columns <= WHOLE_ROW
+    whole = columns <= HELD_ROW
     block = triton.next_power_of_2(columns) if whole else _CHUNK
     with torch.cuda.device_of(x):
         _quantize_kernel[(rows,)](
             x, codes.view(torch.uint8) if mantissa else codes, scales, scales if sums is None else sums,
             columns, x.stride(0), ROUNDER, MANTISSA=mantissa, LARGEST=largest, SMALLEST=SMALLEST_SCALE,
-            BLOCK=block, WHOLE=whole, SUMS=sums is not None, num_warps=warps_for(block),
+            BLOCK=block, WHOLE=whole, SUMS=sums is not None,
+            num_warps=warps_for(block) if whole else _CHUNK_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales

@@ -1,10 +1,10 @@
 """Launches of the Triton kernels for stored matrices and 16- or 32-bit activations.
 
-The forms of the product are in `triton_gemv` (one row), `triton_fused` and `triton_small` (tensor cores)
-and `triton_dequantize` (writes the matrix for a library product); `harness.kernels.selection` chooses. All
-accumulate in float32. Where the rows of a matrix do not fill the device, the input columns are split
-between programs, whose partial sums a second kernel adds in a fixed order: no atomics, so the same
-inputs give the same bits.
+The forms of the product are in `triton_gemv` and `triton_wide` (one row), `triton_fused` and `triton_small`
+(tensor cores) and `triton_dequantize` (writes the matrix for a library product); `harness.kernels.selection`
+chooses. All accumulate in float32. Where the rows of a matrix do not fill the device, all but *wide* split
+the input columns between programs, whose partial sums a second kernel adds in a fixed order: no atomics, so
+the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ import torch
 import triton
 import triton.language as tl
 
-from harness.kernels.selection import WRITING, Launch, Writing, rows_per_program, tiles_per_step
+from harness.kernels.selection import (
+    WRITING,
+    Launch,
+    Writing,
+    rows_per_program,
+    tiles_abreast,
+    tiles_per_step,
+)
 from harness.kernels.stored import StoredMatrix
 from harness.kernels.triton_dequantize import weight_only_dequantize_kernel
 from harness.kernels.triton_fields import EXPONENT
 from harness.kernels.triton_fused import weight_only_fused_gemm_kernel
 from harness.kernels.triton_gemv import weight_only_gemv_kernel
 from harness.kernels.triton_small import weight_only_small_gemm_kernel
+from harness.kernels.triton_wide import weight_only_wide_kernel
 
 __all__ = ["Call", "dequantize", "multiply", "prepare", "prepare_dequantize", "processors"]
 
@@ -89,6 +97,8 @@ def prepare(
     Where the columns are split, the first writes partial sums [splits, rows, out] in float32.
     """
     x = _padded(x, weight)
+    if launch.kernel == "wide":
+        return [_prepare_wide(x, weight, bias, launch)]
     rows, out, form = x.shape[0], weight.out_features, weight.form
     is_gemv = launch.kernel == "gemv"
     block_m = 1 if is_gemv else min(launch.block_m, max(_LEAST_ROWS, triton.next_power_of_2(rows)))
@@ -139,6 +149,23 @@ def prepare(
             )
         )
     return calls
+
+
+def _prepare_wide(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | None, launch: Launch) -> Call:
+    """One launch whatever the sizes: its programs hold all columns, a stretch at a time."""
+    rows, out, tiles = x.shape[0], weight.out_features, weight.codes.shape[0]
+    chunk = tiles_abreast(weight.form, launch.words)
+    shared = _shared(weight, chunk, launch.block_n)
+    used = ("BITS", "TILE", "CHUNK", "SCALES", "ZEROS", "EVEN")
+    constants = {name: shared.constants[name] for name in used}
+    constants |= {"BLOCK_N": launch.block_n, "HAS_BIAS": bias is not None, "num_warps": launch.warps}
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    arguments = (
+        x, *shared.tensors, weight.codes if bias is None else bias, y,
+        rows, out, tiles, x.stride(0), shared.zero_bytes, shared.tiles_per_group, EXPONENT,
+    )  # fmt: skip
+    grid = (rows, triton.cdiv(out, launch.block_n))
+    return Call(weight_only_wide_kernel, grid, arguments, constants, y)
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:

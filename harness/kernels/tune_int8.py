@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from harness.errors import ConfigError
+from harness.errors import ConfigError, HarnessError
+from harness.kernels.capturing import no_waiting
 from harness.kernels.int8_launches import Launch
 
 __all__ = ["Candidate", "Case", "Result", "launches", "main", "packed_launches", "run_case", "summary"]
@@ -169,7 +170,8 @@ def run_case(case: Case, clock: Clock, seconds: float) -> Iterator[Result]:
 def _failures() -> tuple[type[Exception], ...]:
     """What a launch that does not fit this device or compiler raises."""
     known: tuple[type[Exception], ...] = (
-        AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+        AssertionError, AttributeError, HarnessError, KeyError, NotImplementedError, RuntimeError, TypeError,
+        ValueError,
     )  # fmt: skip
     try:
         from triton.errors import TritonError
@@ -242,6 +244,8 @@ def cuda_clock(copies: int) -> Clock:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call(0)
+            with no_waiting():
+                call(0)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -105,12 +105,14 @@ class Fp8Linear(PackedLinear):
 
     @property
     def kernel_name(self) -> str:
-        """The kernel that the forward pass runs on this device, for any number of rows."""
+        """The kernel that the forward pass runs on this device, for one row."""
         return str(fp8.choose(self.codes.device, self.codes.dtype))
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """As `kernel_name`: it depends neither on the rows nor on their type."""
-        return self.kernel_name
+        """As `kernel_name`, but for many rows with a scale each: those run the project's own product."""
+        name = self.kernel_name
+        owns = self.a_gran == "per-token" and fp8.runs_own(self.codes.device, dtype, rows, self.in_features)
+        return fp8.OWN if owns and name == "_scaled_mm" else name
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix [out, in] that the codes stand for."""

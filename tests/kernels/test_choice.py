@@ -8,10 +8,18 @@ import pytest
 import torch
 
 from harness.errors import NotApplicable
-from harness.kernels import bench, int8, reference, weight_only
-from harness.kernels.selection import RULES, Launch, rows_per_program, select, tiles_per_step
+from harness.kernels import bench, fp8, int8, reference, weight_only
+from harness.kernels.selection import (
+    RULES,
+    Launch,
+    rows_per_program,
+    select,
+    tiles_abreast,
+    tiles_per_step,
+)
 from harness.kernels.stored import Form
 from harness.nn.codebook import CodebookLinear
+from harness.nn.fp8 import Fp8Linear
 from harness.nn.packing import pack_weight
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
@@ -41,13 +49,13 @@ def test_without_cuda_weights_are_dequantized():
 @pytest.mark.parametrize(
     ("bits", "rows", "kernel"),
     [
-        (4, 1, "triton w4a16 gemv"),
+        (4, 1, "triton w4a16 wide"),
         (4, 2, "triton w4a16 fused"),
         (4, 128, "triton w4a16 fused"),
         (4, 129, "triton dequantize+matmul"),
-        (8, 1, "triton w8a16 gemv"),
+        (8, 1, "triton w8a16 wide"),
         (8, 16, "triton w8a16 fused"),
-        (3, 1, "triton w3a16 gemv"),
+        (3, 1, "triton w3a16 wide"),
         (3, 2, "triton w3a16 fused"),
         (3, 129, "triton dequantize+matmul"),
         (2, 16, "triton w2a16 fused"),
@@ -72,7 +80,7 @@ def test_layouts_that_triton_cannot_read_fall_back():
 def test_zero_points_that_are_no_whole_numbers_run_the_same_kernels():
     free = replace(packed(4, group_size=128), zeros=torch.zeros(2, 64, dtype=torch.float16))
     names = [weight_only.choose(free, rows, torch.bfloat16) for rows in (1, 16, 512)]
-    assert names == ["triton w4a16 gemv", "triton w4a16 fused", "triton dequantize+matmul"]
+    assert names == ["triton w4a16 wide", "triton w4a16 fused", "triton dequantize+matmul"]
     # The kernel for float32 takes whole ones.
     assert weight_only.choose(free, 16, torch.float32) == "triton dequantize+matmul"
     assert weight_only.choose(packed(4, group_size=128), 16, torch.float32) == "triton w4a32 small"
@@ -114,7 +122,7 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
     launch = rule.launch
     sizes = [launch.block_n, launch.block_m, launch.words, launch.warps]
     assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
-    if launch.kernel == "gemv":
+    if launch.kernel in ("gemv", "wide"):
         assert launch.block_m == 1
     else:  # what tensor cores multiply at once: 64 rows for every four warps
         assert launch.block_m >= 16
@@ -131,7 +139,7 @@ def test_one_choice_for_all_rows(bits, is_table):
     form = form_of(bits, is_table=is_table)
     launches = [select(form, rows, 16) for rows in range(1, 300)]
     assert launches[0] is not None
-    assert launches[0].kernel == "gemv"
+    assert launches[0].kernel == ("gemv" if is_table else "wide")
     assert launches[-1] is None
     written_out = [launch is None for launch in launches]
     assert written_out == sorted(written_out), "never back to a kernel"
@@ -175,7 +183,7 @@ def test_a_layer_says_where_it_has_come_to(monkeypatch):
 
 @pytest.mark.usefixtures("with_triton")
 def test_the_name_gives_the_width_of_the_activations():
-    assert weight_only.choose(packed(group_size=128), 1, torch.float32) == "triton w4a32 gemv"
+    assert weight_only.choose(packed(group_size=128), 1, torch.float32) == "triton w4a32 wide"
     assert int8.choose(torch.device("cuda")) == "triton w8a8"
 
 
@@ -190,11 +198,30 @@ def test_int8_without_cuda_is_the_reference():
 
 def test_the_benchmark_knows_its_schemes():
     weight = torch.randn(128, 256)
-    for name, make in bench.SCHEMES.items():
+    for name, scheme in bench.SCHEMES.items():
         try:
-            layer = make(weight)
-        except NotApplicable:  # what only a device can build
-            assert name.startswith("2:4")
+            layer = scheme.make(weight)
+        except NotApplicable:  # what only a device can build, or an absent package
+            assert name.startswith(("2:4", "torchao"))
             continue
         assert (layer.in_features, layer.out_features) == (256, 128), name
     assert "bf16" in bench.SCHEMES
+
+
+def test_steps_of_many_tiles_are_no_wider_than_the_matrix():
+    assert tiles_abreast(form_of(4), 256) == 16
+    assert tiles_abreast(form_of(4, 64), 256) == 32
+    assert tiles_abreast(form_of(8), 256) == 8
+    narrow = replace(form_of(4), columns=384)
+    assert tiles_abreast(narrow, 256) == 4
+    assert tiles_abreast(form_of(8), 16) == 1
+
+
+def test_float8_products_are_named_for_their_rows(monkeypatch):
+    layer = Fp8Linear(4096, 16)
+    assert layer.kernel_for(8192, torch.bfloat16) == layer.kernel_name
+    monkeypatch.setattr(fp8, "runs_own", lambda device, dtype, rows, columns: rows >= 4096)
+    monkeypatch.setattr(fp8, "choose", lambda device, dtype: "_scaled_mm")
+    assert layer.kernel_for(8192, torch.bfloat16) == "triton float8"
+    assert layer.kernel_for(512, torch.bfloat16) == "_scaled_mm"
+    assert Fp8Linear(4096, 16, a_gran="per-tensor-dynamic").kernel_for(8192, torch.bfloat16) == "_scaled_mm"

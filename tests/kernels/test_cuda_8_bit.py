@@ -75,6 +75,7 @@ def test_outlier_columns_are_captured_and_follow_the_data():
             layer.counters[2] -= beyond  # those of the call just made
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_asks_the_host():
     layers = [
         OutlierInt8Linear.from_float(

@@ -170,24 +170,29 @@ def test_shapes_alone_choose_the_launch(rows, out, columns):
     assert launch.m // 2 < max(rows, 32), "not twice as many rows as there are"
     assert launch.stages * (launch.m + launch.n) * launch.k <= 227 << 10, "shared memory of an H100"
     if out >= 4096:
-        assert int8_launches.programs(launch, rows, out) >= int8_launches.FULL or rows in range(17, 513)
+        assert int8_launches.programs(launch, rows, out) >= 120 or rows in range(17, 513)
 
 
 def test_the_widest_tile_that_fills_the_device_is_taken():
-    assert int8_launches.choose(8192, 11008, 4096).n == 256
-    assert int8_launches.choose(512, 4096, 4096).m == 128
-    assert int8_launches.choose(100, 4096, 11008).m == 64
+    assert int8_launches.choose(8192, 11008, 4096).m == 128
+    assert int8_launches.choose(512, 4096, 4096).n == 128
+    assert int8_launches.choose(100, 11008, 4096).split == 1
+    assert int8_launches.choose(100, 4096, 11008).split == 2
     assert int8_launches.programs(Launch("dot", 16, 32, 64, 4, 2, split=3), 17, 33) == 2 * 2 * 3
 
 
 def test_few_rows_unpack_weights_inside_the_product():
-    assert int8_launches.choose_packed(1).kind == "gemv"
+    assert int8_launches.choose_packed(1, 4096).kind == "gemv"
     for rows in (2, 16, 17, 64):
-        assert int8_launches.choose_packed(rows).m >= min(rows, 64)
-    assert int8_launches.choose_packed(65) is None
+        assert int8_launches.choose_packed(rows, 4096).m >= min(rows, 64)
+    assert int8_launches.choose_packed(16, 11008).n > int8_launches.choose_packed(16, 4096).n
+    assert int8_launches.choose_packed(65, 4096) is None
 
 
-def test_float8_products_are_the_librarys_unless_a_launch_is_given(monkeypatch):
+def test_float8_products_of_some_rows_are_the_librarys(monkeypatch):
+    assert int8_launches.choose_float8(2048, 4096) is None
+    assert int8_launches.choose_float8(8192, 4096).kind == "tma"
+    monkeypatch.setattr(int8_launches, "_FLOAT8", None)
     assert int8_launches.choose_float8(8192, 4096) is None
     monkeypatch.setattr(int8_launches, "_FLOAT8", (512, TMA))
     assert int8_launches.choose_float8(512, 4096) == TMA

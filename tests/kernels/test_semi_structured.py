@@ -7,7 +7,6 @@ the real one does, and multiplies them in plain torch.
 from __future__ import annotations
 
 import copy
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from harness.errors import NotApplicable, NumericalFailure
-from harness.kernels import bench
+from harness.kernels import bench, bench_layers
 from harness.kernels import semi_structured as kernel
 from harness.kernels.sparse_8_bit import prune_2_of_4
 from harness.nn.semi_structured import SemiStructuredLinear, compress_2_of_4, decompress_2_of_4
@@ -47,14 +46,13 @@ def library(monkeypatch):
         y = functional.linear(dense.t().float(), weight, None if bias is None else bias.float())
         return (y if transpose_result else y.t()).to(out_dtype or dense.dtype)
 
-    def search(packed, dense, bias, alpha, out_dtype, transpose_result):
-        assert transpose_result
+    def fastest(run, seconds):
         calls.searches += 1
-        return 7, 2, 1, 40
+        return kernel.Algorithm(7)
 
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
-    monkeypatch.setattr(kernel, "_library_search", lambda: search)
+    monkeypatch.setattr(kernel, "fastest", fastest)
     monkeypatch.setattr(kernel, "is_available", lambda device, dtype: device.type == "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     kernel.forget_algorithms()
@@ -63,7 +61,7 @@ def library(monkeypatch):
 
 
 DEFAULT = {"alg_id": 0, "split_k": 1, "split_k_mode": -1}
-TUNED = {"alg_id": 7, "split_k": 2, "split_k_mode": 1}
+TUNED = {**DEFAULT, "alg_id": 7}
 
 
 @pytest.mark.parametrize("rows", [1, 8, 13])
@@ -152,17 +150,31 @@ def test_searching_ends_after_so_many_numbers_of_rows(library):
     assert library.products[-1] == (8 * 49, DEFAULT)
 
 
-def test_an_older_torch_is_asked_in_its_way(library, monkeypatch):
-    def deprecated(packed, dense, bias=None, alpha=None, out_dtype=None, transpose_result=False):
-        warnings.warn("deprecated", UserWarning, stacklevel=1)
-        return 3
+def test_the_fastest_algorithm_is_the_quickest_that_the_library_has():
+    times = [5.0, 2.0, 9.0, 2.0]
+    tried = []
 
-    monkeypatch.setattr(kernel, "_library_search", lambda: None)
-    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", deprecated)
-    layer = SemiStructuredLinear.from_dense(two_of_four(32, 64, torch.bfloat16))
-    x = torch.zeros(8, 64).bfloat16()
-    layer(x)
-    assert library.products[-1] == (8, {**DEFAULT, "alg_id": 3})
+    def run(algorithm):
+        if algorithm.number == len(times):
+            raise RuntimeError("invalid value")
+        tried.append(algorithm.number)
+
+    def seconds(call):
+        call()
+        return times[tried[-1]]
+
+    assert kernel.fastest(run, seconds) == kernel.Algorithm(1)
+    assert tried == [0, 0, 1, 1, 2, 2, 3, 3]
+    times.clear()
+    assert kernel.fastest(run, seconds) == kernel.Algorithm()
+
+
+def test_too_little_memory_for_a_search_is_no_end_of_the_algorithms():
+    def run(algorithm):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel.fastest(run, lambda call: 0.0)
 
 
 def test_a_compiler_sees_one_operator(library):
@@ -184,22 +196,22 @@ def test_a_compiler_sees_one_operator(library):
 def test_the_benchmark_times_only_what_is_right(library, scheme, monkeypatch):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
-    layer = bench.SCHEMES[scheme](weight)
+    layer = bench.SCHEMES[scheme].make(weight)
     dense = prune_2_of_4(weight)
     assert (dense.view(64, -1, 4) != 0).sum(-1).eq(2).all()
-    bench._check(scheme, layer, x, dense)
+    bench_layers.check(scheme, layer, x, dense)
     assert "cusparselt 2:4" in layer.kernel_for(9, x.dtype)
     right = torch._cslt_sparse_mm
     # As if the library mixed up two outputs: what it says of itself would not show it.
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *a, **k: right(*a, **k).roll(1, 1))
     with pytest.raises(NumericalFailure, match=f"{scheme} at"):
-        bench._check(scheme, layer, x, dense)
+        bench_layers.check(scheme, layer, x, dense)
 
 
 @pytest.mark.parametrize("scheme", ["2:4-bf16", "2:4-int8", "2:4-fp8"])
 def test_the_benchmark_leaves_out_what_the_device_lacks(scheme):
     with pytest.raises(NotApplicable, match="cuSPARSELt does not multiply"):
-        bench.SCHEMES[scheme](torch.randn(64, 256))
+        bench.SCHEMES[scheme].make(torch.randn(64, 256))
 
 
 def test_without_cuda_there_is_no_kernel():

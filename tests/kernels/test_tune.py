@@ -38,6 +38,7 @@ def test_candidates(scheme, rows):
         assert found[0] == chosen, "today's choice is always tried"
     kernels = {launch.kernel for launch in found}
     assert not (form.has_outliers and kernels - {"gemv"})
+    assert ("wide" in kernels) == (rows == 1 and not form.is_table)
     if form.is_table or form.has_float_zeros or form.bits == 3:
         assert "small" not in kernels
     if rows > MOST_FUSED_ROWS:

@@ -101,6 +101,7 @@ TABLES = [
 
 # Steps that hold a group, parts of one and several; columns split between programs; sums scaled or weights.
 GEMVS = [Launch("gemv", 16, warps=2, programs=1), Launch("gemv", 32, words=64, programs=16)]
+WIDES = [Launch("wide", 8, words=256, warps=2), Launch("wide", 16, words=16, warps=1)]
 FUSED = [
     Launch("fused", 64, 16, programs=1),
     Launch("fused", 64, 32, words=32, programs=8),
@@ -246,7 +247,7 @@ def check_product(
 @pytest.mark.parametrize("form", GRIDS, ids=str)
 def test_one_row_of_a_grid(form, device):
     matrix = on_grid(*form, device=device)
-    for dtype, launch in zip(DTYPES, [*GEMVS, GEMVS[0]], strict=True):
+    for dtype, launch in zip([*DTYPES, *DTYPES], [*GEMVS, GEMVS[0], *WIDES, WIDES[0]], strict=True):
         check_product(matrix, launch, 1, dtype, has_bias=dtype == torch.float16)
 
 

@@ -51,8 +51,9 @@ def test_no_activation_is_rounded(device, dtype, precision):
     x = x.double().flatten(0, 1)
     exact = x.T @ x / len(x)
     assert hessian.mean.dtype == torch.float32
-    # TensorFloat-32 would be off by some 1e-4, bfloat16 sums by 1e-3.
-    assert float((hessian.mean.double() - exact).norm() / exact.norm()) < 2e-6
+    # TensorFloat-32 would be off by some 1e-4, bfloat16 sums by 1e-3. Tensor cores cut off what they add up.
+    most = 2e-6 if device == "cpu" else 2e-5
+    assert float((hessian.mean.double() - exact).norm() / exact.norm()) < most
 
 
 def test_hessians_of_a_block_are_those_of_what_its_layers_read(tiny_llama):
