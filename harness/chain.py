@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from harness.errors import ConfigError, UnknownName
 from harness.method import Method, Options
@@ -132,8 +132,18 @@ def _parse_step(text: str, methods: Mapping[str, Method]) -> Step:
             raise ConfigError(f"{name}: write options as name=value, not {part!r}")
         if option in values:
             raise ConfigError(f"{name}: option {option!r} is given twice")
-        values[option] = _read(value.strip(), name, option)
+        value = value.strip()
+        is_choice = _is_choice(methods[name].options, option, value)
+        values[option] = value if is_choice else _read(value, name, option)
     return Step(methods[name], methods[name].options.parse(values, method=name))
+
+
+def _is_choice(options: type[Options], option: str, value: str) -> bool:
+    """Whether a word such as none is one of the choices of an option, and not the absence of a value."""
+    field = options.model_fields.get(option)
+    return (
+        field is not None and get_origin(field.annotation) is Literal and value in get_args(field.annotation)
+    )
 
 
 def _read(value: str, method: str, option: str) -> Any:

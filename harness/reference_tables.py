@@ -56,6 +56,8 @@ _FACTS = (
     ("flips", "flips"),
 )
 
+_MOST_ACROSS = 5  # methods beside each other, where a page still shows them
+
 Row = Mapping[str, Any]
 
 
@@ -166,7 +168,10 @@ def _methods(rows: Sequence[Row]) -> list[str]:
 def _time_table(
     rows: Sequence[Row], methods: Sequence[str], metric: str, speedup: str, title: str
 ) -> list[str]:
-    """Models and shapes down, methods across; a shape that no method could run is left to the list."""
+    """Models and shapes down, methods across, or the other way where the methods are many.
+
+    A shape that no method could run is left to the list.
+    """
     found = {
         (r["model"], r["scenario"], r["method"], r["metric"]): r for r in rows if r["kind"] == "scenario"
     }
@@ -180,14 +185,13 @@ def _time_table(
             cells.append(_time(record, ratio, states.get((model, shape, method), "")))
         if any((model, shape, method, metric) in found for method in methods):
             lines.append([model, shape, *cells])
-    return (
-        [
-            f"{title}, with the speed-up over the baseline:",
-            markdown_table(["model", "shape", *methods], lines),
-        ]
-        if lines
-        else []
-    )
+    if not lines:
+        return []
+    head = ["model", "shape", *methods]
+    if len(methods) > _MOST_ACROSS:
+        head, *lines = [list(line) for line in zip(head, *lines, strict=True)]
+        head, lines = ["", *head[1:]], [["shape", *lines[0][1:]], *lines[1:]]
+    return [f"{title}, with the speed-up over the baseline:", markdown_table(head, lines)]
 
 
 def _time(record: Row | None, ratio: Row | None, status: str) -> str:

@@ -152,7 +152,9 @@ def product(
     x = _padded(x)
     if tuned:
         tune(packed, x, out_features, bias=bias, out_dtype=out_dtype)
-    chosen = algorithm_for(packed, x, out_features, bias=bias, out_dtype=out_dtype)
+        chosen = algorithm_for(packed, x, out_features, bias=bias, out_dtype=out_dtype)
+    else:  # the library's first, whatever was found for another matrix of this shape
+        chosen = Algorithm()
     return _run(packed, x, bias, out_dtype, chosen)[:rows]
 
 

@@ -21,6 +21,11 @@ class _Options(Options):
     alpha: float = Field(0.5, ge=0, le=1)
 
 
+class _Repaired(Options):
+    repair: Literal["fit", "none"] = "fit"
+    most: int | None = 3
+
+
 def _identity(model, options, context):
     return model
 
@@ -37,6 +42,13 @@ def test_a_name_alone_has_the_defaults():
             "options": {"bits": 4, "group_size": 128, "sym": False, "layers": None, "alpha": 0.5},
         }
     ]
+
+
+def test_none_is_a_choice_where_it_is_one_and_no_value_elsewhere():
+    methods = {"prune": Method(name="prune", options=_Repaired, transform=_identity)}
+    chain = parse_chain("prune:repair=none:most=none", methods)
+    assert chain.steps[0].options == _Repaired(repair="none", most=None)
+    assert parse_chain(chain.label, methods) == chain
 
 
 @pytest.mark.parametrize(

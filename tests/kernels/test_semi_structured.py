@@ -128,6 +128,15 @@ def test_an_algorithm_is_searched_once_for_a_number_of_rows(library):
     assert [algorithm for _, algorithm in library.products] == [TUNED] * 5
 
 
+def test_the_default_stays_the_default_beside_a_tuned_one(library):
+    weight = two_of_four(32, 64, torch.bfloat16)
+    tuned, default = (SemiStructuredLinear.from_dense(weight, tuned=tuned) for tuned in (True, False))
+    x = torch.randn(8, 64).bfloat16()
+    library.products.clear()
+    tuned(x), default(x)
+    assert library.products == [(8, TUNED), (8, DEFAULT)]
+
+
 def test_nothing_is_searched_while_a_graph_is_captured(library, monkeypatch):
     layer = SemiStructuredLinear.from_dense(two_of_four(32, 64, torch.bfloat16))
     x = torch.randn(8, 64).bfloat16()

@@ -15,6 +15,7 @@ from harness.reference_tables import (
     CLAIMS,
     END,
     QUALITY,
+    _time_table,
     reference_files,
     reference_section,
     update_readme,
@@ -35,6 +36,7 @@ MANIFEST = {
     "versions": {"torch": "2.11"},
     "sweep_uid": "one",
 }
+METHODS = list("abcdef")
 SHAPES = [Scenario(batch, 512, 64).label for batch in (1, 8, 64)]
 
 
@@ -206,3 +208,22 @@ def test_commands_of_the_reference_page_are_understood():
             assert context.params
     for file in re.findall(r"--config (\S+)", page):
         assert (ROOT / file).is_file()
+
+
+def test_many_methods_stand_below_each_other():
+    """A page has room for five columns of times; a sixth method turns the table round."""
+    rows = [
+        {
+            "model": "m", "scenario": shape, "method": method, "metric": "decode_latency", "kind": "scenario",
+            "status": "ok", "value": 0.001, "unit": "s", "lower": None, "upper": None,
+        }
+        for method in METHODS
+        for shape in SHAPES[:2]
+    ]  # fmt: skip
+    few = _time_table(rows, METHODS[:5], "decode_latency", "decode_speedup", "Decode")[1].splitlines()
+    many = _time_table(rows, METHODS, "decode_latency", "decode_speedup", "Decode")[1].splitlines()
+    assert few[0] == "| model | shape | a | b | c | d | e |"
+    assert len(few) == 2 + 2
+    assert many[0] == "|  | m | m |"
+    assert many[2] == f"| shape | {SHAPES[0]} | {SHAPES[1]} |"
+    assert [line.split("|")[1].strip() for line in many[3:]] == METHODS
