@@ -398,9 +398,13 @@ def _rounded(value: float | None) -> int | None:
 
 
 def _elapsed_s(start: str | None, end: str | None) -> float | None:
+    """Seconds between two times of manifests; None where one is missing or, in a foreign file, no time."""
     if start is None or end is None:
         return None
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+    try:
+        return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+    except (TypeError, ValueError):
+        return None
 
 
 def _scopes_of_variable(name: str) -> frozenset[Scope]:

@@ -65,7 +65,7 @@ def export(
     paths, tracebacks and logs only with --with-host.
     """
     from harness.chain import split_optional
-    from harness.cli.results import sweep_number
+    from harness.cli.results import statuses_of, sweep_number
     from harness.cli.sweep import database
     from harness.store.exchange_export import Wanted, export_results
     from harness.store.store import Store
@@ -76,7 +76,7 @@ def export(
         methods=split_optional(methods),
         tasks=split_optional(tasks),
         scenarios=split_optional(scenarios),
-        statuses=split_optional(status),
+        statuses=statuses_of(status),
     )
     left_out = {
         "samples": no_samples,

@@ -61,6 +61,7 @@ def results(
     from harness.store import queries
     from harness.store.store import Store
 
+    statuses = statuses_of(status)
     with Store.open_readonly(database(db)) as store:
         frame = queries.results(
             store,
@@ -69,7 +70,7 @@ def results(
             methods=split_optional(methods),
             tasks=split_optional(tasks),
             metrics=split_optional(metrics),
-            statuses=split_optional(status),
+            statuses=statuses,
         )
         rows = rows_of(frame)
         conditions = conditions_by_cell(store, rows)
@@ -145,6 +146,23 @@ def sweep_number(text: str | None) -> Any:
         return int(text)
     except ValueError:
         raise ConfigError(f"--sweep takes a number or last, not {text!r}") from None
+
+
+def statuses_of(text: str | None) -> list[str] | None:
+    """What ``--status`` lists; None for all.
+
+    Raises:
+        UnknownName: one of them is no status.
+    """
+    from harness.chain import split_optional
+    from harness.errors import UnknownName
+    from harness.records import Status
+
+    statuses, known = split_optional(text), [each.value for each in Status]
+    for status in statuses or ():
+        if status not in known:
+            raise UnknownName("status", status, known)
+    return statuses
 
 
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ and is timed eagerly with the reason in the record.
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -200,7 +201,7 @@ def prepare_call(
         function()
         return Call(function, "cpu")
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
@@ -211,6 +212,15 @@ def prepare_call(
         if problem is not None:
             return Call(function, "eager", problem)
         return _captured(function, before, stream)
+
+
+@functools.cache
+def _side_stream(_device: int) -> torch.cuda.Stream:
+    """The stream that calls are warmed up and captured on, one for a device.
+
+    cuBLAS keeps tens of megabytes for every stream it has run on, for as long as the process lives.
+    """
+    return torch.cuda.Stream()
 
 
 def _asks_the_host(function: Callable[[], Any], before: Callable[[], None]) -> str | None:

@@ -77,6 +77,8 @@ def _empty_folder(tmp_path, monkeypatch):
         (("sweeep",), ("sweeep",)),
         (("results",), ("results.db", "harness sweep")),
         (("results", "--sweep", "x", "--db", "x.db"), ("",)),
+        (("results", "--status", "okk"), ("unknown status 'okk'", "did you mean 'ok'")),
+        (("results", "export", "x.jsonl", "--status", "okk"), ("unknown status 'okk'",)),
         (("methods", "gtpq"), ("did you mean 'gptq'",)),
         (("new", "My Method"), ("lower-case words",)),
         (("new", "gptq"), ("exists already",)),

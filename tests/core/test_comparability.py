@@ -97,6 +97,13 @@ def test_slowdowns_at_either_end_or_between_them_count_and_a_power_cap_does_not(
     assert named(store, add_sweep(store), add_sweep(store, end=counted, gpu=start), Scope.TIMING) == {}
 
 
+@pytest.mark.parametrize("time", ["yesterday", 5, "2026-01-02T03:04:05"])  # of no zone
+def test_a_time_that_is_none_is_no_time(store, time):
+    broken = copy.deepcopy(END)
+    broken["time_utc"] = time
+    assert named(store, add_sweep(store), add_sweep(store, end=broken), Scope.TIMING) == {}
+
+
 def test_threads_count_on_the_cpu_only(store):
     cpu = {"device": "cpu", "gpu": None}
     sweeps = [add_sweep(store, **cpu, workload={"threads": threads}) for threads in (8, 4)]
