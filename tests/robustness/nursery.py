@@ -192,6 +192,7 @@ def _parent_folder(pid, name):
 
 
 def main(path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and a sweep would ignore it too
     import harness.cli.app
     import harness.cli.results
     import harness.comparing
