@@ -32,7 +32,7 @@ __all__ = ["LocalExecutor"]
 TRANSFORM = "transform"
 START_LIMIT_S = 300.0  # for a worker to start, imports of the fork server included
 FAREWELL_S = 10.0  # for a worker to end when it has given everything it owes
-_STARTS = 3  # so many workers may die before they start
+_STARTS = 5  # workers in a row that may die before they start; a server that is killed takes some with it
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
