@@ -35,7 +35,7 @@ from torch import nn
 from harness.errors import ConfigError, HarnessError, NotApplicable
 from harness.kernels import bench_layers
 from harness.kernels.bench_layers import SCHEMES, one_line, parse_schemes
-from harness.kernels.capturing import NotCaptured, no_waiting
+from harness.kernels.capturing import NotCaptured, no_waiting, replay_us
 
 __all__ = ["SCHEMES", "SHAPES", "Case", "Comparison", "Shape", "Timing", "main", "time_linear"]
 
@@ -258,15 +258,7 @@ def _replay(graph: torch.cuda.CUDAGraph, calls: int) -> list[float]:
     """Microseconds per call, one number per replay."""
     for _ in range(3):
         graph.replay()
-    samples = []
-    for _ in range(_REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1000 / calls)
-    return samples
+    return [replay_us(graph, calls) for _ in range(_REPLAYS)]
 
 
 def measured(scheme: str, shape: Shape, device: torch.device) -> Case:

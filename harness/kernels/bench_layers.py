@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -230,20 +229,6 @@ class Float8Product(_Peer):
         )
 
 
-def _torchao_config(name: str) -> Any:
-    """torchao's configuration for one of the schemes of the plugin that wraps it, as the plugin makes it."""
-    ao = importlib.import_module("torchao.quantization")
-    if name == "int8-weight-only":
-        return ao.Int8WeightOnlyConfig(set_inductor_config=False)
-    if name == "int8-dynamic":
-        return ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    if name == "int4":
-        return ao.Int4WeightOnlyConfig(
-            group_size=_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False
-        )
-    return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
-
-
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.linear(x, weight)
 
@@ -254,8 +239,11 @@ class TorchaoLinear(_Peer):
     def __init__(self, name: str, weight: torch.Tensor, *, compiled: bool) -> None:
         super().__init__(weight, f"torchao {name}{' compiled' if compiled else ''}")
         self.model = nn.Sequential(_dense(weight))
-        ao = importlib.import_module("torchao.quantization")
-        ao.quantize_(self.model, _torchao_config(name))
+        # As the plugin that wraps torchao makes it; imported here, so that the rest needs no plugins.
+        from harness_plugins.external.torchao import TorchaoOptions, configuration
+
+        config, _ = configuration(TorchaoOptions(scheme=name))
+        importlib.import_module("torchao.quantization").quantize_(self.model, config)
         if type(self.model[0].weight) is nn.Parameter:  # torchao only logs what it does not take
             raise NotApplicable(f"torchao leaves a weight {tuple(weight.shape)} as it is")
         # The weight is an argument, so one compiled function serves all copies of the layer.

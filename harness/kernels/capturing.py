@@ -1,4 +1,4 @@
-"""What no CUDA graph can hold is found out before it is captured: a failed capture is hard to leave."""
+"""CUDA graphs of kernels: what none can hold, found out before a capture fails, and the time of a replay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from harness.errors import HarnessError
 
-__all__ = ["NotCaptured", "no_waiting"]
+__all__ = ["NotCaptured", "no_waiting", "replay_us"]
 
 
 class NotCaptured(HarnessError):
@@ -35,3 +35,14 @@ def no_waiting() -> Iterator[None]:
         raise NotCaptured(f"cannot be captured: {lines[0] if lines else type(error).__name__}") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Microseconds on the device of each of the `calls` that a graph holds, in one replay."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    elapsed_ms: float = start.elapsed_time(end)
+    return elapsed_ms * 1000 / calls

@@ -90,7 +90,12 @@ def choose(rows: int, out: int, columns: int) -> Launch:
     if rows == 1 and columns % ALIGNMENT == 0:
         return _GEMV
     tiles = next(tiles for most, tiles in _DOT if most is None or rows <= most)
-    return next((tile for tile in tiles if programs(tile, rows, out) >= FULL), tiles[-1])
+    return _widest(tiles, rows, out, FULL)
+
+
+def _widest(tiles: tuple[Launch, ...], rows: int, out: int, least: int) -> Launch:
+    """The first that has so many programs; the last where none has."""
+    return next((tile for tile in tiles if programs(tile, rows, out) >= least), tiles[-1])
 
 
 def choose_packed(rows: int, out: int) -> Launch | None:
@@ -98,9 +103,7 @@ def choose_packed(rows: int, out: int) -> Launch | None:
     if rows == 1:
         return _PACKED_GEMV
     tiles = next((tiles for most, tiles in _PACKED if rows <= most), None)
-    if tiles is None:
-        return None
-    return next((tile for tile in tiles if programs(tile, rows, out) >= _PACKED_FULL), tiles[-1])
+    return None if tiles is None else _widest(tiles, rows, out, _PACKED_FULL)
 
 
 def choose_float8(rows: int, columns: int) -> Launch | None:

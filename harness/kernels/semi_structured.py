@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.kernels.capturing import replay_us
+
 __all__ = [
     "ALIGNMENT",
     "FALLBACK",
@@ -200,24 +202,24 @@ def _search(
     the process's context with an illegal instruction for float16, 4096 x 4096 and 32 rows, where each of the
     algorithms alone is right; so they are timed here.
     """
-    return fastest(functools.partial(_run, packed, x, bias, out_dtype), _seconds)
+    return fastest(functools.partial(_run, packed, x, bias, out_dtype), _microseconds)
 
 
 def fastest(
-    run: Callable[[Algorithm], object], seconds: Callable[[Callable[[], object]], float]
+    run: Callable[[Algorithm], object], microseconds: Callable[[Callable[[], object]], float]
 ) -> Algorithm:
     """The first of the quickest algorithms by their numbers; they end where the library refuses one.
 
     Args:
         run: multiplies with an algorithm, or raises RuntimeError.
-        seconds: how long a call takes.
+        microseconds: how long a call takes.
     """
     times: dict[Algorithm, float] = {}
     for number in range(_MOST_ALGORITHMS):
         algorithm = Algorithm(number)
         try:
             run(algorithm)
-            times[algorithm] = seconds(functools.partial(run, algorithm))
+            times[algorithm] = microseconds(functools.partial(run, algorithm))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -245,7 +247,7 @@ def _run(
     return y
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _microseconds(run: Callable[[], object]) -> float:
     """The time of a call on the device. The library begins slowly, so calls are captured and replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -256,15 +258,7 @@ def _seconds(run: Callable[[], object]) -> float:
             run()
         graph.capture_end()
     torch.cuda.current_stream().wait_stream(stream)
-    times: list[float] = []
-    for _ in range(_TIMINGS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / _TIMED_CALLS)
-    return min(times)
+    return min(replay_us(graph, _TIMED_CALLS) for _ in range(_TIMINGS))
 
 
 def _problem(

@@ -34,6 +34,7 @@ __all__ = [
     "load_scale",
     "load_words",
     "load_zero",
+    "scaled_back",
     "stored_value",
     "table_value",
 ]
@@ -142,12 +143,18 @@ def field_float(words, high, exponent, INDEX: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def field_product(words, high, exponent, x, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """``q * x`` in float32 for field INDEX of words [rows, c] and x float32 [c]."""
+def scaled_back(x, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """x float32 divided by the power of two that field INDEX comes out of `field_float` multiplied by."""
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
     PLACE: tl.constexpr = INDEX * WIDTH - 16 if INDEX * WIDTH + BITS > 23 else INDEX * WIDTH
+    return x * (0.5**PLACE)
+
+
+@triton.jit
+def field_product(words, high, exponent, x, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """``q * x`` in float32 for field INDEX of words [rows, c] and x float32 [c]."""
     f = field_float(words, high, exponent, INDEX, BITS)
-    return (f - 8388608.0) * (x * (0.5**PLACE))[None, :]
+    return (f - 8388608.0) * scaled_back(x, INDEX, BITS)[None, :]
 
 
 @triton.jit

@@ -16,17 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from harness.kernels.triton_fields import field_float, load_scale, load_zero
+from harness.kernels.triton_fields import field_float, load_scale, load_zero, scaled_back
 
 __all__ = ["weight_only_wide_kernel"]
-
-
-@triton.jit
-def _undone(x, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """x float32 divided by the power of two that field INDEX comes out multiplied by."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    PLACE: tl.constexpr = INDEX * WIDTH - 16 if INDEX * WIDTH + BITS > 23 else INDEX * WIDTH
-    return x * (0.5**PLACE)
 
 
 @triton.jit
@@ -71,7 +63,7 @@ def weight_only_wide_kernel(
             x = tl.load(x_ptr + k + i * WORDS, mask=inside[:, None], other=0.0).to(tl.float32)
             total += x
             f = field_float(words, high, exponent, i, BITS)
-            sums += (f - 8388608.0) * _undone(x, i, BITS)[:, None, :]
+            sums += (f - 8388608.0) * scaled_back(x, i, BITS)[:, None, :]
         sums -= zero[:, :, None] * total[:, None, :]
         acc += scale[:, :, None] * sums
     y = tl.sum(tl.sum(acc, 2), 0)

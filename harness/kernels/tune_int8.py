@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from harness.errors import ConfigError, HarnessError
-from harness.kernels.capturing import no_waiting
+from harness.kernels.capturing import no_waiting, replay_us
 from harness.kernels.int8_launches import Launch
 
 __all__ = ["Candidate", "Case", "Result", "launches", "main", "packed_launches", "run_case", "summary"]
@@ -255,12 +255,7 @@ def cuda_clock(copies: int) -> Clock:
         samples: list[float] = []
         until = time.monotonic() + seconds
         while len(samples) < 5 or (time.monotonic() < until and len(samples) < 100):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) * 1000 / copies)
+            samples.append(replay_us(graph, copies))
         return statistics.median(samples)
 
     return clock

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness.kernels.candidates import MOST_FUSED_ROWS, WRITINGS, candidates
+from harness.kernels.capturing import replay_us
 from harness.kernels.selection import WRITING, Launch, Writing
 from harness.kernels.stored import StoredMatrix, stored
 from harness.nn.codebook import CodebookLinear
@@ -239,15 +240,7 @@ def graph_time(run: Callable[[int], torch.Tensor], calls: int) -> float:
         for i in range(calls):
             run(i)
     graph.replay()
-    samples: list[float] = []
-    for _ in range(_SAMPLES):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1000 / calls)
-    return statistics.median(samples)
+    return statistics.median(replay_us(graph, calls) for _ in range(_SAMPLES))
 
 
 @functools.lru_cache(maxsize=1)

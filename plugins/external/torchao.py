@@ -32,7 +32,7 @@ from ._peers import absence, linear_names, unfit
 if TYPE_CHECKING:
     from harness import Context, ModelInfo
 
-__all__ = ["METHOD", "TorchaoOptions"]
+__all__ = ["METHOD", "TorchaoOptions", "configuration"]
 
 Scheme = Literal["int8-weight-only", "int8-dynamic", "int4", "float8"]
 _FLOAT8_CAPABILITY = (8, 9)
@@ -51,7 +51,7 @@ class TorchaoOptions(Options):
         return self
 
 
-def _config(options: TorchaoOptions) -> tuple[Any, int]:
+def configuration(options: TorchaoOptions) -> tuple[Any, int]:
     """torchao's configuration object, and the bits of a weight."""
     from torchao import quantization as ao
 
@@ -77,7 +77,7 @@ def transform(model: nn.Module, options: TorchaoOptions, context: Context) -> nn
     names = linear_names(model)
     if options.scheme == "int4":
         _check_groups(model, names, options.group_size)
-    config, bits = _config(options)
+    config, bits = configuration(options)
     chosen = set(names)
     quantize_(model, config, filter_fn=lambda _module, name: name in chosen)
     for name in names:

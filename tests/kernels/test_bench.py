@@ -309,11 +309,16 @@ def test_groups_that_do_not_divide_are_refused():
 
 @needs_torchao
 @pytest.mark.parametrize("name", ["int8-weight-only", "int8-dynamic", "int4", "float8"])
-def test_torchao_is_configured_as_the_plugin_does(name):
+def test_torchao_is_configured_as_the_plugin_does(name, monkeypatch):
     from harness_plugins.external import torchao as plugin
+    from torchao import quantization
 
-    expected, _ = plugin._config(plugin.TorchaoOptions(scheme=name))
-    assert bench_layers._torchao_config(name) == expected
+    given = []
+    monkeypatch.setattr(quantization, "quantize_", lambda model, config: given.append(config))
+    expected, _ = plugin.configuration(plugin.TorchaoOptions(scheme=name))
+    with pytest.raises(NotApplicable, match="leaves a weight"):  # nothing was quantized here
+        bench_layers.TorchaoLinear(name, torch.randn(32, 128), compiled=False)
+    assert given == [expected]
 
 
 @needs_torchao
