@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.kernels.selection import WRITING, Launch, Writing, select
+from harness.kernels.selection import WRITING, Launch, Writing, select, takes_vector
 from harness.kernels.stored import Form
 
 __all__ = ["MOST_FUSED_ROWS", "WRITINGS", "candidates"]
@@ -31,6 +31,13 @@ _WIDE = (
     Launch("wide", 16, words=128, warps=1),
     Launch("wide", 8, words=128, warps=1),
     Launch("wide", 16, words=512, warps=8),
+)
+_VECTOR = (
+    Launch("vector", 16, stages=4),
+    Launch("vector", 16, stages=2),
+    Launch("vector", 16, stages=8),
+    Launch("vector", 32, stages=2),
+    Launch("vector", 16, warps=8, stages=2),
 )
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=16),
@@ -73,7 +80,9 @@ def candidates(form: Form, rows: int) -> list[Launch]:
     if chosen is not None:
         found.append(chosen)
     if rows == 1:
-        found += [*(() if form.is_table else _WIDE), *_GEMV, *(() if form.has_outliers else _FEW[:2])]
+        vector = takes_vector(form)
+        found += [*_VECTOR, *_WIDE[:4]] if vector else () if form.is_table else _WIDE
+        found += [*_GEMV, *(() if form.has_outliers else _FEW[:2])]
     elif not form.has_outliers and rows <= MOST_FUSED_ROWS:
         found += _some(form, rows)
     return [launch for place, launch in enumerate(found) if launch not in found[:place]]

@@ -19,11 +19,12 @@ __all__ = [
     "Writing",
     "rows_per_program",
     "select",
+    "takes_vector",
     "tiles_abreast",
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "small", "fused"]
+Kernel = Literal["gemv", "wide", "vector", "small", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +32,11 @@ class Launch:
     """One way to launch a kernel.
 
     Args:
-        block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv
-            and wide.
+        block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv,
+            wide and vector.
         words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
         programs: for each multiprocessor; the columns are split until there are so many.
+        stages: steps whose words are on their way at once; of *vector* for each warp, a power of two.
         sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
     """
 
@@ -74,12 +76,14 @@ class Writing:
 
 
 _ALL = tuple(PLANES)
+_MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
 """For every matrix that is written out in full precision."""
 
 RULES: tuple[Rule, ...] = (
     # Integers on a grid. One row: nothing is added up twice.
+    Rule((2, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
@@ -98,8 +102,12 @@ RULES: tuple[Rule, ...] = (
 """The first that fits is taken; where none does, the matrix is written out and multiplied by the library."""
 
 
-def select(form: Form, rows: int, activation_bits: int) -> Launch | None:
-    """How to multiply so many rows with such a matrix; None: write it out in full precision first."""
+def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) -> Launch | None:
+    """How to multiply so many rows with such a matrix; None: write it out in full precision first.
+
+    Args:
+        vector: whether the device runs *vector*.
+    """
     if not form.fits:
         return None
     for rule in RULES:
@@ -110,10 +118,25 @@ def select(form: Form, rows: int, activation_bits: int) -> Launch | None:
             and activation_bits in rule.activation_bits
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
+            and not (rule.launch.kernel == "vector" and not (vector and takes_vector(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
     return None
+
+
+def takes_vector(form: Form) -> bool:
+    """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
+    every word, and a row of activations must fit into shared memory."""
+    words = form.tile * form.bits // 32
+    return (
+        form.bits in (2, 4)
+        and not form.is_table
+        and not form.has_float_zeros
+        and not form.has_outliers
+        and words in (8, 16)
+        and form.columns <= _MOST_COLUMNS
+    )
 
 
 def tiles_per_step(form: Form, words: int, least: int = 1) -> int:

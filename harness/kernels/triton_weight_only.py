@@ -1,10 +1,10 @@
 """Launches of the Triton kernels for stored matrices and 16- or 32-bit activations.
 
-The forms of the product are in `triton_gemv` and `triton_wide` (one row), `triton_fused` and `triton_small`
-(tensor cores) and `triton_dequantize` (writes the matrix for a library product); `harness.kernels.selection`
-chooses. All accumulate in float32. Where the rows of a matrix do not fill the device, all but *wide* split
-the input columns between programs, whose partial sums a second kernel adds in a fixed order: no atomics, so
-the same inputs give the same bits.
+The forms of the product are in `triton_gemv`, `triton_wide` and `gluon_vector` (one row), `triton_fused` and
+`triton_small` (tensor cores) and `triton_dequantize` (writes the matrix for a library product);
+`harness.kernels.selection` chooses. All accumulate in float32. Where the rows of a matrix do not fill the
+device, all but *wide* and *vector* split the input columns between programs, whose partial sums a second
+kernel adds in a fixed order: no atomics, so the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def prepare(
     x = _padded(x, weight)
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
+    if launch.kernel == "vector":
+        return [_prepare_vector(x, weight, bias, launch)]
     rows, out, form = x.shape[0], weight.out_features, weight.form
     is_gemv = launch.kernel == "gemv"
     block_m = 1 if is_gemv else min(launch.block_m, max(_LEAST_ROWS, triton.next_power_of_2(rows)))
@@ -166,6 +168,33 @@ def _prepare_wide(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | No
     )  # fmt: skip
     grid = (rows, triton.cdiv(out, launch.block_n))
     return Call(weight_only_wide_kernel, grid, arguments, constants, y)
+
+
+def _prepare_vector(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | None, launch: Launch) -> Call:
+    """One launch; every warp takes each `launch.warps`-th tile."""
+    # Of all kernels only this one is written in Gluon, which Triton may still change.
+    from harness.kernels.gluon_vector import BFLOAT16_BASE, FLOAT16_BASE, weight_only_vector_kernel
+
+    out, tiles = weight.out_features, weight.codes.shape[0]
+    shared = _shared(weight, 1, launch.block_n)
+    steps = max(1, triton.next_power_of_2(tiles) // launch.warps)
+    constants = {name: shared.constants[name] for name in ("BITS", "TILE", "SCALES", "ZEROS")}
+    constants |= {
+        "ROWS": launch.block_n,
+        "STAGES": min(launch.stages, steps),
+        "STEPS": steps,
+        "HAS_BIAS": bias is not None,
+        "EVEN": out % launch.block_n == 0,
+        "num_warps": launch.warps,
+    }
+    codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
+    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
+    arguments = (
+        x, codes, scales, zeros, codes if bias is None else bias, y,
+        out, tiles, shared.zero_bytes, shared.tiles_per_group,
+        BFLOAT16_BASE if x.dtype == torch.bfloat16 else FLOAT16_BASE,
+    )  # fmt: skip
+    return Call(weight_only_vector_kernel, (triton.cdiv(out, launch.block_n),), arguments, constants, y)
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:

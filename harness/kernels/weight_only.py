@@ -26,6 +26,7 @@ __all__ = [
     "linear",
     "make_ready",
     "name_of",
+    "runs_vector",
 ]
 
 _FALLBACK = "dequantize+matmul"
@@ -59,14 +60,24 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
     """The launch that multiplies so many rows of this type; None where the matrix is written out first."""
     if not fits_triton(form, dtype, device):
         return None
-    return select(form, rows, torch.finfo(dtype).bits)
+    return select(form, rows, torch.finfo(dtype).bits, vector=runs_vector(device))
+
+
+def runs_vector(device: torch.device) -> bool:
+    """Whether *vector* runs on a CUDA device: NVIDIA's tensor cores since compute capability 8.0."""
+    return torch.version.hip is None and _capability(device) >= (8, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def name_of(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> str:
     """The name of the kernel that runs for so many rows of this type."""
     if not fits_triton(form, dtype, device):
         return _FALLBACK
-    launch = select(form, rows, torch.finfo(dtype).bits)
+    launch = launch_for(form, rows, dtype, device)
     if launch is None:
         return f"triton {_FALLBACK}"
     codes = "t" if form.is_table else "w"

@@ -14,6 +14,7 @@ from harness.kernels.selection import (
     Launch,
     rows_per_program,
     select,
+    takes_vector,
     tiles_abreast,
     tiles_per_step,
 )
@@ -33,6 +34,7 @@ def packed(bits: int = 4, shape: tuple[int, int] = (64, 256), **options):
 def with_triton(monkeypatch):
     """As on a CUDA machine: only the choice is made, nothing runs."""
     monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
+    monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
     monkeypatch.setattr(int8, "has_triton", lambda device: True)
 
 
@@ -49,7 +51,7 @@ def test_without_cuda_weights_are_dequantized():
 @pytest.mark.parametrize(
     ("bits", "rows", "kernel"),
     [
-        (4, 1, "triton w4a16 wide"),
+        (4, 1, "triton w4a16 vector"),
         (4, 2, "triton w4a16 fused"),
         (4, 128, "triton w4a16 fused"),
         (4, 129, "triton dequantize+matmul"),
@@ -122,7 +124,7 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
     launch = rule.launch
     sizes = [launch.block_n, launch.block_m, launch.words, launch.warps]
     assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
-    if launch.kernel in ("gemv", "wide"):
+    if launch.kernel in ("gemv", "wide", "vector"):
         assert launch.block_m == 1
     else:  # what tensor cores multiply at once: 64 rows for every four warps
         assert launch.block_m >= 16
@@ -132,6 +134,33 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
         assert not rule.table
 
 
+@pytest.mark.parametrize(
+    ("form", "takes"),
+    [
+        (form_of(), True),
+        (form_of(2), True),
+        (form_of(group=64), True),
+        (form_of(2, group=64), False),  # four words of a tile: half an operand
+        (form_of(group=32), False),
+        (form_of(8), False),  # not exact on top of 128
+        (form_of(3), False),
+        (form_of(is_table=True), False),
+        (form_of(has_float_zeros=True), False),
+        (form_of(is_table=True, has_outliers=True), False),
+        (replace(form_of(), columns=1 << 16), False),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_vectors_takes(form, takes):
+    assert takes_vector(form) == takes
+    launch = select(form, 1, 16)
+    assert (launch is not None and launch.kernel == "vector") == takes
+    without = select(form, 1, 16, vector=False)
+    assert without is not None
+    assert without.kernel == ("gemv" if form.is_table else "wide")
+    assert select(form, 1, 32) == without, "float32 has no exact tensor cores"
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_table", [False, True])
 def test_one_choice_for_all_rows(bits, is_table):
@@ -139,7 +168,7 @@ def test_one_choice_for_all_rows(bits, is_table):
     form = form_of(bits, is_table=is_table)
     launches = [select(form, rows, 16) for rows in range(1, 300)]
     assert launches[0] is not None
-    assert launches[0].kernel == ("gemv" if is_table else "wide")
+    assert launches[0].kernel == ("gemv" if is_table else "vector" if bits in (2, 4) else "wide")
     assert launches[-1] is None
     written_out = [launch is None for launch in launches]
     assert written_out == sorted(written_out), "never back to a kernel"

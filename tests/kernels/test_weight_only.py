@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from harness.kernels import reference, table, weight_only
-from harness.kernels.selection import Launch
+from harness.kernels.selection import Launch, takes_vector
 from harness.kernels.stored import StoredMatrix, stored
 from harness.nn.codebook import CodebookLinear
 from harness.nn.codebook_weight import CodebookWeight, Outliers, quantize_scales
@@ -102,6 +102,12 @@ TABLES = [
 # Steps that hold a group, parts of one and several; columns split between programs; sums scaled or weights.
 GEMVS = [Launch("gemv", 16, warps=2, programs=1), Launch("gemv", 32, words=64, programs=16)]
 WIDES = [Launch("wide", 8, words=256, warps=2), Launch("wide", 16, words=16, warps=1)]
+# More and fewer tiles than warps, a step and several on their way.
+VECTORS = [
+    Launch("vector", 16, stages=4),
+    Launch("vector", 32, warps=1, stages=1),
+    Launch("vector", 16, warps=8, stages=2),
+]
 FUSED = [
     Launch("fused", 64, 16, programs=1),
     Launch("fused", 64, 32, words=32, programs=8),
@@ -249,6 +255,34 @@ def test_one_row_of_a_grid(form, device):
     matrix = on_grid(*form, device=device)
     for dtype, launch in zip([*DTYPES, *DTYPES], [*GEMVS, GEMVS[0], *WIDES, WIDES[0]], strict=True):
         check_product(matrix, launch, 1, dtype, has_bias=dtype == torch.float16)
+
+
+WIDER = [((48, 4096), 4, 128, "packed"), ((33, 11008), 4, 128, "packed"), ((96, 3072), 2, 128, "sym")]
+
+
+@pytest.mark.gpu  # Gluon has no interpreter
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", [*GRIDS, *WIDER], ids=str)
+def test_one_row_on_tensor_cores(form):
+    matrix = on_grid(*form, device="cuda")
+    if not takes_vector(matrix.form):
+        pytest.skip("another kernel's")
+    for launch in VECTORS:
+        for dtype in (torch.bfloat16, torch.float16):
+            check_product(matrix, launch, 1, dtype, has_bias=dtype == torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensor_cores_lose_nothing_where_activations_share_a_sign():
+    """Fields on top of 128 would cancel in the sum; less their zero points, nothing does."""
+    from harness.kernels import triton_weight_only
+
+    matrix = on_grid((64, 4096), 4, 128, "packed", "cuda")
+    x = torch.full((1, 4096), 1.0 + 2**-7, device="cuda").bfloat16()
+    expected = x.double() @ dense_of(matrix).double().T
+    y = triton_weight_only.multiply(x.half(), matrix, None, VECTORS[0])
+    assert float((y.double() - expected).norm() / expected.norm()) <= 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
