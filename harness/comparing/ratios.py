@@ -120,8 +120,8 @@ def _by_rounds(
         flags.append(f"{drifted}: trust the ratio, not the two times")
     draws = bounds = None
     if all(len(fast.samples) >= MIN_SAMPLES for fast, _ in sides):
-        of_a = 1.0 if fast_a is None else _draws(fast_a, record, "a")
-        of_b = 1.0 if fast_b is None else _draws(fast_b, record, "b")
+        of_a = 1.0 if fast_a is None else _stretched(_draws(fast_a, record, "a"), fast_a)
+        of_b = 1.0 if fast_b is None else _stretched(_draws(fast_b, record, "b"), fast_b)
         draws = np.asarray(of_b / of_a if grows else of_a / of_b, dtype=np.float64)
     elif len(sides) == 1 and (known := _bounds(sides[0][0])):
         inverted = (fast_b is None) == grows
@@ -161,6 +161,21 @@ def _drift_flag(a: Mapping[str, Reading], b: Mapping[str, Reading]) -> str | Non
 
 def _draws(reading: Reading, metric: str, side: str) -> Floats:
     return median_draws(reading.samples, generator(0, f"{side} {metric}"), DRAWS)
+
+
+def _stretched(draws: Floats, reading: Reading) -> Floats:
+    """Draws as wide as the stored interval where that is wider: it knows how many captures of a CUDA graph
+    the rounds were of, which the readings alone do not say."""
+    known, (lower, upper) = _bounds(reading), percentile_interval(draws)
+    if known is None or not known[0] > 0:
+        return draws
+    logarithms = np.log(draws / reading.value)
+    middle = float(np.median(logarithms))
+    width, wanted = np.log(upper / lower), np.log(known[1] / known[0])
+    if not width > 0 or wanted <= width:
+        return draws
+    stretched: Floats = reading.value * np.exp(middle + (logarithms - middle) * (wanted / width))
+    return stretched
 
 
 def _bounds(reading: Reading) -> tuple[float, float] | None:

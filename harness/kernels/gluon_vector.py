@@ -14,11 +14,17 @@ bits. Here it is two and a half, by three choices:
 All eight columns of the product are the same x: tensor cores have time to spare where memory is the limit.
 Tiles are summed in float32, and their scales are applied to the sums.
 
+Matrices that read the same x may share a launch: what starting a kernel takes, and its last programs leave
+idle, is then paid once.
+
 The language is Gluon, Triton's own for explicit layouts; it has no interpreter.
 """
 
 # mypy: disallow-untyped-defs=false, disallow-incomplete-defs=false
 # mypy: disallow-untyped-decorators=false, disallow-untyped-calls=false
+# mypy: disable-error-code="assignment,var-annotated"
+# ruff: noqa: RUF005 (the language adds tuples, it does not unpack into them)
+# ruff: noqa: SIM102 (what is known when compiling is asked first, and leaves no code)
 
 from __future__ import annotations
 
@@ -87,7 +93,7 @@ def _halves(pairs):
 
 @gluon.jit
 def _load_tiles(
-    codes_ptr, scales_ptr, zeros_ptr, within, n_words, n_sums, warp_words, warp_sums,
+    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
     first, tiles, N, zero_bytes, tiles_per_group,
     WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
@@ -96,22 +102,20 @@ def _load_tiles(
     inside, inside_sums = at < tiles, at_sums < tiles
     words = gl.load(codes_ptr + (at * N * WORDS)[:, None, None] + within, mask=inside[:, None, None], other=0)
     group = at_sums // tiles_per_group
-    if SCALES == 2:
-        places = group[:, None] + (n_sums * 0)[None, :]
-    else:
-        places = (group * N)[:, None] + n_sums[None, :]
+    places = group[:, None] + (n_sums * 0)[None, :] if SCALES == 2 else (group * N)[:, None] + n_sums[None, :]
     scale = gl.load(scales_ptr + places, mask=inside_sums[:, None], other=0.0)
     zero = 0
     if ZEROS != 0:
         line = zeros_ptr + (at // tiles_per_group * zero_bytes)[:, None]
-        zero = gl.load(line + (n_words // (8 // BITS))[None, :], mask=inside[:, None], other=0)
+        zero = gl.load(line + (n_zeros // (8 // BITS))[None, :], mask=inside[:, None], other=0)
     return words, scale, zero
 
 
 @gluon.jit
 def _pairs_of_x(
     x_ptr, tiles,
-    TILE: gl.constexpr, WORDS: gl.constexpr, PAIRS: gl.constexpr, STEPS: gl.constexpr, num_warps: gl.constexpr,
+    TILE: gl.constexpr, WORDS: gl.constexpr, PAIRS: gl.constexpr, STEPS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """x in shared memory: int32 [steps * pairs, warps, words], the halves those of a pair of fields."""
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WORDS, WORDS // 4], [num_warps, 1], [1, 0])
@@ -131,15 +135,18 @@ def _pairs_of_x(
 
 @gluon.jit
 def weight_only_vector_kernel(
-    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
-    N, tiles, zero_bytes, tiles_per_group, base,
-    BITS: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
-    SCALES: gl.constexpr, ZEROS: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN: gl.constexpr,
-    num_warps: gl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, N, zero_bytes,
+    codes_1, scales_1, zeros_1, bias_1, out_1, N_1, zero_bytes_1,
+    codes_2, scales_2, zeros_2, bias_2, out_2, N_2, zero_bytes_2,
+    tiles, tiles_per_group, base,
+    MATRICES: gl.constexpr, BITS: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, EVEN: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``W x + bias`` [N] for x [tiles * TILE] in a 16-bit type; a program has ROWS rows of W.
+    """``W x + bias`` [N] for x [tiles * TILE] in a 16-bit type, and for the second and third W (MATRICES).
 
-    STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
+    A program has ROWS rows of one W: its first index counts them, its second the matrices, which are stored
+    alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
     `harness.kernels.triton_fields`, 1 or 2 and 0 or 1.
     """
     WORDS: gl.constexpr = TILE * BITS // 32
@@ -157,11 +164,23 @@ def weight_only_vector_kernel(
     row_words: gl.constexpr = gl.SliceLayout(2, words_layout)
     row_sums: gl.constexpr = gl.SliceLayout(2, sums)
 
+    if MATRICES > 1:
+        if gl.program_id(1) == 1:
+            codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr = codes_1, scales_1, zeros_1, bias_1, out_1
+            N, zero_bytes = N_1, zero_bytes_1
+    if MATRICES > 2:
+        if gl.program_id(1) == 2:
+            codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr = codes_2, scales_2, zeros_2, bias_2, out_2
+            N, zero_bytes = N_2, zero_bytes_2
     first_row = gl.program_id(0) * ROWS
+    if MATRICES > 1:
+        if first_row >= N:  # of a matrix with fewer rows than another
+            return
     n_words = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, row_words))
     n_sums = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, row_sums))
     if not EVEN:  # rows that are not there are the last one again, and not stored
         n_words, n_sums = gl.minimum(n_words, N - 1), gl.minimum(n_sums, N - 1)
+    n_zeros = n_words * 0 if SCALES == 2 else n_words
     warp_words = gl.arange(0, num_warps, gl.SliceLayout(1, row_words))
     warp_sums = gl.arange(0, num_warps, gl.SliceLayout(1, row_sums))
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, words_layout)))
@@ -172,7 +191,7 @@ def weight_only_vector_kernel(
     for stage in gl.static_range(STAGES):
         ahead = ahead + (
             _load_tiles(
-                codes_ptr, scales_ptr, zeros_ptr, within, n_words, n_sums, warp_words, warp_sums,
+                codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
                 stage * num_warps, tiles, N, zero_bytes, tiles_per_group, WORDS, BITS, SCALES, ZEROS,
             ),
         )  # fmt: skip
@@ -186,7 +205,7 @@ def weight_only_vector_kernel(
             if ZEROS == 0:
                 code = gl.full([num_warps, ROWS], 2 ** (BITS - 1), gl.int32, row_words)
             else:
-                code = (zero.to(gl.int32) >> (n_words % (8 // BITS) * BITS)[None, :]) & (2**BITS - 1)
+                code = (zero.to(gl.int32) >> (n_zeros % (8 // BITS) * BITS)[None, :]) & (2**BITS - 1)
             low = (code + BASE).to(gl.float32).to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
             low = (low | (low << 16))[:, :, None]
             part = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
@@ -205,7 +224,7 @@ def weight_only_vector_kernel(
             acc += part * scale.to(gl.float32)[:, :, None]
             later = later + (
                 _load_tiles(
-                    codes_ptr, scales_ptr, zeros_ptr, within, n_words, n_sums, warp_words, warp_sums,
+                    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
                     tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
                     WORDS, BITS, SCALES, ZEROS,
                 ),

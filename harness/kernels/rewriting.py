@@ -1,20 +1,24 @@
-"""Putting the kernel for one row where a traced model calls `linear`.
+"""Putting the kernels for one row where a traced model multiplies, and one launch where several share x.
 
 Works on the graph that torch.compile hands to its backend, so every model and every method gets it,
 whatever its modules are called: a call of `torch.nn.functional.linear` with one row becomes
-`harness::linears`, and calls that read the same input become one.
+`harness::linears`, and calls that read the same input become one. Products with packed weights that read
+the same input become one as well, `harness::weight_only_linears`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from harness.kernels import dense
+from harness.kernels import dense, weight_only
+from harness.kernels.selection import MOST_MATRICES
+from harness.kernels.stored import stored
+from harness.nn.packing import PackedWeight
 
 __all__ = ["rewrite_linears"]
 
@@ -22,7 +26,8 @@ _LINEAR = torch._C._nn.linear
 
 
 def rewrite_linears(module: fx.GraphModule) -> int:
-    """Replace what `harness.kernels.dense` can run; returns how many products were replaced.
+    """Replace what `harness.kernels.dense` can run, and join what `harness.kernels.weight_only` can run
+    together; returns how many products were replaced.
 
     Args:
         module: as dynamo traces it, with an ``example_value`` at every node.
@@ -32,6 +37,11 @@ def rewrite_linears(module: fx.GraphModule) -> int:
         for start in range(0, len(calls), dense.MOST_MATRICES):
             _replace(module.graph, calls[start : start + dense.MOST_MATRICES])
         replaced += len(calls)
+    for calls in list(_packed_groups(module.graph)):
+        for start in range(0, len(calls), MOST_MATRICES):
+            if len(some := calls[start : start + MOST_MATRICES]) > 1:
+                _join_packed(module.graph, some)
+                replaced += len(some)
     if replaced:
         module.graph.lint()
         module.recompile()
@@ -72,6 +82,71 @@ def _is_replaceable(node: fx.Node) -> bool:
 
 def _is_input(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
+
+
+def _packed_groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Products with packed weights that one launch can take: the same rows, weights stored alike."""
+    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.harness.weight_only_linear.default:
+            x, *tensors, bits, group_size, tile, in_features = node.args
+            if all(each is None or _is_input(each) for each in tensors) and _shares(node):
+                alike = tuple(None if each is None else _storage(each) for each in tensors[1:])
+                key = (_source(x), alike, bits, group_size, tile, in_features)
+                groups.setdefault(key, []).append(node)
+    yield from groups.values()
+
+
+def _shares(node: fx.Node) -> bool:
+    x, codes, scales, zeros = (None if each is None else _example(each) for each in node.args[:4])
+    if x is None or codes is None or scales is None or not isinstance(x.shape[0], int):
+        return False
+    bits, group_size, tile, in_features = node.args[5:]
+    weight = PackedWeight(codes, scales, zeros, bits, group_size, tile, in_features, codes.shape[1])  # type: ignore[arg-type]
+    return weight_only.share_a_launch(stored(weight).form, x.shape[0], x.dtype, codes.device)
+
+
+def _example(node: Any) -> torch.Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _storage(node: fx.Node) -> tuple[Any, ...]:
+    """What kernels tell scales, zero points and biases apart by: the type, and one for all rows or each."""
+    value = _example(node)
+    return (None,) if value is None else (value.dtype, value.dim(), value.shape[-1] == 1)
+
+
+def _source(x: Any) -> tuple[Any, ...]:
+    """The tensor behind a reshaped one, with the shape it has got: layers flatten the same x each for
+    itself."""
+    value = _example(x)
+    while isinstance(x, fx.Node) and x.op == "call_method" and x.target in ("reshape", "view"):
+        x = x.args[0]
+    return x, None if value is None else tuple(value.shape)
+
+
+def _join_packed(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
+    x, _, _, first_zeros, first_bias, *form = calls[0].args
+    codes, scales, zeros, biases = ([call.args[place] for call in calls] for place in (1, 2, 3, 4))
+    with graph.inserting_before(calls[0]):
+        products = graph.call_function(
+            torch.ops.harness.weight_only_linears.default,
+            (
+                x,
+                codes,
+                scales,
+                [] if first_zeros is None else zeros,
+                [] if first_bias is None else biases,
+                *form,
+            ),
+        )
+        for position, call in enumerate(calls):
+            product = graph.call_function(operator.getitem, (products, position))
+            product.meta["example_value"] = call.meta["example_value"]
+            call.replace_all_uses_with(product)
+    for call in calls:
+        graph.erase_node(call)
 
 
 def _replace(graph: fx.Graph, calls: list[fx.Node]) -> None:

@@ -12,6 +12,7 @@ from harness.kernels.stored import Form
 from harness.nn.packing import PLANES
 
 __all__ = [
+    "MOST_MATRICES",
     "RULES",
     "WRITING",
     "Launch",
@@ -76,6 +77,8 @@ class Writing:
 
 
 _ALL = tuple(PLANES)
+MOST_MATRICES = 3
+"""Matrices that share a launch of *vector*."""
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)

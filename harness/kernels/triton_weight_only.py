@@ -10,6 +10,7 @@ kernel adds in a fixed order: no atomics, so the same inputs give the same bits.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from harness.kernels.selection import (
+    MOST_MATRICES,
     WRITING,
     Launch,
     Writing,
@@ -33,7 +35,16 @@ from harness.kernels.triton_gemv import weight_only_gemv_kernel
 from harness.kernels.triton_small import weight_only_small_gemm_kernel
 from harness.kernels.triton_wide import weight_only_wide_kernel
 
-__all__ = ["Call", "dequantize", "multiply", "prepare", "prepare_dequantize", "processors"]
+__all__ = [
+    "Call",
+    "dequantize",
+    "multiply",
+    "multiply_several",
+    "prepare",
+    "prepare_dequantize",
+    "prepare_several",
+    "processors",
+]
 
 _KERNELS = {
     "gemv": weight_only_gemv_kernel,
@@ -100,7 +111,8 @@ def prepare(
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
     if launch.kernel == "vector":
-        return [_prepare_vector(x, weight, bias, launch)]
+        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
+        return [call]
     rows, out, form = x.shape[0], weight.out_features, weight.form
     is_gemv = launch.kernel == "gemv"
     block_m = 1 if is_gemv else min(launch.block_m, max(_LEAST_ROWS, triton.next_power_of_2(rows)))
@@ -170,31 +182,57 @@ def _prepare_wide(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | No
     return Call(weight_only_wide_kernel, grid, arguments, constants, y)
 
 
-def _prepare_vector(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | None, launch: Launch) -> Call:
-    """One launch; every warp takes each `launch.warps`-th tile."""
-    # Of all kernels only this one is written in Gluon, which Triton may still change.
-    from harness.kernels.gluon_vector import BFLOAT16_BASE, FLOAT16_BASE, weight_only_vector_kernel
+def multiply_several(
+    x: torch.Tensor,
+    weights: Sequence[StoredMatrix],
+    biases: Sequence[torch.Tensor],
+    launch: Launch,
+) -> list[torch.Tensor]:
+    """``[x @ W.T + b for W, b in zip(weights, biases)]`` in one launch of *vector*; x [1, in], W [out, in].
 
-    out, tiles = weight.out_features, weight.codes.shape[0]
-    shared = _shared(weight, 1, launch.block_n)
+    Args:
+        weights: at most `MOST_MATRICES`, of one form but for their rows.
+        biases: one for each weight, or none at all.
+    """
+    call, outputs = prepare_several(_padded(x, weights[0]), weights, biases, launch)
+    call.run()
+    return outputs
+
+
+def prepare_several(
+    x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
+) -> tuple[Call, list[torch.Tensor]]:
+    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile."""
+    # Of all kernels only this one is written in Gluon, which Triton may still change.
+    from harness.kernels import gluon_vector
+
+    tiles = weights[0].codes.shape[0]
     steps = max(1, triton.next_power_of_2(tiles) // launch.warps)
+    outputs = [torch.empty(1, weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
+    matrices: list[Any] = []
+    for place in range(MOST_MATRICES):
+        index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
+        weight, output = weights[index], outputs[index]
+        shared = _shared(weight, 1, launch.block_n)
+        codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
+        bias = biases[index] if biases else codes
+        matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
     constants = {name: shared.constants[name] for name in ("BITS", "TILE", "SCALES", "ZEROS")}
     constants |= {
+        "MATRICES": len(weights),
         "ROWS": launch.block_n,
         "STAGES": min(launch.stages, steps),
         "STEPS": steps,
-        "HAS_BIAS": bias is not None,
-        "EVEN": out % launch.block_n == 0,
+        "HAS_BIAS": bool(biases),
+        "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
         "num_warps": launch.warps,
     }
-    codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
-    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
-    arguments = (
-        x, codes, scales, zeros, codes if bias is None else bias, y,
-        out, tiles, shared.zero_bytes, shared.tiles_per_group,
-        BFLOAT16_BASE if x.dtype == torch.bfloat16 else FLOAT16_BASE,
-    )  # fmt: skip
-    return Call(weight_only_vector_kernel, (triton.cdiv(out, launch.block_n),), arguments, constants, y)
+    is_bfloat16 = x.dtype == torch.bfloat16
+    base = gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE
+    blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)
+    arguments = (x, *matrices, tiles, shared.tiles_per_group, base)
+    kernel = gluon_vector.weight_only_vector_kernel
+    return Call(kernel, (blocks, len(weights)), arguments, constants, outputs[0]), outputs
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:

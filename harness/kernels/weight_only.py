@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional
 
 from harness.kernels import reference
-from harness.kernels.selection import Launch, select
+from harness.kernels.selection import MOST_MATRICES, Launch, select
 from harness.kernels.stored import Form, stored
 from harness.nn.packing import PackedWeight
 
@@ -24,9 +25,11 @@ __all__ = [
     "has_triton",
     "launch_for",
     "linear",
+    "linears",
     "make_ready",
     "name_of",
     "runs_vector",
+    "share_a_launch",
 ]
 
 _FALLBACK = "dequantize+matmul"
@@ -143,6 +146,65 @@ def _(
     in_features: int,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[1])
+
+
+def share_a_launch(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices of this form that read the same rows can be multiplied in one launch."""
+    launch = launch_for(form, rows, dtype, device)
+    return launch is not None and launch.kernel == "vector"
+
+
+@torch.library.custom_op("harness::weight_only_linears", mutates_args=())
+def linears(
+    x: torch.Tensor,
+    codes: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    zeros: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bits: int,
+    group_size: int,
+    tile: int,
+    in_features: int,
+) -> list[torch.Tensor]:
+    """`linear` for packed weights that read the same rows x [rows, in], in one launch where it can be.
+
+    Args:
+        codes, scales: of each weight. zeros, biases: of each weight, or none at all.
+    """
+    absent: list[torch.Tensor | None] = [None] * len(codes)
+    weights = [
+        PackedWeight(each, scale, zero, bits, group_size, tile, in_features, each.shape[1])
+        for each, scale, zero in zip(codes, scales, zeros or absent, strict=True)
+    ]
+    if _run_together(x, weights):
+        from harness.kernels import triton_weight_only
+
+        matrices = [stored(weight) for weight in weights]
+        launch = launch_for(matrices[0].form, x.shape[0], x.dtype, x.device)
+        assert launch is not None
+        return triton_weight_only.multiply_several(x, matrices, biases, launch)
+    return [_linear(x, weight, bias) for weight, bias in zip(weights, biases or absent, strict=True)]
+
+
+def _run_together(x: torch.Tensor, weights: Sequence[PackedWeight]) -> bool:
+    return len(weights) <= MOST_MATRICES and all(
+        share_a_launch(stored(weight).form, x.shape[0], x.dtype, x.device) for weight in weights
+    )
+
+
+@linears.register_fake
+def _(
+    x: torch.Tensor,
+    codes: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    zeros: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    bits: int,
+    group_size: int,
+    tile: int,
+    in_features: int,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], each.shape[1]) for each in codes]
 
 
 def _needs_gradient(x: torch.Tensor) -> bool:

@@ -1,7 +1,10 @@
 """Compiling a call and capturing it into a CUDA graph, or saying why it cannot be.
 
 A graph replays the kernels of a call without the host: what remains is the time of the kernels, which
-is what a method changes. Compiled, a model runs fewer and better kernels: what separates two methods is
+is what a method changes. Where the buffers of a graph lie in memory moves its time by some tenths of a per
+cent, for as long as the graph lives: a call that is to be compared is captured several times.
+
+Compiled, a model runs fewer and better kernels: what separates two methods is
 then what separates them in a serving engine, not what eager execution adds to both. Where a call asks
 the host something (`.item()`, a copy from the host, a Python branch on a tensor) it cannot be captured,
 and is timed eagerly with the reason in the record.
@@ -25,14 +28,27 @@ from harness.measure.agreement import Agreement
 from harness.measure.generation import Generation, forward_only
 
 __all__ = [
+    "CAPTURES",
     "Call",
+    "More",
     "masks_known_on_host",
+    "no_more",
     "prepare_call",
     "prepare_forward",
     "prepare_generation",
 ]
 
 WARM_UP_CALLS = 3  # autotuning, compilation, workspaces of libraries
+CAPTURES = 4
+"""How often a call is captured that is to be compared."""
+
+More = Callable[[int], bool]
+"""Asked before each further capture, with the bytes that the last one took: whether there is room."""
+
+
+def no_more(_taken_bytes: int) -> bool:
+    """One capture is enough."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +60,23 @@ class Call:
             or ``cpu``.
         note: why it is not ``compiled``.
         keeps: what a replay reads and writes: a CUDA graph knows addresses only, so it must not be freed.
+        again: further captures of the same call, whose buffers lie elsewhere.
     """
 
     run: Callable[[], torch.Tensor]
     mode: str
     note: str | None = None
     keeps: Any = field(default=None, repr=False, compare=False)
+    again: tuple[Callable[[], torch.Tensor], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def captures(self) -> int:
+        """How many captures there are; 1 where the call is none."""
+        return 1 + len(self.again)
+
+    def run_capture(self, index: int) -> torch.Tensor:
+        """Run the capture of this number, counted round and round."""
+        return (self.run, *self.again)[index % self.captures]()
 
     @property
     def is_captured(self) -> bool:
@@ -57,11 +84,14 @@ class Call:
         return self.mode in ("compiled", "graph")
 
 
-def prepare_generation(generation: Generation) -> tuple[Call, Call]:
+def prepare_generation(generation: Generation, more: More = no_more) -> tuple[Call, Call]:
     """Prefill and decode step of a generation: compiled and captured where possible, else captured
     where possible.
 
     Leaves the generation in need of a `reset`. A CUDA out-of-memory error is not caught.
+
+    Args:
+        more: whether to capture once more, up to `CAPTURES` times in all.
     """
 
     def outputs(calls: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
@@ -70,7 +100,7 @@ def prepare_generation(generation: Generation) -> tuple[Call, Call]:
     prefill, step = _prepare(
         generation.model,
         generation.prompt.device,
-        lambda: _prepare_pair(generation),
+        lambda: _prepare_pair(generation, more),
         (generation.prefill, generation.step),
         outputs,
         generation.capture_problem,
@@ -78,7 +108,7 @@ def prepare_generation(generation: Generation) -> tuple[Call, Call]:
     return prefill, step
 
 
-def prepare_forward(model: nn.Module, tokens: torch.Tensor) -> Call:
+def prepare_forward(model: nn.Module, tokens: torch.Tensor, more: More = no_more) -> Call:
     """One forward pass over `tokens` (int64 [batch, tokens]), as `prepare_generation`."""
 
     def forward() -> torch.Tensor:
@@ -87,7 +117,7 @@ def prepare_forward(model: nn.Module, tokens: torch.Tensor) -> Call:
     [call] = _prepare(
         model,
         tokens.device,
-        lambda: (prepare_call(forward, tokens.device),),
+        lambda: (prepare_call(forward, tokens.device, more=more),),
         (forward,),
         lambda calls: [calls[0]().clone()],
         None,
@@ -151,20 +181,23 @@ def _compiled_calls(
     return tuple(replace(call, mode="compiled", keeps=(call.keeps, code)) for call in calls), None
 
 
-def _prepare_pair(generation: Generation) -> tuple[Call, Call]:
+def _prepare_pair(generation: Generation, more: More) -> tuple[Call, Call]:
     device, problem = generation.prompt.device, generation.capture_problem
-    prefill = prepare_call(generation.prefill, device, generation.reset, problem)
-    step = prepare_call(generation.step, device, generation.rewind, problem)
+    prefill = prepare_call(generation.prefill, device, generation.reset, problem, more)
+    step = prepare_call(generation.step, device, generation.rewind, problem, more)
     if prefill.is_captured:
-        replay = prefill.run
-
-        def replayed_prefill() -> torch.Tensor:
-            logits = replay()
-            generation.prefill_was_replayed()
-            return logits
-
-        prefill = replace(prefill, run=replayed_prefill)
+        first, *again = (_telling(generation, replay) for replay in (prefill.run, *prefill.again))
+        prefill = replace(prefill, run=first, again=tuple(again))
     return prefill, step
+
+
+def _telling(generation: Generation, replay: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def replayed_prefill() -> torch.Tensor:
+        logits = replay()
+        generation.prefill_was_replayed()
+        return logits
+
+    return replayed_prefill
 
 
 @torch.inference_mode()
@@ -188,6 +221,7 @@ def prepare_call(
     device: torch.device,
     before: Callable[[], None] = lambda: None,
     problem: str | None = None,
+    more: More = no_more,
 ) -> Call:
     """A function without arguments as a `Call`: warmed up, and captured on CUDA where possible.
 
@@ -195,6 +229,7 @@ def prepare_call(
         function: reads and writes tensors of fixed address only, the same ones in every call.
         before: brings the state back to where the function can run; called before each run here.
         problem: a known reason why it cannot be captured.
+        more: whether to capture once more, up to `CAPTURES` times in all.
     """
     if device.type != "cuda":
         before()
@@ -211,7 +246,7 @@ def prepare_call(
         problem = problem or _asks_the_host(function, before)
         if problem is not None:
             return Call(function, "eager", problem)
-        return _captured(function, before, stream)
+        return _captured(function, before, stream, more)
 
 
 @functools.cache
@@ -247,27 +282,43 @@ def _asks_the_host(function: Callable[[], Any], before: Callable[[], None]) -> s
 
 
 def _captured(
-    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream
+    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream, more: More
 ) -> Call:
-    before()
-    gc.collect()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    held = torch.cuda.memory_reserved()
     try:
-        # The outer stream context restores the stream even where ending the capture fails.
-        with torch.cuda.stream(stream), masks_known_on_host(), torch.cuda.graph(graph, stream=stream):
-            output = function()
+        first = _capture(function, before, stream)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         _settle_after_failed_capture()
         return Call(function, "eager", f"capture failed: {_first_line(_root(error))}")
+    again: list[Callable[[], torch.Tensor]] = []
+    while 1 + len(again) < CAPTURES and more(torch.cuda.memory_reserved() - held):
+        held = torch.cuda.memory_reserved()
+        try:
+            again.append(_capture(function, before, stream))
+        except torch.OutOfMemoryError:  # there was less room than it seemed: what there is must do
+            _settle_after_failed_capture()
+            break
+    return Call(first, "graph", keeps=function, again=tuple(again))
+
+
+def _capture(
+    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream
+) -> Callable[[], torch.Tensor]:
+    before()
+    gc.collect()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # The outer stream context restores the stream even where ending the capture fails.
+    with torch.cuda.stream(stream), masks_known_on_host(), torch.cuda.graph(graph, stream=stream):
+        output = function()
 
     def replay() -> torch.Tensor:
         graph.replay()
         return output
 
-    return Call(replay, "graph", keeps=function)
+    return replay
 
 
 def _settle_after_failed_capture() -> None:

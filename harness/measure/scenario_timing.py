@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.measure.control import Control
 from harness.measure.generation import random_prompt
-from harness.measure.graphs import Call
+from harness.measure.graphs import Call, More
 from harness.measure.inspecting import inspect_forward, inspect_generation
 from harness.measure.meter import Measured
 from harness.measure.pairing import LEAST_ROUNDS, Ratio, speedups
@@ -78,7 +78,7 @@ def _time(measured: Measured) -> ScenarioTimes:
     )
     budget = budget_for(device)
     held_before = _held_bytes(device)
-    lane = _lane(measured.model.eval(), prompt, measured)
+    lane = _lane(measured.model.eval(), prompt, measured, _room(measured, held_before))
     control = Control(device)
     baseline, alone = _baseline_lane(measured, prompt, _held_bytes(device) - held_before)
     pair = None
@@ -87,7 +87,8 @@ def _time(measured: Measured) -> ScenarioTimes:
     else:
         enough = TimingBudget(max(budget.least, LEAST_ROUNDS), max(budget.most, LEAST_ROUNDS), budget.seconds)
         rounds = run_rounds([lane, baseline], enough, control)
-        pair = _pair(lane, baseline, speedups(rounds.runs[1], rounds.runs[0]))
+        captures = list(zip(rounds.captures[1], rounds.captures[0], strict=True))
+        pair = _pair(lane, baseline, speedups(rounds.runs[1], rounds.runs[0], captures))
     del baseline
     runs = rounds.runs[0]
     own = times_of(lane, runs, more_prefills(lane, runs, budget))
@@ -103,10 +104,33 @@ def _inspect(lane: Lane, measured: Measured) -> None:
         inspect_generation(lane.generation, lane.prefill, lane.step, measured)
 
 
-def _lane(model: nn.Module, prompt: torch.Tensor, measured: Measured) -> Lane:
+def _lane(model: nn.Module, prompt: torch.Tensor, measured: Measured, more: More) -> Lane:
     if measured.info.kind == "encoder":
-        return Lane.of_forward(model, prompt)
-    return Lane.of_generation(model, prompt, measured.scenario.new_tokens)
+        return Lane.of_forward(model, prompt, more)
+    return Lane.of_generation(model, prompt, measured.scenario.new_tokens, more)
+
+
+def _room(measured: Measured, held_before: int) -> More:
+    """Whether one more capture leaves room for the baseline and its own: a measure for the variant's lane."""
+
+    def more(taken_bytes: int) -> bool:
+        needed = taken_bytes
+        if measured.baseline is not None:
+            working = _held_bytes(measured.device) - held_before + taken_bytes
+            needed += _beside(measured, working)
+        return _fits(needed, measured.device)
+
+    return more
+
+
+def _beside(measured: Measured, working_bytes: int) -> int:
+    """What the baseline needs where the variant's lane took so much beside the weights."""
+    return measured.baseline_bytes + int(1.2 * max(0, working_bytes))
+
+
+def _fits(needed_bytes: int, device: torch.device) -> bool:
+    free = _free_bytes(device)
+    return free is None or needed_bytes + _SPARE_BYTES <= free
 
 
 def _baseline_lane(
@@ -119,13 +143,17 @@ def _baseline_lane(
     """
     if measured.baseline is None:
         return None, None
-    needed = measured.baseline_bytes + int(1.2 * max(0, working_bytes)) + _SPARE_BYTES
+    needed = _beside(measured, working_bytes) + _SPARE_BYTES
     free = _free_bytes(measured.device)
     if free is not None and needed > free:
         wanted = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         return None, f"not in turn with the baseline, which does not fit beside it ({wanted})"
+
+    def more(taken_bytes: int) -> bool:
+        return _fits(taken_bytes, measured.device)
+
     try:
-        return _lane(measured.baseline().eval(), prompt, measured), None
+        return _lane(measured.baseline().eval(), prompt, measured, more), None
     except (torch.OutOfMemoryError, MemoryError) as error:
         # What it needs was underestimated: that must not cost the variant its own numbers.
         reason = str(error).strip().split("\n")[0]

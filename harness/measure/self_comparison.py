@@ -16,6 +16,7 @@ from scipy.stats import binom
 from torch import nn
 
 from harness.measure.generation import random_prompt
+from harness.measure.graphs import CAPTURES
 from harness.measure.pairing import Ratio, speedups
 from harness.measure.timing import Lane, TimingBudget, run_rounds
 from harness.records import Scenario
@@ -25,7 +26,8 @@ __all__ = ["LARGEST_DIFFERENCE", "STATED_RATE", "SelfComparison", "compare_with_
 LARGEST_DIFFERENCE = 0.01
 STATED_RATE = 0.95
 _DOUBT = 0.01  # how improbable the number of misses must be before the rate counts as not kept
-ROUNDS_EACH = 16
+ROUNDS_EACH = CAPTURES**2  # every pair of captures once
+COMPARISONS = {"cpu": 20, "cuda": 12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +62,33 @@ def compare_with_itself(
     scenario: Scenario,
     device: torch.device,
     *,
-    comparisons: int = 20,
+    comparisons: int | None = None,
 ) -> list[SelfComparison]:
-    """Time two copies of one decoder in turn, `comparisons` times `ROUNDS_EACH` rounds."""
+    """Time two copies of one decoder in turn, `comparisons` times `ROUNDS_EACH` rounds.
+
+    Both are captured anew for each comparison: one set of captures would give one answer many times.
+    """
     prompt = random_prompt(vocab_size, scenario.batch_size, scenario.prompt_len, 0, device)
-    lanes = [Lane.of_generation(model.eval(), prompt, scenario.new_tokens) for model in (first, second)]
+
+    def lanes() -> list[Lane]:
+        return [
+            Lane.of_generation(model.eval(), prompt, scenario.new_tokens, lambda _: True)
+            for model in (first, second)
+        ]
+
     rounds = TimingBudget(ROUNDS_EACH, ROUNDS_EACH, 0.0)
     found: dict[str, list[Ratio]] = {}
-    for _ in range(comparisons):
-        runs = run_rounds(lanes, rounds).runs
-        for phase, ratio in speedups(runs[0], runs[1]).items():
+    pair = lanes()
+    for number in range(comparisons or COMPARISONS[device.type]):
+        # The last pair is alive while the next one is captured, which so lies elsewhere.
+        pair = lanes() if number and pair[0].captures > 1 else pair
+        timed = run_rounds(pair, rounds)
+        captures = list(zip(timed.captures[0], timed.captures[1], strict=True))
+        for phase, ratio in speedups(timed.runs[0], timed.runs[1], captures).items():
             found.setdefault(phase, []).append(ratio)
-    modes = {"prefill": lanes[0].prefill.mode, "decode": lanes[0].step and lanes[0].step.mode}
-    return [judge(phase, modes.get(phase) or lanes[0].prefill.mode, each) for phase, each in found.items()]
+    prefill, step = pair[0].prefill, pair[0].step
+    modes = {"prefill": prefill.mode, "decode": step and step.mode}
+    return [judge(phase, modes.get(phase) or prefill.mode, each) for phase, each in found.items()]
 
 
 def judge(phase: str, mode: str, found: Sequence[Ratio]) -> SelfComparison:

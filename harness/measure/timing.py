@@ -5,7 +5,8 @@ first token, the time of every single step and the time of the whole, each measu
 two marks; nothing is computed by subtracting one run from another.
 
 Several models are timed in rounds: each runs once a round, the order reversed from round to round, so
-that a device that gets warmer or a machine that gets busier slows all of them alike.
+that a device that gets warmer or a machine that gets busier slows all of them alike. Where a call was
+captured several times, rounds go through the captures, and through all pairs of two lanes' captures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from harness.measure.clock import clock_for, paused_gc
 from harness.measure.generation import Generation
-from harness.measure.graphs import Call, prepare_forward, prepare_generation
+from harness.measure.graphs import Call, More, no_more, prepare_forward, prepare_generation
 
 __all__ = [
     "CPU_BUDGET",
@@ -31,6 +32,7 @@ __all__ = [
     "Timed",
     "TimingBudget",
     "budget_for",
+    "capture_in",
     "more_prefills",
     "run_rounds",
     "time_forward",
@@ -95,55 +97,69 @@ class Lane:
     device: torch.device
 
     @classmethod
-    def of_generation(cls, model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> Self:
-        """Greedy generation after `prompt` (int64 [batch, prompt_len])."""
+    def of_generation(
+        cls, model: nn.Module, prompt: torch.Tensor, new_tokens: int, more: More = no_more
+    ) -> Self:
+        """Greedy generation after `prompt` (int64 [batch, prompt_len]); `more` as of `prepare_generation`."""
         generation = Generation(model, prompt, new_tokens)
-        prefill, step = prepare_generation(generation)
+        prefill, step = prepare_generation(generation, more)
         return cls(prefill, step, generation, new_tokens, prompt.device)
 
     @classmethod
-    def of_forward(cls, model: nn.Module, tokens: torch.Tensor) -> Self:
-        """One forward pass over `tokens` (int64 [batch, prompt_len])."""
-        return cls(prepare_forward(model, tokens), None, None, 0, tokens.device)
+    def of_forward(cls, model: nn.Module, tokens: torch.Tensor, more: More = no_more) -> Self:
+        """One forward pass over `tokens` (int64 [batch, prompt_len]); `more` as of `prepare_generation`."""
+        return cls(prepare_forward(model, tokens, more), None, None, 0, tokens.device)
 
-    def run(self, steps: int | None = None) -> Run:
+    @property
+    def captures(self) -> int:
+        """In how many captures every call of a run exists."""
+        return min(self.prefill.captures, self.prefill.captures if self.step is None else self.step.captures)
+
+    def run(self, steps: int | None = None, capture: int = 0) -> Run:
         """One run of so many steps, all of them by default: seconds of each call and of the whole."""
         clock = clock_for(self.device)
         if self.generation is not None:
             self.generation.reset()
         clock.start()
         marks = [clock.mark()]
-        self.prefill.run()
+        self.prefill.run_capture(capture)
         marks.append(clock.mark())
         if self.step is not None:
             for _ in range(self.steps if steps is None else steps):
-                self.step.run()
+                self.step.run_capture(capture)
                 marks.append(clock.mark())
         return clock.seconds(marks)
 
 
 @dataclass
 class Rounds:
-    """The runs of each lane, one a round, and the readings of the control next to them."""
+    """The runs of each lane, one a round, and the readings of the control next to them.
+
+    Attributes:
+        captures: which capture each run was of.
+    """
 
     runs: list[list[Run]]
     control_s: list[float] = field(default_factory=list)
+    captures: list[list[int]] = field(default_factory=list)
 
 
 def run_rounds(
     lanes: Sequence[Lane], budget: TimingBudget, control: Callable[[], float] | None = None
 ) -> Rounds:
-    """Run all lanes in rounds, after one untimed run of each.
+    """Run all lanes in rounds, after one untimed run of each, and a short one of each further capture.
 
     Args:
         budget: of each lane; the time for all together is that much for each.
         control: times a fixed workload, once a round.
     """
-    rounds = Rounds([[] for _ in lanes])
+    rounds = Rounds([[] for _ in lanes], captures=[[] for _ in lanes])
     whole = TimingBudget(budget.least, budget.most, budget.seconds * len(lanes))
     with paused_gc(), torch.inference_mode():
         for lane in lanes:
             lane.run()
+            for capture in range(1, lane.captures):  # the first replay of a graph uploads it
+                lane.run(1, capture)
         if control is not None:
             control()
         started_at = time.perf_counter()
@@ -151,11 +167,23 @@ def run_rounds(
         while whole.wants_more(done, started_at):
             order = range(len(lanes)) if done % 2 == 0 else range(len(lanes) - 1, -1, -1)
             for index in order:
-                rounds.runs[index].append(lanes[index].run())
+                capture = capture_in(done, index, lanes[index].captures)
+                rounds.runs[index].append(lanes[index].run(capture=capture))
+                rounds.captures[index].append(capture)
             if control is not None:
                 rounds.control_s.append(control())
             done += 1
     return rounds
+
+
+def capture_in(number: int, lane: int, captures: int) -> int:
+    """Which of so many captures a lane runs in a round: two lanes with as many each meet in all pairs, once
+    in each ``captures ** 2`` rounds.
+
+    >>> [(capture_in(i, 0, 2), capture_in(i, 1, 2)) for i in range(4)]
+    [(0, 0), (1, 1), (0, 1), (1, 0)]
+    """
+    return (number + lane * (number // captures)) % captures
 
 
 def times_of(lane: Lane, runs: Sequence[Run], more_prefills: Sequence[Run] = ()) -> GenerationTimes:
@@ -181,7 +209,7 @@ def more_prefills(lane: Lane, runs: Sequence[Run], budget: TimingBudget) -> list
     with paused_gc(), torch.inference_mode():
         started_at = time.perf_counter()
         while extra.wants_more(len(found), started_at):
-            found.append(lane.run(0))
+            found.append(lane.run(0, len(found) % lane.captures))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,21 @@ def test_two_variants_are_compared_by_the_quotient_of_their_speedups(rng):
     assert found.value == pytest.approx(0.5, rel=0.05)
     lower, upper = found.interval()
     assert lower < found.value < upper
+
+
+def test_a_stored_interval_that_is_wider_than_the_readings_counts(rng):
+    """Rounds of few captures: what they differ by, the readings cannot say."""
+    samples = noisy(1.01, rng, n=40, noise=0.001)
+    narrow = reading(samples, mode="compiled, paired")
+    wide = replace(narrow, lower=0.99, upper=1.03)
+    cell = {"decode_latency": reading(noisy(0.010, rng), mode="compiled")}
+    found = [
+        timing_ratio("decode_latency", cell, {**cell, "decode_speedup": each}, a_is_baseline=True).interval()
+        for each in (narrow, wide)
+    ]
+    assert found[0][1] < 1.0, "a clear difference by the readings alone"
+    assert found[1] == pytest.approx((1 / 1.03, 1 / 0.99), abs=0.01)
+    assert found[1][0] < 1.0 < found[1][1]
 
 
 def test_the_control_takes_the_machine_out(rng):

@@ -15,7 +15,7 @@ from harness.measure.clock import DeviceClock
 from harness.measure.effect import measure_effect, snapshot
 from harness.measure.fingerprint import checksums
 from harness.measure.generation import Generation, decode_logits_match, forward_only, random_prompt
-from harness.measure.graphs import prepare_call, prepare_forward, prepare_generation
+from harness.measure.graphs import CAPTURES, prepare_call, prepare_forward, prepare_generation
 from harness.measure.machine import device_name, gpu_state, manifest, resolve_device
 from harness.measure.memory import PeakMemory
 from harness.measure.meter import Measured
@@ -110,6 +110,51 @@ def test_replays_can_start_over(decoder):
         runs.append(torch.cat(logits))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+def test_what_is_compared_is_captured_several_times(decoder):
+    asked = []
+
+    def more(taken_bytes: int) -> bool:
+        asked.append(taken_bytes)
+        return True
+
+    generation = Generation(decoder, prompt_of(), 4)
+    prefill, step = prepare_generation(generation, more)
+    assert (prefill.mode, step.mode) == ("compiled", "compiled")
+    assert (prefill.captures, step.captures) == (CAPTURES, CAPTURES)
+    assert len(asked) == 2 * (CAPTURES - 1)
+    runs, places = [], set()
+    for capture in range(CAPTURES):
+        generation.reset()
+        first = prefill.run_capture(capture)
+        places.add(first.data_ptr())
+        logits = [first.clone(), *(step.run_capture(capture).clone() for _ in range(4))]
+        runs.append(torch.cat(logits))
+    assert len(places) == CAPTURES, "each has buffers of its own"
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def test_without_room_one_capture_is_enough(decoder):
+    prefill, step = prepare_generation(Generation(decoder, prompt_of(), 4), lambda taken: False)
+    assert (prefill.captures, step.captures) == (1, 1)
+
+
+def test_a_further_capture_that_runs_out_of_memory_is_left_out():
+    tensor, calls = torch.ones(4, device=CUDA), []
+
+    def doubled() -> torch.Tensor:
+        calls.append(None)
+        if torch.cuda.is_current_stream_capturing() and len(calls) > 6:
+            raise torch.OutOfMemoryError("no room")
+        return tensor * 2
+
+    call = prepare_call(doubled, CUDA, more=lambda taken: True)
+    assert call.mode == "graph"
+    assert call.captures == 2
+    for capture in range(3):
+        assert torch.equal(call.run_capture(capture), tensor * 2)
+    torch.randn(3, device=CUDA)
 
 
 def test_an_encoder_is_captured(tiny_bert):

@@ -13,11 +13,19 @@ from scipy import stats
 from torch import nn
 
 from harness.measure.control import Control
+from harness.measure.graphs import Call
 from harness.measure.meter import Measured
-from harness.measure.pairing import LEAST_ROUNDS, Ratio, median_interval, ratios, speedups
+from harness.measure.pairing import (
+    LEAST_ROUNDS,
+    Ratio,
+    captured_interval,
+    median_interval,
+    ratios,
+    speedups,
+)
 from harness.measure.scenario_timing import scenario_times
-from harness.measure.self_comparison import ROUNDS_EACH, compare_with_itself, judge
-from harness.measure.timing import Lane, TimingBudget, run_rounds
+from harness.measure.self_comparison import COMPARISONS, ROUNDS_EACH, compare_with_itself, judge
+from harness.measure.timing import Lane, Rounds, TimingBudget, capture_in, more_prefills, run_rounds
 from harness.models.info import info_from_config
 from harness.records import Scenario
 
@@ -96,6 +104,44 @@ def test_a_drift_that_slows_both_cancels():
     assert found.upper - found.lower < 1e-9
 
 
+def rounds_of_captures(random: np.random.Generator, rounds: int, captures: int = 4):
+    """Ratios of two equal models whose captures differ by far more than their rounds."""
+    ours, theirs = random.normal(0, 0.003, (2, captures))
+    pairs = [(capture_in(i, 0, captures), capture_in(i, 1, captures)) for i in range(rounds)]
+    samples = [float(np.exp(ours[a] - theirs[b] + random.normal(0, 0.0003))) for a, b in pairs]
+    return samples, pairs
+
+
+@pytest.mark.parametrize(("rounds", "least"), [(LEAST_ROUNDS, 0.93), (16, 0.95), (50, 0.95)])
+def test_captures_that_differ_are_what_the_interval_covers(rounds, least):
+    random = np.random.default_rng(rounds)
+    covered = by_rounds = 0
+    for _ in range(1000):
+        samples, pairs = rounds_of_captures(random, rounds)
+        found = ratios(samples, [1.0] * rounds, pairs)
+        covered += found.lower <= 1.0 <= found.upper
+        lower, upper = median_interval(samples)
+        by_rounds += lower <= 1.0 <= upper
+    assert covered / 1000 > least
+    if rounds > LEAST_ROUNDS:  # of the fewest rounds either takes the smallest and the largest
+        assert by_rounds / 1000 < 0.9, "rounds alone claim too much"
+
+
+def test_too_few_captures_leave_the_sign_test():
+    samples, pairs = rounds_of_captures(np.random.default_rng(0), 18, captures=3)
+    found = ratios(samples, [1.0] * 18, pairs)
+    assert (found.lower, found.upper) == median_interval(samples)
+    one_side = [(a, 0) for a, _ in rounds_of_captures(np.random.default_rng(0), 18)[1]]
+    assert captured_interval(samples, one_side) is None
+
+
+def test_the_interval_of_captures_reaches_over_the_medians_of_pairs():
+    pairs = [(a, b) for a in range(4) for b in range(4)] * 3
+    samples = [1.0 + a / 10 - b / 100 for a, b in pairs]
+    samples[0] = 9.0  # one outlier of the three rounds of a pair
+    assert captured_interval(samples, pairs) == pytest.approx((0.97, 1.3))
+
+
 # --- rounds -------------------------------------------------------------------------------------------
 
 
@@ -109,6 +155,44 @@ def test_lanes_take_turns_and_the_order_is_reversed():
     assert timed == ["0", "1e-06", "1e-06", "0", "0", "1e-06"]
     assert [len(runs) for runs in rounds.runs] == [3, 3]
     assert rounds.control_s == [0.25] * 3
+
+
+@pytest.mark.parametrize("captures", [1, 2, 4])
+def test_lanes_meet_in_all_pairs_of_their_captures(captures):
+    pairs = [(capture_in(i, 0, captures), capture_in(i, 1, captures)) for i in range(captures**2)]
+    assert len(set(pairs)) == captures**2
+    for start in range(0, captures**2, captures):  # each once in every so many rounds
+        for side in zip(*pairs[start : start + captures], strict=True):
+            assert sorted(side) == list(range(captures))
+
+
+def captured_lane(log: list[int], prefills: int = 4, steps: int = 4) -> Lane:
+    """A lane whose calls note which capture of them ran."""
+
+    def call(count: int, offset: int) -> Call:
+        first, *again = (lambda i=i: log.append(offset + i) for i in range(count))
+        return Call(first, "graph", again=tuple(again))
+
+    return Lane(call(prefills, 0), call(steps, 10), None, 2, CPU)
+
+
+def test_rounds_go_through_the_captures():
+    log: list[int] = []
+    lanes = [captured_lane(log), captured_lane([])]
+    rounds = run_rounds(lanes, TimingBudget(5, 5, 0.0))
+    warm_up, timed = log[:9], log[9:]
+    assert warm_up == [0, 10, 10, 1, 11, 2, 12, 3, 13], "a whole run, and a short one of each other capture"
+    assert timed == [each for i in (0, 1, 2, 3, 0) for each in (i, 10 + i, 10 + i)]
+    assert rounds.captures == [[0, 1, 2, 3, 0], [0, 1, 2, 3, 1]]
+
+
+def test_a_lane_has_as_many_captures_as_its_call_with_the_fewest():
+    assert captured_lane([], 4, 1).captures == 1
+    assert dataclasses.replace(captured_lane([], 3), step=None).captures == 3
+    log: list[int] = []
+    lane = captured_lane(log, 4, 2)
+    found = more_prefills(lane, [[0.0]], TimingBudget(0, 4, 10.0))
+    assert (len(found), log) == (3, [0, 1, 0])
 
 
 def test_the_budget_is_for_each_lane():
@@ -207,6 +291,26 @@ def test_two_identical_models_do_not_differ():
     for each in found:
         assert each.ratio == pytest.approx(1.0, abs=0.2)
         assert each.comparisons == 3
+
+
+def test_each_comparison_of_a_model_with_itself_has_captures_of_its_own(monkeypatch):
+    random, made = np.random.default_rng(1), []
+
+    def lane(model, prompt, new_tokens, more):
+        assert more(10**12)
+        made.append(model)
+        return captured_lane([])
+
+    def rounds(lanes, budget):
+        of_pair, pairs = rounds_of_captures(random, ROUNDS_EACH)
+        runs = [[[s, 1.0, s] for s in of_pair], [[1.0, 1.0, 1.0]] * ROUNDS_EACH]
+        return Rounds(runs, captures=[list(side) for side in zip(*pairs, strict=True)])
+
+    monkeypatch.setattr("harness.measure.self_comparison.Lane.of_generation", lane)
+    monkeypatch.setattr("harness.measure.self_comparison.run_rounds", rounds)
+    found = compare_with_itself(nn.Identity(), nn.Identity(), 5, Scenario(1, 3, 1), CPU)
+    assert len(made) == 2 * COMPARISONS["cpu"]
+    assert all(each.problem is None for each in found)
 
 
 def ratio_around(center: float, spread: float, random: np.random.Generator) -> Ratio:

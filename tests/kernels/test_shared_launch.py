@@ -1,0 +1,143 @@
+"""Products with packed weights that read the same x: joined in a traced model, multiplied in one launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from harness.kernels import weight_only
+from harness.kernels.rewriting import rewrite_linears
+from harness.kernels.selection import Launch
+from harness.kernels.stored import stored
+from harness.nn.packing import pack_weight
+from harness.nn.quantized import QuantizedLinear
+from harness.nn.quantizer import quantize_weight
+
+JOINED = torch.ops.harness.weight_only_linears.default
+ALONE = torch.ops.harness.weight_only_linear.default
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """As on a CUDA machine: graphs are rewritten; the operator still runs in plain torch."""
+    monkeypatch.setattr(weight_only, "share_a_launch", lambda form, rows, dtype, device: rows == 1)
+    monkeypatch.setattr(weight_only, "_run_together", lambda x, weights: False)
+
+
+def layer(out: int, columns: int = 256, *, bias: bool = False, **options) -> QuantizedLinear:
+    written = {"bits": 4, "group_size": 128, "sym": False} | options
+    torch.manual_seed(out)
+    values = torch.randn(out) if bias else None
+    return QuantizedLinear.from_weight(quantize_weight(torch.randn(out, columns), **written), values)
+
+
+def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
+    """How many products each joined call of the traced module has; its result must not change."""
+    found: list[int] = []
+
+    def backend(graph, _inputs):
+        rewrite_linears(graph)
+        for node in graph.graph.nodes:
+            if node.target is JOINED:
+                found.append(len(node.args[1]))
+            elif node.target is ALONE:
+                found.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(module, backend=backend, dynamic=False)(x)
+        assert torch.equal(y, module(x))
+    return found
+
+
+class Beside(nn.Module):
+    """Layers that read the same x."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return torch.cat([each(x) for each in self.layers], -1)
+
+
+@pytest.mark.usefixtures("joined")
+@pytest.mark.parametrize(
+    ("layers", "calls"),
+    [
+        ([layer(64), layer(32), layer(32)], [3]),  # query, and fewer heads of keys and values
+        ([layer(64, bias=True), layer(48, bias=True)], [2]),
+        ([layer(64)] * 5, [3, 2]),
+        ([layer(64), layer(32, bias=True)], [1, 1]),
+        ([layer(64), layer(32, sym=True)], [1, 1]),
+        ([layer(64), layer(32, bits=2)], [1, 1]),
+        ([layer(64), layer(32, group_size=64)], [1, 1]),
+        ([layer(64, per_tensor=True, group_size=-1), layer(32, group_size=-1)], [1, 1]),
+        ([layer(64)], [1]),
+    ],
+    ids=["heads", "biases", "five", "one bias", "zero points", "bits", "groups", "per tensor", "alone"],
+)
+def test_what_is_joined(layers, calls):
+    assert calls_of(Beside(*layers), torch.randn(1, 1, 256)) == calls
+
+
+@pytest.mark.usefixtures("joined")
+def test_another_input_and_more_rows_stay_apart():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = layer(256), layer(64)
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    assert calls_of(Chain(), torch.randn(1, 1, 256)) == [1, 1]
+    assert calls_of(Beside(layer(64), layer(32)), torch.randn(1, 2, 256)) == [1, 1]
+
+
+def test_without_cuda_nothing_is_joined():
+    assert calls_of(Beside(layer(64), layer(32)), torch.randn(1, 1, 256)) == [1, 1]
+
+
+def test_the_operator_passes_torchs_own_checks():
+    layers = [layer(16), layer(8)]
+    tensors = [[getattr(each, name) for each in layers] for name in ("codes", "scales", "zeros")]
+    form = (4, 128, layers[0].tile, 256)
+    torch.library.opcheck(JOINED, (torch.randn(2, 256), *tensors, [], *form))
+    found = JOINED(torch.ones(2, 256), *tensors, [], *form)
+    for each, y in zip(layers, found, strict=True):
+        assert torch.equal(y, each(torch.ones(2, 256)))
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("outs", [(4096, 4096, 4096), (2048, 256, 256), (100, 33), (11008, 11008)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_gives_the_bits_of_several(outs, dtype):
+    from harness.kernels import triton_weight_only
+
+    generator = torch.Generator("cuda").manual_seed(sum(outs))
+    weights = [torch.randn(out, 4096, device="cuda", generator=generator) for out in outs]
+    matrices = [
+        stored(pack_weight(quantize_weight(weight, bits=4, sym=False, group_size=128))) for weight in weights
+    ]
+    biases = [torch.randn(out, device="cuda", generator=generator).to(dtype) for out in outs]
+    x = torch.randn(1, 4096, device="cuda", generator=generator).to(dtype)
+    launch = Launch("vector", 16, stages=4)
+    for given in (biases, []):
+        found = triton_weight_only.multiply_several(x, matrices, given, launch)
+        for index, (y, matrix) in enumerate(zip(found, matrices, strict=True)):
+            bias = given[index] if given else None
+            assert y.shape == (1, outs[index])
+            assert torch.equal(y, triton_weight_only.multiply(x, matrix, bias, launch))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_layers_of_a_compiled_block_share_a_launch():
+    module = Beside(layer(64), layer(32), layer(32)).cuda()
+    x = torch.randn(1, 1, 256, device="cuda", dtype=torch.bfloat16)
+    assert calls_of(module, x) == [3]
