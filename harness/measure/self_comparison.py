@@ -27,7 +27,7 @@ LARGEST_DIFFERENCE = 0.01
 STATED_RATE = 0.95
 _DOUBT = 0.01  # how improbable the number of misses must be before the rate counts as not kept
 ROUNDS_EACH = CAPTURES**2  # every pair of captures once
-COMPARISONS = {"cpu": 20, "cuda": 12}
+COMPARISONS = {"cpu": 20, "cuda": 8}
 
 
 @dataclass(frozen=True, slots=True)
