@@ -187,7 +187,7 @@ def speedup(
 ) -> Finding:
     """How many times faster a phase is than the baseline's (or `over`'s), from rounds timed in turn.
 
-    The record is the median of the rounds' ratios, its interval that of the sign test over them. The
+    The record is the median of the rounds' ratios, its interval that of the rounds or of the captures. The
     p-value is read off that interval, as of a normal distribution of the logarithm, and is never below what
     as many signs can say.
     """

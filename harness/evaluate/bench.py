@@ -26,6 +26,7 @@ from lm_eval.models.huggingface import HFLM
 
 from harness.cache import ContentCache
 from harness.evaluate.index import resolve_tasks
+from harness.evaluate.intervals import Floats
 from harness.evaluate.lm import InMemoryLM, evaluating, quiet
 from harness.evaluate.lm_tasks import load_task
 from harness.models.loading import ZOO_DIR, LoadedModel, describe, load, zoo_names
@@ -42,8 +43,9 @@ class Report:
 
     `pairs` are (HFLM at `batch_size`, the engine) on all items, run in turns; `cached_s` is the engine
     with its tokenised requests on disk, as every further variant of a sweep finds them. `largest_error`
-    is the largest difference of a log-likelihood in nats, `greedy_differences` the number of answers that
-    differ in whether they are what greedy decoding finds.
+    is the largest difference of a log-likelihood in nats, `largest_steps` in steps of the model's type there:
+    `HFLM` adds up in that type, where the sum of a long text in bfloat16 moves by eight at a time.
+    `greedy_differences` is the number of answers that differ in whether they are what greedy decoding finds.
     """
 
     items: int
@@ -52,7 +54,9 @@ class Report:
     batch_size: int
     pairs: tuple[tuple[float, float], ...]
     cached_s: float
+    dtype: torch.dtype
     largest_error: float
+    largest_steps: float
     greedy_differences: int
 
     @property
@@ -62,10 +66,12 @@ class Report:
 
     def text(self) -> str:
         """What came of it, in three lines."""
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"with requests tokenised before: {self.cached_s:.2f} s\n"
             f"items per second: {self.ratio:.2f} times those of HFLM at its best batch size\n"
-            f"largest difference of a log-likelihood: {self.largest_error:.2g} nats; "
+            f"largest difference of a log-likelihood: {self.largest_error:.2g} nats, "
+            f"{self.largest_steps:.2g} steps of the {dtype} that HFLM adds up in; "
             f"greedy flags that differ: {self.greedy_differences} of {self.requests}"
         )
 
@@ -121,7 +127,9 @@ def compare(
         cache = ContentCache(Path(folder))
         engine(cache).encode("loglikelihood", requests)
         cached_s, _ = _timed(engine(cache), requests)
-    errors = [abs(a - b) for (a, _), (b, _) in zip(their_answers, own_answers, strict=True)]
+    values = np.array([(a, b) for (a, _), (b, _) in zip(their_answers, own_answers, strict=True)])
+    errors = np.abs(values[:, 0] - values[:, 1])
+    dtype = next(loaded.model.parameters()).dtype
     differences = sum(a != b for (_, a), (_, b) in zip(their_answers, own_answers, strict=True))
     return Report(
         items=items,
@@ -130,9 +138,22 @@ def compare(
         batch_size=best,
         pairs=tuple(pairs),
         cached_s=cached_s,
+        dtype=dtype,
         largest_error=float(np.max(errors)),
+        largest_steps=float(np.max(errors / _step(values[:, 0], dtype))),
         greedy_differences=differences,
     )
+
+
+def _step(values: Floats, dtype: torch.dtype) -> Floats:
+    """How far apart numbers of a type lie at these, float64.
+
+    >>> _step(np.array([-1.5, -1000.0]), torch.bfloat16).tolist()
+    [0.0078125, 4.0]
+    """
+    exponents = np.frexp(np.where(values == 0, 1.0, values))[1] - 1
+    step: Floats = torch.finfo(dtype).eps * 2.0**exponents
+    return step
 
 
 def _timed(lm: Any, requests: Sequence[Any]) -> tuple[float, Answers]:
