@@ -38,7 +38,6 @@ FIRST = (
     "dashboard/test_dashboard_browser.py",
     "dashboard/test_shell_browser.py",
     "core/test_packaging.py",
-    "core/test_hooks.py",
     "test_method_contract.py",
     "quantization/test_on_zoo.py",
 )
