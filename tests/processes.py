@@ -26,6 +26,8 @@ TOGETHER = {
     "robustness": "nursery",
     "cli": "sweeps",
     "claims/test_running.py": "sweeps",
+    "measure/test_ceilings.py": "sweeps",
+    "store/test_catalogue.py": "sweeps",
     "store/test_postgres_sweeps.py": "sweeps",
     "store": "store",
 }
