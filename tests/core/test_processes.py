@@ -48,7 +48,7 @@ def test_xdist_runs_a_file_in_one_process(tmp_path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"test_{name}.py").write_text(NOTING)
     command = (
-        "-m", "pytest", "-p", "tests.processes", "-n", "2", "--dist", "loadgroup", "-q", "-p", "no:cacheprovider",
+        "-m", "pytest", "-p", "tests.processes", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadgroup",
         "--rootdir", tmp_path, "-c", os.devnull, tmp_path,
     )  # fmt: skip
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
