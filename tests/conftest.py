@@ -12,22 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.processes import *  # noqa: F403 - hooks, which pytest looks for here
+
 # No test reaches a network: those of the hub talk to one on this machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-# Of these folders the files share a server that takes seconds to start.
-TOGETHER = ("cli", "robustness", "store")
-
-
-def pytest_collection_modifyitems(config, items):
-    """Where tests run in several processes, those of one file, or of one of these folders, stay together."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder in TOGETHER else item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 _MAIN = sys.modules["__main__"]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.cli.app import run
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"harness": "harness", "plugins": "harness_plugins", "dashboard": "harness_dashboard"}
 
@@ -59,7 +61,7 @@ def test_the_default_suite_leaves_out_what_needs_minutes_or_a_gpu(pytestconfig):
     assert pytestconfig.getini("filterwarnings")[0] == "error"
 
 
-def test_the_example_distribution_is_installed_and_swept(tmp_path, tiny_llama):
+def test_the_example_distribution_is_installed_and_swept(tmp_path, tiny_llama, monkeypatch, capsys):
     site = tmp_path / "site"
     source = tmp_path / "source"
     for path in (ROOT / "examples" / "harness-clip").rglob("*"):
@@ -77,8 +79,9 @@ def test_the_example_distribution_is_installed_and_swept(tmp_path, tiny_llama):
             capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240,
         )  # fmt: skip
 
-    listed = json.loads(harness("plugins", "--format", "json").stdout)
-    (clip,) = [row for row in listed if row["plugin"] == "clip"]
+    monkeypatch.syspath_prepend(site)
+    assert run(["plugins", "--format", "json"]) == 0
+    (clip,) = [row for row in json.loads(capsys.readouterr().out) if row["plugin"] == "clip"]
     assert clip["origin"] == "entry point"
     assert clip["error"] is None
     ran = harness(

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
+PICTURES_WANTED = bool(os.environ.get("HARNESS_SCREENSHOTS"))
+"""Pictures are for people to look at, and a second each: HARNESS_SCREENSHOTS=1 takes them."""
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -161,11 +163,12 @@ def count(page: Any, selector: str, expected: int) -> None:
 
 
 def save(page: Any, name: str, width: int = 1500) -> None:
-    """A picture of the whole page in the ignored folder."""
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.set_viewport_size({"width": width, "height": 1100})
-    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight + 20")
-    page.set_viewport_size({"width": width, "height": max(900, min(height, 6000))})
-    page.wait_for_timeout(500)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    """A picture of the whole page in the ignored folder, where pictures are wanted."""
+    if PICTURES_WANTED:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        page.set_viewport_size({"width": width, "height": 1100})
+        height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight + 20")
+        page.set_viewport_size({"width": width, "height": max(900, min(height, 6000))})
+        page.wait_for_timeout(500)
+        page.screenshot(path=SCREENSHOTS / f"{name}.png")
     page.set_viewport_size({"width": 1500, "height": 1100})

@@ -24,6 +24,7 @@ from harness_dashboard.theme import DARK, GRAPHIC_CONTRAST, LIGHT, TEXT_CONTRAST
 from tests.dashboard.browsing import (
     CHART,
     FLAGS,
+    PICTURES_WANTED,
     SCREENSHOTS,
     TABLE,
     chromium,
@@ -290,12 +291,8 @@ def test_a_narrow_screen(server, page):
             "['body', '[data-testid=stMain]'].map(name => document.querySelector(name).scrollWidth)"
         )
         assert max(widths) <= 390, (heading, widths)
-        save_narrow(page, f"narrow-{heading.lower()}")
-
-
-def save_narrow(page, name):
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+        if PICTURES_WANTED:
+            page.screenshot(path=SCREENSHOTS / f"narrow-{heading.lower()}.png")
 
 
 def test_everything_is_reached_by_the_keyboard(server, page):

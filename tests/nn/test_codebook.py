@@ -38,7 +38,7 @@ def example(
     outliers: int = 0,
     outlier_dtype: torch.dtype = torch.float32,
 ) -> tuple[CodebookWeight, torch.Tensor]:
-    """Random places, and the matrix that they stand for, written out weight by weight."""
+    """Random places, and the matrix that they stand for, written out with a factor a weight."""
     generator = torch.Generator().manual_seed(bits + in_features)
     groups = 0 if group_size == -1 else -(-in_features // group_size)
     padded = groups * group_size if groups else in_features
@@ -53,10 +53,7 @@ def example(
         plain = scales.dequantize() if isinstance(scales, ScaleCodes) else scales
         for column in range(padded):
             factors[:, column] = plain[column // group_size]
-    dense = torch.empty(out, in_features)
-    for row in range(out):
-        for column in range(in_features):
-            dense[row, column] = table[int(codes[row, column])] * factors[row, column]
+    dense = (table[codes.long()] * factors)[:, :in_features].contiguous()
     kept = None
     if outliers:
         index = torch.randperm(dense.numel(), generator=generator)[:outliers].sort().values

@@ -187,6 +187,7 @@ def expected_w8a8(x, weight, bias, scale):
 @pytest.mark.parametrize("a_gran", ["per-token", "per-tensor-dynamic", "per-tensor-static"])
 @pytest.mark.parametrize("shape", [(1, 48), (5, 48), (2, 3, 48)])
 def test_w8a8_is_the_product_of_the_rounded(per_tensor, a_gran, shape):
+    torch.manual_seed(0)  # a number in the middle between two others may be rounded to either
     weight = quantize_weight(torch.randn(20, 48), bits=8, sym=True, per_tensor=per_tensor)
     bias, x = torch.randn(20), torch.randn(shape) * 3
     given = torch.tensor([0.05]) if a_gran == "per-tensor-static" else None

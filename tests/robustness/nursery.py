@@ -234,6 +234,9 @@ def main(path):
         except TimeoutError:
             continue
         data, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 1)
+        if not data:  # killed before it could say what it wants
+            connection.close()
+            continue
         request = json.loads(data)
         pid = os.fork()
         if pid == 0:
@@ -249,7 +252,8 @@ def main(path):
                 os._exit(1)
         for descriptor in descriptors:
             os.close(descriptor)
-        connection.sendall(f"{pid}\n".encode())
+        with contextlib.suppress(OSError):  # whoever asked for a server may have been killed since
+            connection.sendall(f"{pid}\n".encode())
         waiting[pid] = connection
 
 

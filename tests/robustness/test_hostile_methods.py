@@ -43,7 +43,7 @@ def swept(nursery, tmp_path_factory, make_command):
     names = []
     for number, name in enumerate(OUTCOMES):
         names += [name, f"scale:factor={0.5 + number / 100}"]
-    swept = nursery.sweep(folder, *make_command(",".join(names), "--timeout", 20), FLOOD_MIB="300")
+    swept = nursery.sweep(folder, *make_command(",".join(names), "--timeout", 20), FLOOD_MIB="100")
     code = swept.wait(timeout=240)
     assert code == 1, swept.err
     nursery.wait_until_empty()
@@ -82,7 +82,7 @@ def test_the_log_of_a_flood_is_its_beginning_and_its_end(swept):
     )
     assert "first words\n" in log[:1000]  # after the progress of loading
     assert log.endswith("last words")
-    assert "[... 314,5" in log  # 300 MiB
+    assert "[... 104,8" in log  # 100 MiB
     assert len(log) < 5000
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,27 +103,21 @@ def test_every_hook_is_documented_and_used_here(hook):
     assert f"def {hook}(" in PLUGIN
 
 
-def test_a_plugin_that_uses_every_hook(tmp_path, tiny_llama):
+def test_a_plugin_that_uses_every_hook(harness, tmp_path, tiny_llama):
     tiny_llama.save_pretrained(tmp_path / "model")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "plug.py").write_text(PLUGIN)
-
-    def harness(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "harness", *arguments],
-            capture_output=True, text=True, cwd=tmp_path, timeout=240,
-        )  # fmt: skip
 
     ran = harness(
         "sweep", "--plugin", "plug.py", "--methods", "half", "--models", "mine", "--tasks", "none",
         "--prompt-lens", "8", "--new-tokens", "2", "--device", "cpu",
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    rows = json.loads(harness("results", "--format", "json").stdout)
+    assert ran.code == 0, ran.err
+    rows = harness("results", "--format", "json").rows
     counted = {row["value"] for row in rows if row["metric"] == "parameters_counted"}
     assert counted == {sum(parameter.numel() for parameter in tiny_llama.parameters())}
     command = ("reproduce", "--plugin", "plug.py", "--claim", "counts", "--budget", "0", "--device", "cpu")
-    [claim] = json.loads(harness(*command, "--format", "json").stdout)
+    [claim] = harness(*command, "--format", "json").rows
     assert (claim["outcome"], claim["findings"][0]["value"]) == ("holds", next(iter(counted)))
     seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
     by_hook = {hook: [s for s in seen if s["hook"] == hook] for hook in HOOKS}
