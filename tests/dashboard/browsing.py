@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 SCREENSHOTS = Path(__file__).parents[1] / "screenshots"
-PICTURES_WANTED = bool(os.environ.get("HARNESS_SCREENSHOTS"))
-"""Pictures are for people to look at, and a second each: HARNESS_SCREENSHOTS=1 takes them."""
+PICTURES_WANTED = os.environ.get("HARNESS_SCREENSHOTS") != "0"
+"""Pictures are for people to look at, and half a second each: HARNESS_SCREENSHOTS=0 leaves them out."""
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -169,6 +169,6 @@ def save(page: Any, name: str, width: int = 1500) -> None:
         page.set_viewport_size({"width": width, "height": 1100})
         height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight + 20")
         page.set_viewport_size({"width": width, "height": max(900, min(height, 6000))})
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(250)
         page.screenshot(path=SCREENSHOTS / f"{name}.png")
     page.set_viewport_size({"width": 1500, "height": 1100})
