@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+from harness import kernels
 from harness.measure.kernel_names import FAMILIES, MAX_NAME, family_of, readable
 
 NATIVE = "at::native::"
@@ -85,3 +89,23 @@ def test_names_are_bounded_and_in_one_line():
 
 def test_every_family_has_a_kernel_here():
     assert {family for _, family, _ in CASES} == set(FAMILIES)
+
+
+KERNELS = Path(kernels.__file__).parent
+
+
+def test_the_kernels_of_layers_are_all_known():
+    """A share of the time that nobody can name explains nothing."""
+    found = {
+        name
+        for path in KERNELS.glob("*.py")
+        if path.name != "triton_gptq.py"  # those run once, while a model is made
+        for name in re.findall(r"^def (\w*_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    families = {name: family_of(name) for name in found}
+    assert len(found) > 12
+    assert set(families.values()) == {"gemm", "dequantize", "quantize"}, families
+    assert {name for name, family in families.items() if family == "dequantize"} == {
+        "_unpack_kernel",
+        "weight_only_dequantize_kernel",
+    }
