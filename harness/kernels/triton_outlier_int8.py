@@ -69,31 +69,32 @@ def _select_kernel(
         peaks = tl.where(tl.load(place_ptr + k, mask=mask, other=-1) >= 0, float("inf"), peaks)
     is_outlier = mask & (peaks >= threshold)
     found = tl.sum(is_outlier.to(tl.int32), 0)
-    # Non-negative floats are in the order of their bits. Beyond the capacity: its last place, by halving.
-    bits = tl.where(is_outlier, peaks.to(tl.int32, bitcast=True), -1)
-    cut = found * 0 - 1
+    taken, used = is_outlier, found
     if found > capacity:
+        # Non-negative floats are in the order of their bits: the capacity's last place by halving.
+        bits = tl.where(is_outlier, peaks.to(tl.int32, bitcast=True), -1)
         low, high = found * 0, found * 0 + 0x7F800001
         while high - low > 1:
             middle = low + (high - low) // 2
             enough = tl.sum((bits >= middle).to(tl.int32), 0) >= capacity
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
-        cut = low
-    above = bits > cut
-    ties = is_outlier & (bits == cut)
-    rest = capacity - tl.sum(above.to(tl.int32), 0)
-    taken = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= rest))
-    used = tl.sum(taken.to(tl.int32), 0)
-    slot = tl.cumsum(taken.to(tl.int32), 0) - 1
-    tl.store(columns_ptr + slot, k, mask=taken)
+        above = bits > low
+        ties = is_outlier & (bits == low)
+        rest = capacity - tl.sum(above.to(tl.int32), 0)
+        taken = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= rest))
+        used = tl.sum(taken.to(tl.int32), 0)
     tl.store(used_ptr, used)
+    if used > 0:
+        slot = tl.cumsum(taken.to(tl.int32), 0) - 1
+        tl.store(columns_ptr + slot, k, mask=taken)
+        if CHUNKS == 0:
+            tl.store(outliers_ptr + slot, raw, mask=taken)
     count = tl.arange(0, 4)
     seen = tl.where(count == 0, K, tl.where(count == 1, found, found - used)).to(tl.int64)
     before = tl.load(counters_ptr + count, mask=count < 3, other=0)
     tl.store(counters_ptr + count, before + seen, mask=count < 3)
     if CHUNKS == 0:
-        tl.store(outliers_ptr + slot, raw, mask=taken)
         x = tl.where(taken, 0.0, x)
         scale = scale_of(peak_of(tl.abs(x)), 127.0, SMALLEST)
         tl.store(scale_ptr, scale)
