@@ -33,6 +33,7 @@ __all__ = [
     "PluginError",
     "StoreError",
     "UnknownName",
+    "first_line",
 ]
 
 
@@ -104,3 +105,15 @@ class NumericalFailure(HarnessError):
 
 class StoreError(HarnessError):
     """A results store that cannot be opened, read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, its type where it says nothing.
+
+    >>> first_line(ValueError("no room\\n  at all"))
+    'no room'
+    >>> first_line(MemoryError())
+    'MemoryError'
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.errors import NotApplicable
+from harness.errors import NotApplicable, first_line
 from harness.measure.agreement import Agreement
 from harness.measure.generation import Generation, forward_only
 
@@ -173,7 +173,7 @@ def _compiled_calls(
     except NotApplicable as error:
         return None, str(error)
     except RuntimeError as error:  # the compiler's errors are RuntimeErrors
-        return None, f"compilation failed: {_first_line(getattr(error, 'inner_exception', error))}"
+        return None, f"compilation failed: {first_line(getattr(error, 'inner_exception', error))}"
     failed = next((call for call in calls if not call.is_captured), None)
     problem = disagreement(calls) if failed is None else failed.note
     if problem is not None:
@@ -275,7 +275,7 @@ def _asks_the_host(function: Callable[[], Any], before: Callable[[], None]) -> s
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        return f"cannot be captured: {_first_line(error)}"
+        return f"cannot be captured: {first_line(error)}"
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     return None
@@ -291,7 +291,7 @@ def _captured(
         raise
     except RuntimeError as error:
         _settle_after_failed_capture()
-        return Call(function, "eager", f"capture failed: {_first_line(_root(error))}")
+        return Call(function, "eager", f"capture failed: {first_line(_root(error))}")
     again: list[Callable[[], torch.Tensor]] = []
     while 1 + len(again) < CAPTURES and more(torch.cuda.memory_reserved() - held):
         held = torch.cuda.memory_reserved()
@@ -382,8 +382,3 @@ def _root(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

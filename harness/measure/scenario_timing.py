@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from harness.errors import first_line
 from harness.measure.control import Control
 from harness.measure.generation import random_prompt
 from harness.measure.graphs import Call, More
@@ -156,7 +157,7 @@ def _baseline_lane(
         return _lane(measured.baseline().eval(), prompt, measured, more), None
     except (torch.OutOfMemoryError, MemoryError) as error:
         # What it needs was underestimated: that must not cost the variant its own numbers.
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
     gc.collect()
     if measured.device.type == "cuda":
         torch.cuda.empty_cache()
