@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from harness.kernels import int8_launches
+from harness.kernels.constants import constant_when_compiled
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE
 
@@ -82,7 +83,7 @@ def device_problem(device: torch.device) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that `linear` runs on this device for this format."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from harness.kernels.constants import constant_when_compiled
 from harness.kernels.weight_only import has_triton
 
 __all__ = ["MOST_COLUMNS", "MOST_OUTLIERS", "fits", "linear"]
@@ -16,7 +17,7 @@ MOST_COLUMNS = 16384
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def fits(device: torch.device, dtype: torch.dtype, columns: int, capacity: int) -> bool:
     """Whether the kernels take inputs of this type with so many columns and outliers."""
     return (

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.kernels.capturing import replay_us
+from harness.kernels.constants import constant_when_compiled
 
 __all__ = [
     "ALIGNMENT",
@@ -72,7 +73,7 @@ def forget_algorithms() -> None:
     _tuned.clear()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def choose(device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that `linear` runs on this device for weights and activations of this type."""
     return KERNEL if dtype in (torch.bfloat16, torch.float16) and is_available(device, dtype) else FALLBACK

@@ -20,8 +20,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binom
-
 from harness.measure.timing import Run
 
 __all__ = [
@@ -80,6 +78,8 @@ def median_interval(
 
     Its bounds are two of the readings themselves; (None, None) where there are too few of them.
     """
+    from scipy.stats import binom  # half a second that commands which measure nothing need not wait
+
     ordered, n = sorted(samples), len(samples)
     # The k-th smallest and k-th largest bound the median unless fewer than k readings lie on a side.
     k = int(binom.ppf((1 - confidence) / 2, n, 0.5))

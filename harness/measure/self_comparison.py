@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binom
 from torch import nn
 
 from harness.measure.generation import random_prompt
@@ -93,6 +92,8 @@ def compare_with_itself(
 
 def judge(phase: str, mode: str, found: Sequence[Ratio]) -> SelfComparison:
     """What the comparisons of one phase say about measuring: pure."""
+    from scipy.stats import binom  # half a second that commands which measure nothing need not wait
+
     everything = [sample for ratio in found for sample in ratio.samples]
     middle = statistics.median(everything)
     bounded = [(r.lower, r.upper) for r in found if r.lower is not None and r.upper is not None]

@@ -31,6 +31,12 @@ from harness_dashboard.launch import serve
 sys.exit(serve(sys.argv[1], port=int(sys.argv[2]), open_browser=False))
 """
 WIDE, NARROW = 1280, 390
+STICKING_OUT = """
+[...document.querySelectorAll('[data-testid=stMain] *')]
+.filter(each => each.getBoundingClientRect().right > innerWidth + 1
+  && !each.closest('[data-testid=stDataFrame]') && !each.closest('svg')
+  && getComputedStyle(each).visibility != 'hidden').map(each => each.className)
+"""
 CHART, TABLE = ".js-plotly-plot", "[data-testid=stDataFrame]"
 
 
@@ -162,6 +168,31 @@ def count(page: Any, selector: str, expected: int) -> None:
     page.wait_for_function(f"document.querySelectorAll('{selector}').length == {expected}")
 
 
+def resize(page: Any, width: int) -> None:
+    """Make the window so wide, and wait until the page fits it: a chart follows a moment later."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_function(f"innerWidth == {width}")
+    settle(page)
+    page.wait_for_function(
+        "['html', 'body', '[data-testid=stMain]'].every("
+        "name => document.querySelector(name).scrollWidth <= innerWidth)"
+    )
+
+
+def check_widths(page: Any, heading: str) -> None:
+    """At both widths nothing of the page that is open sticks out, first as on a telephone.
+
+    Tables scroll by themselves, and the parts of charts are cut by their frames.
+    """
+    for width in (NARROW, WIDE):
+        resize(page, width)
+        deadline = time.monotonic() + 20
+        while wide := page.evaluate(STICKING_OUT):  # while the menu slides in, for one
+            assert time.monotonic() < deadline, f"{heading} at {width} pixels: {wide}"
+            page.wait_for_timeout(100)
+        save(page, f"{heading.lower()}-{width}", width)
+
+
 def save(page: Any, name: str, width: int = 1500) -> None:
     """A picture of the whole page in the ignored folder, where pictures are wanted."""
     if PICTURES_WANTED:
@@ -171,4 +202,4 @@ def save(page: Any, name: str, width: int = 1500) -> None:
         page.set_viewport_size({"width": width, "height": max(900, min(height, 6000))})
         page.wait_for_timeout(250)
         page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    page.set_viewport_size({"width": 1500, "height": 1100})
+        page.set_viewport_size({"width": width, "height": 1100})

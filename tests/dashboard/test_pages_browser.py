@@ -19,6 +19,7 @@ from tests.dashboard.browsing import (
     TABLE,
     WIDE,
     count,
+    resize,
     save,
     serving,
     visit,
@@ -80,19 +81,15 @@ def page(window):
     assert window.complaints == []
 
 
-def fits_its_width(page):
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-
-
 def look(page, url, heading, name):
     """A page at both widths: nothing sticks out, nothing complains, no text of the store was obeyed."""
+    page.set_viewport_size({"width": NARROW, "height": 900})
+    visit(page, url, heading)
     for width in (NARROW, WIDE):
-        page.set_viewport_size({"width": width, "height": 900})
-        visit(page, url, heading)
-        assert fits_its_width(page), f"{heading} is wider than {width} px"
-        assert page.locator("img[src='x']").count() == 0
-        assert page.locator("a[href^='javascript']").count() == 0
-    save(page, name)
+        resize(page, width)
+    assert page.locator("img[src='x']").count() == 0
+    assert page.locator("a[href^='javascript']").count() == 0
+    save(page, name, WIDE)
 
 
 def test_scaling(url, page):
@@ -124,10 +121,9 @@ def test_failures_of_a_sweep_are_text(url, page):
 def test_method(url, page):
     page.goto(f"{url}/method?name=unheard-of")  # the plugins are read now, by a process of its own
     page.get_by_text("No plugin that is installed here").wait_for(timeout=120_000)
-    visit(page, f"{url}/method?name=gptq", "Method")
+    look(page, f"{url}/method?name=gptq", "Method", "method")
     page.get_by_text("arXiv:2210.17323").first.wait_for()
     count(page, TABLE, 3)
-    look(page, f"{url}/method?name=gptq", "Method", "method")
     text = page.locator(CHART).inner_text()
     assert "stored bits per weight [bit] (lower is better)" in text
     assert "difference to baseline [points] (higher is better)" in text
@@ -163,9 +159,8 @@ def follow(page, url, folder, process):
     page.get_by_role("heading", name="Sweep 1: running").wait_for()
     # The baseline's three cells; the next variant waits for this test.
     page.wait_for_function("document.body.innerText.includes('3 of 12 cells done')")
-    page.set_viewport_size({"width": NARROW, "height": 900})
-    assert fits_its_width(page)
-    page.set_viewport_size({"width": WIDE, "height": 900})
+    resize(page, NARROW)
+    resize(page, WIDE)
     save(page, "sweep-running")
     (folder / "1").touch()  # nobody touches the page from here on
     page.wait_for_function("document.body.innerText.includes('6 of 12 cells done')", timeout=60_000)

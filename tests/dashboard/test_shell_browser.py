@@ -1,4 +1,4 @@
-"""Around the pages, in a real browser: sign-in, downloads, themes, a narrow screen, the keyboard."""
+"""Around the pages, in a real browser: sign-in, downloads, themes, the keyboard."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from harness_dashboard.theme import DARK, GRAPHIC_CONTRAST, LIGHT, TEXT_CONTRAST
 from tests.dashboard.browsing import (
     CHART,
     FLAGS,
-    PICTURES_WANTED,
-    SCREENSHOTS,
     TABLE,
     chromium,
     free_port,
@@ -38,7 +36,6 @@ from tests.dashboard.filling import HOSTILE, SIMULATED, VARIANTS
 pytestmark = pytest.mark.browser
 
 TOKEN = "correct-horse-battery-staple"
-PAGES = {"": "Overview", "pareto": "Pareto", "compare": "Compare", "environment": "Environment"}
 LOCAL = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "file:")
 
 
@@ -280,19 +277,6 @@ def check_colours(page, theme):
     for stroke, fill in {tuple(each) for each in points}:
         colour = fill if stroke == "none" else stroke
         assert contrast(rgb(colour), ground) >= GRAPHIC_CONTRAST, colour
-
-
-def test_a_narrow_screen(server, page):
-    page.set_viewport_size({"width": 390, "height": 844})
-    for path, heading in PAGES.items():
-        visit(page, f"{server}/{path}", heading)
-        page.locator(TABLE).first.wait_for()
-        widths = page.evaluate(
-            "['body', '[data-testid=stMain]'].map(name => document.querySelector(name).scrollWidth)"
-        )
-        assert max(widths) <= 390, (heading, widths)
-        if PICTURES_WANTED:
-            page.screenshot(path=SCREENSHOTS / f"narrow-{heading.lower()}.png")
 
 
 def test_everything_is_reached_by_the_keyboard(server, page):
