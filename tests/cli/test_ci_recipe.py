@@ -83,8 +83,11 @@ def test_a_method_made_worse_ends_with_3_and_names_the_row(harness, project):
     slower = outcome["decode\\_latency\\>1.10x!"]
     assert "| trips |" in slower
     assert "./model my-method b1-p8-g2: " in slower
-    assert "./model baseline" not in slower
-    assert "| trips |" in outcome["weight\\_bytes\\>1.01x"]
+    # Times of a busy machine may say the same of the baseline; bytes cannot.
+    larger = outcome["weight\\_bytes\\>1.01x"]
+    assert "| trips |" in larger
+    assert "./model my-method" in larger
+    assert "./model baseline" not in larger
     assert "| passes |" in outcome["acc\\<-0.01!"]
     assert "| my-method | b1-p8-g2 | decode" in table
     assert "gate decode_latency>1.10x! trips on ./model my-method b1-p8-g2" in done.err
