@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, first_line
 
 __all__ = ["NotCaptured", "no_waiting", "replay_us"]
 
@@ -31,8 +31,7 @@ def no_waiting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise NotCaptured(f"cannot be captured: {lines[0] if lines else type(error).__name__}") from error
+        raise NotCaptured(f"cannot be captured: {first_line(error)}") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

@@ -71,8 +71,8 @@ def _is_replaceable(node: fx.Node) -> bool:
     # first of its group stands.
     if not all(_is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
-    value, matrix = x.meta.get("example_value"), weight.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or not isinstance(matrix, torch.Tensor):
+    value, matrix = _example(x), _example(weight)
+    if value is None or matrix is None:
         return False
     width = value.shape[-1]
     if not isinstance(width, int) or not isinstance(value.numel(), int) or not width:
@@ -98,7 +98,7 @@ def _packed_groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _shares(node: fx.Node) -> bool:
-    x, codes, scales, zeros = (None if each is None else _example(each) for each in node.args[:4])
+    x, codes, scales, zeros = map(_example, node.args[:4])
     if x is None or codes is None or scales is None or not isinstance(x.shape[0], int):
         return False
     bits, group_size, tile, in_features = node.args[5:]
@@ -107,6 +107,7 @@ def _shares(node: fx.Node) -> bool:
 
 
 def _example(node: Any) -> torch.Tensor | None:
+    """The tensor that stands for a node's value while it is traced; None for anything else."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
