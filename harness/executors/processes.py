@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,15 +50,19 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)
 
 
-def descendants(root: int) -> list[int]:
-    """All living processes below `root`, children before grandchildren."""
+def descendants(root: int, *, sparing: Container[int] = ()) -> list[int]:
+    """All living processes below `root` at one look, children before grandchildren.
+
+    Args:
+        sparing: processes that are left out, with all that is below them.
+    """
     children: dict[int, list[int]] = {}
     for pid, parent in _parents():
         children.setdefault(parent, []).append(pid)
     found: list[int] = []
     frontier = [root]
     while frontier:
-        frontier = [child for pid in frontier for child in children.get(pid, ())]
+        frontier = [child for pid in frontier for child in children.get(pid, ()) if child not in sparing]
         found += frontier
     return found
 

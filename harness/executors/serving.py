@@ -105,8 +105,8 @@ def _bury(keepers: set[int]) -> None:
 
 
 def _kill_strays(keepers: set[int]) -> None:
-    kept = {pid for keeper in keepers for pid in (keeper, *descendants(keeper))}
-    for pid in descendants(os.getpid()):
-        if pid not in kept:
-            with suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+    # One look, at what is not below a keeper: of two looks the second would find the worker that a keeper
+    # has forked since the first, and take it for a stray.
+    for pid in descendants(os.getpid(), sparing=keepers):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)

@@ -69,3 +69,9 @@ def asks_for_a_new_process_for_ever(job, send):
     send(Phase("transform"))
     send(Phase(job.cells[0].key))
     return EXIT_CONTEXT_BROKEN
+
+
+def waits_for_its_end(job, send):
+    send(Phase("transform"))
+    signal.pause()
+    return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from harness.errors import HarnessError
 from harness.executors import local
+from harness.executors.link import Ended, Link
 from harness.executors.local import LocalExecutor
 from harness.executors.server import ForkServer, Launched
 from harness.records import CellResult, Status
@@ -41,6 +43,11 @@ def run(server, function, names=("job",), slots=1, on_result=lambda _: None, **o
     executor = LocalExecutor(slots, 30.0, server=server, target=f"{HERE}:{function.__name__}", **options)
     executor.run([make_job(name) for name in names], take)
     return found
+
+
+def until_news(link):
+    select.select([link], [link] if link.wants_to_write else [], [], 30)
+    return link.pump()
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -118,3 +125,17 @@ def test_an_exception_of_the_parent_ends_all_workers(server):
     with pytest.raises(ZeroDivisionError):
         run(server, jobs.works, "abc", 3, on_result=fail)
     assert time.monotonic() - started < 10
+
+
+def test_the_server_spares_a_worker_that_starts_while_it_cleans_up_behind_a_killed_keeper(server):
+    """Whatever the moment at which the next worker is forked."""
+    for _ in range(40):
+        link = Link(server, make_job("killed"), target=f"{HERE}:{jobs.waits_for_its_end.__name__}")
+        while not link.started:
+            until_news(link)
+        os.kill(link._pids["keeper"], signal.SIGKILL)
+        following = Link(server, make_job("next"), target=f"{HERE}:{jobs.works.__name__}")
+        while following.ended is None:
+            until_news(following)
+        link.stop()
+        assert following.ended == Ended(started=True, exit_code=0)
