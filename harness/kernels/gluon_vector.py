@@ -32,7 +32,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-__all__ = ["BFLOAT16_BASE", "FLOAT16_BASE", "weight_only_vector_kernel"]
+__all__ = [
+    "BFLOAT16_BASE",
+    "FLOAT16_BASE",
+    "halves",
+    "pick",
+    "powers",
+    "subtract",
+    "weight_only_vector_kernel",
+]
 
 BFLOAT16_BASE = 0x43004300
 """128 in bfloat16, twice: the number on top of which fields are set. The kernel takes it as an argument, so
@@ -42,7 +50,7 @@ FLOAT16_BASE = 0x64006400
 
 
 @gluon.constexpr_function
-def _powers(count):
+def powers(count):
     """1, 2, 4 ... below `count`, a power of two."""
     return [1 << i for i in range(count.bit_length() - 1)]
 
@@ -51,10 +59,10 @@ def _powers(count):
 def _words_layout(warps, rows, words):
     """Words [warps, rows, words]: as pairs of fields [warps, rows, 2 * words] they are a first operand."""
     quarter = words // 4
-    registers = [[0, 0, i] for i in _powers(quarter)] + [[0, 8 * i, 0] for i in _powers(rows // 8)]
+    registers = [[0, 0, i] for i in powers(quarter)] + [[0, 8 * i, 0] for i in powers(rows // 8)]
     lanes = [[0, 0, quarter], [0, 0, 2 * quarter], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     return gl.DistributedLinearLayout(
-        registers, lanes, [[i, 0, 0] for i in _powers(warps)], [], [warps, rows, words]
+        registers, lanes, [[i, 0, 0] for i in powers(warps)], [], [warps, rows, words]
     )
 
 
@@ -63,18 +71,18 @@ def _x_layout(warps, words):
     """Pairs of x [warps, words] beside such words: a second operand, the same in every column."""
     quarter = words // 4
     lanes = [[0, quarter], [0, 2 * quarter], [0, 0], [0, 0], [0, 0]]
-    registers = [[0, i] for i in _powers(quarter)]
-    return gl.DistributedLinearLayout(registers, lanes, [[i, 0] for i in _powers(warps)], [], [warps, words])
+    registers = [[0, i] for i in powers(quarter)]
+    return gl.DistributedLinearLayout(registers, lanes, [[i, 0] for i in powers(warps)], [], [warps, words])
 
 
 @gluon.constexpr_function
-def _pick(bits):
+def pick(bits):
     """Both fields of a word that is shifted to them, set on top of the base: ``(word & fields) | base``."""
     return f"lop3.b32 $0, $1, {(2**bits - 1) * 0x10001}, $2, 0xEA;"
 
 
 @gluon.constexpr_function
-def _subtract(is_bfloat16):
+def subtract(is_bfloat16):
     """Halves minus halves, exact for whole numbers this small. bfloat16 before compute capability 9.0 only
     has the fused form: ``1 * a + (-b)``."""
     if is_bfloat16:
@@ -86,7 +94,7 @@ def _subtract(is_bfloat16):
 
 
 @gluon.jit
-def _halves(pairs):
+def halves(pairs):
     """Lower and upper halves of int32 [..., n] as int16 [..., n, 2]; nothing moves."""
     return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
 
@@ -154,8 +162,8 @@ def weight_only_vector_kernel(
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
     BASE: gl.constexpr = 128 if IS_BFLOAT16 else 1024
-    PICK: gl.constexpr = _pick(BITS)
-    SUBTRACT: gl.constexpr = _subtract(IS_BFLOAT16)
+    PICK: gl.constexpr = pick(BITS)
+    SUBTRACT: gl.constexpr = subtract(IS_BFLOAT16)
     sums: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     first_operand: gl.constexpr = gl.DotOperandLayout(0, sums, WORDS // 2)
     second_operand: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, sums, WORDS // 2))
@@ -214,10 +222,10 @@ def weight_only_vector_kernel(
                     PICK, "=r,r,r", [words >> (j * BITS), bases], gl.int32, True, 1
                 )
                 fields = gl.inline_asm_elementwise(SUBTRACT, "=r,r,r", [fields, low], gl.int32, True, 1)
-                a = _halves(fields).reshape([num_warps, ROWS, 2 * WORDS]).to(dtype, bitcast=True)
+                a = halves(fields).reshape([num_warps, ROWS, 2 * WORDS]).to(dtype, bitcast=True)
                 a = gl.convert_layout(a, first_operand, assert_trivial=True)
                 x = x_pairs.index(tile // num_warps * PAIRS + j).load(x_layout)
-                b = _halves(x).reshape([num_warps, 2 * WORDS]).to(dtype, bitcast=True)
+                b = halves(x).reshape([num_warps, 2 * WORDS]).to(dtype, bitcast=True)
                 b = gl.convert_layout(b, second_operand, assert_trivial=True)
                 b = b[:, :, None].broadcast_to([num_warps, 2 * WORDS, 8])
                 part = mma_v2(a, b, part)
