@@ -33,7 +33,6 @@ from harness.kernels.gluon_vector import halves, pick, powers, subtract
 
 __all__ = ["arrange_kernel", "weight_only_matrix_kernel"]
 
-_BITS = gl.constexpr(4)
 _PAIRS = gl.constexpr(4)  # of fields in a word
 _WORDS = gl.constexpr(16)  # of a row in a tile
 
@@ -111,7 +110,7 @@ def weight_only_matrix_kernel(
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
     BASE: gl.constexpr = 128 if IS_BFLOAT16 else 1024
-    PICK: gl.constexpr = pick(_BITS)
+    PICK: gl.constexpr = pick(15)
     SUBTRACT: gl.constexpr = subtract(IS_BFLOAT16)
     MULTIPLY: gl.constexpr = _multiply(IS_BFLOAT16)
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_M, 16])

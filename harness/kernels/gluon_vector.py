@@ -76,9 +76,9 @@ def _x_layout(warps, words):
 
 
 @gluon.constexpr_function
-def pick(bits):
-    """Both fields of a word that is shifted to them, set on top of the base: ``(word & fields) | base``."""
-    return f"lop3.b32 $0, $1, {(2**bits - 1) * 0x10001}, $2, 0xEA;"
+def pick(field):
+    """Both fields of a word that is shifted to them, on top of what there is: ``(word & fields) | there``."""
+    return f"lop3.b32 $0, $1, {field * 0x10001}, $2, 0xEA;"
 
 
 @gluon.constexpr_function
@@ -101,22 +101,32 @@ def halves(pairs):
 
 @gluon.jit
 def _load_tiles(
-    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
+    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
     first, tiles, N, zero_bytes, tiles_per_group,
-    WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
+    ROW_WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """A tile for each warp: its words, scales and (packed) zero points; nothing beyond the last one."""
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     at, at_sums = first + warp_words, first + warp_sums
     inside, inside_sums = at < tiles, at_sums < tiles
-    words = gl.load(codes_ptr + (at * N * WORDS)[:, None, None] + within, mask=inside[:, None, None], other=0)
+    starts = codes_ptr + (at * N * ROW_WORDS)[:, None, None]
+    words = gl.load(starts + within, mask=inside[:, None, None], other=0)
+    high = words
+    if BITS == 3:
+        high = gl.load(starts + within_high, mask=inside[:, None, None], other=0)
     group = at_sums // tiles_per_group
     places = group[:, None] + (n_sums * 0)[None, :] if SCALES == 2 else (group * N)[:, None] + n_sums[None, :]
     scale = gl.load(scales_ptr + places, mask=inside_sums[:, None], other=0.0)
     zero = 0
     if ZEROS != 0:
         line = zeros_ptr + (at // tiles_per_group * zero_bytes)[:, None]
-        zero = gl.load(line + (n_zeros // (8 // BITS))[None, :], mask=inside[:, None], other=0)
-    return words, scale, zero
+        zero = gl.load(line + (n_zeros // (8 // WIDTH))[None, :], mask=inside[:, None], other=0).to(gl.int32)
+        zero = zero >> (n_zeros % (8 // WIDTH) * WIDTH)[None, :]
+        if BITS == 3:
+            plane = line + zero_bytes // 3 * 2
+            bit = gl.load(plane + (n_zeros // 8)[None, :], mask=inside[:, None], other=0).to(gl.int32)
+            zero = (zero & 3) | (bit >> (n_zeros % 8)[None, :] & 1) << 2
+    return words, high, scale, zero
 
 
 @gluon.jit
@@ -157,12 +167,15 @@ def weight_only_vector_kernel(
     alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
     `harness.kernels.triton_fields`, 1 or 2 and 0 or 1.
     """
-    WORDS: gl.constexpr = TILE * BITS // 32
-    PAIRS: gl.constexpr = 16 // BITS
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
+    WORDS: gl.constexpr = TILE * WIDTH // 32
+    ROW_WORDS: gl.constexpr = TILE * BITS // 32
+    PAIRS: gl.constexpr = 16 // WIDTH
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
     BASE: gl.constexpr = 128 if IS_BFLOAT16 else 1024
-    PICK: gl.constexpr = pick(BITS)
+    PICK: gl.constexpr = pick(2**WIDTH - 1)
+    PICK_HIGH: gl.constexpr = pick(4)
     SUBTRACT: gl.constexpr = subtract(IS_BFLOAT16)
     sums: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     first_operand: gl.constexpr = gl.DotOperandLayout(0, sums, WORDS // 2)
@@ -192,15 +205,19 @@ def weight_only_vector_kernel(
     warp_words = gl.arange(0, num_warps, gl.SliceLayout(1, row_words))
     warp_sums = gl.arange(0, num_warps, gl.SliceLayout(1, row_sums))
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, words_layout)))
-    within = (n_words * WORDS)[None, :, None] + word[None, None, :]
+    within = (n_words * ROW_WORDS)[None, :, None] + word[None, None, :]
+    # Of three bits the high one of word `j` lies in word ``j % w`` of the second plane, ``j // w`` bits up.
+    HIGH_WORDS: gl.constexpr = TILE // 32
+    within_high = (n_words * ROW_WORDS + WORDS)[None, :, None] + (word % HIGH_WORDS)[None, None, :]
+    beside = (word // HIGH_WORDS)[None, None, :]
     bases = gl.full([num_warps, ROWS, WORDS], 0, gl.int32, words_layout) + base
 
     ahead = ()
     for stage in gl.static_range(STAGES):
         ahead = ahead + (
             _load_tiles(
-                codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
-                stage * num_warps, tiles, N, zero_bytes, tiles_per_group, WORDS, BITS, SCALES, ZEROS,
+                codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
+                stage * num_warps, tiles, N, zero_bytes, tiles_per_group, ROW_WORDS, BITS, SCALES, ZEROS,
             ),
         )  # fmt: skip
     x_pairs = _pairs_of_x(x_ptr, tiles, TILE, WORDS, PAIRS, STEPS, num_warps)
@@ -209,18 +226,25 @@ def weight_only_vector_kernel(
         later = ()
         for stage in gl.static_range(STAGES):
             tile = first + stage * num_warps
-            words, scale, zero = ahead[stage]
+            words, high, scale, zero = ahead[stage]
+            if BITS == 3:
+                high = high >> beside
             if ZEROS == 0:
                 code = gl.full([num_warps, ROWS], 2 ** (BITS - 1), gl.int32, row_words)
             else:
-                code = (zero.to(gl.int32) >> (n_zeros % (8 // BITS) * BITS)[None, :]) & (2**BITS - 1)
+                code = zero & (2**BITS - 1)
             low = (code + BASE).to(gl.float32).to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
             low = (low | (low << 16))[:, :, None]
             part = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
             for j in gl.static_range(PAIRS):
                 fields = gl.inline_asm_elementwise(
-                    PICK, "=r,r,r", [words >> (j * BITS), bases], gl.int32, True, 1
+                    PICK, "=r,r,r", [words >> (j * WIDTH), bases], gl.int32, True, 1
                 )
+                if BITS == 3:
+                    above = high << 2 if j == 0 else high >> (j * WIDTH - 2)
+                    fields = gl.inline_asm_elementwise(
+                        PICK_HIGH, "=r,r,r", [above, fields], gl.int32, True, 1
+                    )
                 fields = gl.inline_asm_elementwise(SUBTRACT, "=r,r,r", [fields, low], gl.int32, True, 1)
                 a = halves(fields).reshape([num_warps, ROWS, 2 * WORDS]).to(dtype, bitcast=True)
                 a = gl.convert_layout(a, first_operand, assert_trivial=True)
@@ -232,9 +256,9 @@ def weight_only_vector_kernel(
             acc += part * scale.to(gl.float32)[:, :, None]
             later = later + (
                 _load_tiles(
-                    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
-                    tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
-                    WORDS, BITS, SCALES, ZEROS,
+                    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums,
+                    warp_words, warp_sums, tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
+                    ROW_WORDS, BITS, SCALES, ZEROS,
                 ),
             )  # fmt: skip
         ahead = later

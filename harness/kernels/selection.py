@@ -87,7 +87,7 @@ WRITING = Writing(block_n=32)
 
 RULES: tuple[Rule, ...] = (
     # Integers on a grid. One row: nothing is added up twice.
-    Rule((2, 4), 1, Launch("vector", block_n=16, stages=4)),
+    Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
@@ -135,9 +135,9 @@ def select(
 def takes_vector(form: Form) -> bool:
     """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
     every word, and a row of activations must fit into shared memory."""
-    words = form.tile * form.bits // 32
+    words = form.tile * PLANES[form.bits][0] // 32
     return (
-        form.bits in (2, 4)
+        form.bits in (2, 3, 4)
         and not form.is_table
         and not form.has_float_zeros
         and not form.has_outliers
