@@ -32,7 +32,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-__all__ = ["BFLOAT16_BASE", "FLOAT16_BASE", "weight_only_vector_kernel"]
+__all__ = [
+    "BFLOAT16_BASE",
+    "FLOAT16_BASE",
+    "halves",
+    "pick",
+    "powers",
+    "subtract",
+    "weight_only_vector_kernel",
+]
 
 BFLOAT16_BASE = 0x43004300
 """128 in bfloat16, twice: the number on top of which fields are set. The kernel takes it as an argument, so
@@ -42,7 +50,7 @@ FLOAT16_BASE = 0x64006400
 
 
 @gluon.constexpr_function
-def _powers(count):
+def powers(count):
     """1, 2, 4 ... below `count`, a power of two."""
     return [1 << i for i in range(count.bit_length() - 1)]
 
@@ -51,10 +59,10 @@ def _powers(count):
 def _words_layout(warps, rows, words):
     """Words [warps, rows, words]: as pairs of fields [warps, rows, 2 * words] they are a first operand."""
     quarter = words // 4
-    registers = [[0, 0, i] for i in _powers(quarter)] + [[0, 8 * i, 0] for i in _powers(rows // 8)]
+    registers = [[0, 0, i] for i in powers(quarter)] + [[0, 8 * i, 0] for i in powers(rows // 8)]
     lanes = [[0, 0, quarter], [0, 0, 2 * quarter], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     return gl.DistributedLinearLayout(
-        registers, lanes, [[i, 0, 0] for i in _powers(warps)], [], [warps, rows, words]
+        registers, lanes, [[i, 0, 0] for i in powers(warps)], [], [warps, rows, words]
     )
 
 
@@ -63,18 +71,18 @@ def _x_layout(warps, words):
     """Pairs of x [warps, words] beside such words: a second operand, the same in every column."""
     quarter = words // 4
     lanes = [[0, quarter], [0, 2 * quarter], [0, 0], [0, 0], [0, 0]]
-    registers = [[0, i] for i in _powers(quarter)]
-    return gl.DistributedLinearLayout(registers, lanes, [[i, 0] for i in _powers(warps)], [], [warps, words])
+    registers = [[0, i] for i in powers(quarter)]
+    return gl.DistributedLinearLayout(registers, lanes, [[i, 0] for i in powers(warps)], [], [warps, words])
 
 
 @gluon.constexpr_function
-def _pick(bits):
-    """Both fields of a word that is shifted to them, set on top of the base: ``(word & fields) | base``."""
-    return f"lop3.b32 $0, $1, {(2**bits - 1) * 0x10001}, $2, 0xEA;"
+def pick(field):
+    """Both fields of a word that is shifted to them, on top of what there is: ``(word & fields) | there``."""
+    return f"lop3.b32 $0, $1, {field * 0x10001}, $2, 0xEA;"
 
 
 @gluon.constexpr_function
-def _subtract(is_bfloat16):
+def subtract(is_bfloat16):
     """Halves minus halves, exact for whole numbers this small. bfloat16 before compute capability 9.0 only
     has the fused form: ``1 * a + (-b)``."""
     if is_bfloat16:
@@ -86,29 +94,39 @@ def _subtract(is_bfloat16):
 
 
 @gluon.jit
-def _halves(pairs):
+def halves(pairs):
     """Lower and upper halves of int32 [..., n] as int16 [..., n, 2]; nothing moves."""
     return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
 
 
 @gluon.jit
 def _load_tiles(
-    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
+    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
     first, tiles, N, zero_bytes, tiles_per_group,
-    WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
+    ROW_WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """A tile for each warp: its words, scales and (packed) zero points; nothing beyond the last one."""
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     at, at_sums = first + warp_words, first + warp_sums
     inside, inside_sums = at < tiles, at_sums < tiles
-    words = gl.load(codes_ptr + (at * N * WORDS)[:, None, None] + within, mask=inside[:, None, None], other=0)
+    starts = codes_ptr + (at * N * ROW_WORDS)[:, None, None]
+    words = gl.load(starts + within, mask=inside[:, None, None], other=0)
+    high = words
+    if BITS == 3:
+        high = gl.load(starts + within_high, mask=inside[:, None, None], other=0)
     group = at_sums // tiles_per_group
     places = group[:, None] + (n_sums * 0)[None, :] if SCALES == 2 else (group * N)[:, None] + n_sums[None, :]
     scale = gl.load(scales_ptr + places, mask=inside_sums[:, None], other=0.0)
     zero = 0
     if ZEROS != 0:
         line = zeros_ptr + (at // tiles_per_group * zero_bytes)[:, None]
-        zero = gl.load(line + (n_zeros // (8 // BITS))[None, :], mask=inside[:, None], other=0)
-    return words, scale, zero
+        zero = gl.load(line + (n_zeros // (8 // WIDTH))[None, :], mask=inside[:, None], other=0).to(gl.int32)
+        zero = zero >> (n_zeros % (8 // WIDTH) * WIDTH)[None, :]
+        if BITS == 3:
+            plane = line + zero_bytes // 3 * 2
+            bit = gl.load(plane + (n_zeros // 8)[None, :], mask=inside[:, None], other=0).to(gl.int32)
+            zero = (zero & 3) | (bit >> (n_zeros % 8)[None, :] & 1) << 2
+    return words, high, scale, zero
 
 
 @gluon.jit
@@ -149,13 +167,16 @@ def weight_only_vector_kernel(
     alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
     `harness.kernels.triton_fields`, 1 or 2 and 0 or 1.
     """
-    WORDS: gl.constexpr = TILE * BITS // 32
-    PAIRS: gl.constexpr = 16 // BITS
+    WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
+    WORDS: gl.constexpr = TILE * WIDTH // 32
+    ROW_WORDS: gl.constexpr = TILE * BITS // 32
+    PAIRS: gl.constexpr = 16 // WIDTH
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     IS_BFLOAT16: gl.constexpr = dtype == gl.bfloat16
     BASE: gl.constexpr = 128 if IS_BFLOAT16 else 1024
-    PICK: gl.constexpr = _pick(BITS)
-    SUBTRACT: gl.constexpr = _subtract(IS_BFLOAT16)
+    PICK: gl.constexpr = pick(2**WIDTH - 1)
+    PICK_HIGH: gl.constexpr = pick(4)
+    SUBTRACT: gl.constexpr = subtract(IS_BFLOAT16)
     sums: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     first_operand: gl.constexpr = gl.DotOperandLayout(0, sums, WORDS // 2)
     second_operand: gl.constexpr = gl.SliceLayout(2, gl.DotOperandLayout(1, sums, WORDS // 2))
@@ -184,15 +205,19 @@ def weight_only_vector_kernel(
     warp_words = gl.arange(0, num_warps, gl.SliceLayout(1, row_words))
     warp_sums = gl.arange(0, num_warps, gl.SliceLayout(1, row_sums))
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, words_layout)))
-    within = (n_words * WORDS)[None, :, None] + word[None, None, :]
+    within = (n_words * ROW_WORDS)[None, :, None] + word[None, None, :]
+    # Of three bits the high one of word `j` lies in word ``j % w`` of the second plane, ``j // w`` bits up.
+    HIGH_WORDS: gl.constexpr = TILE // 32
+    within_high = (n_words * ROW_WORDS + WORDS)[None, :, None] + (word % HIGH_WORDS)[None, None, :]
+    beside = (word // HIGH_WORDS)[None, None, :]
     bases = gl.full([num_warps, ROWS, WORDS], 0, gl.int32, words_layout) + base
 
     ahead = ()
     for stage in gl.static_range(STAGES):
         ahead = ahead + (
             _load_tiles(
-                codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
-                stage * num_warps, tiles, N, zero_bytes, tiles_per_group, WORDS, BITS, SCALES, ZEROS,
+                codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
+                stage * num_warps, tiles, N, zero_bytes, tiles_per_group, ROW_WORDS, BITS, SCALES, ZEROS,
             ),
         )  # fmt: skip
     x_pairs = _pairs_of_x(x_ptr, tiles, TILE, WORDS, PAIRS, STEPS, num_warps)
@@ -201,32 +226,39 @@ def weight_only_vector_kernel(
         later = ()
         for stage in gl.static_range(STAGES):
             tile = first + stage * num_warps
-            words, scale, zero = ahead[stage]
+            words, high, scale, zero = ahead[stage]
+            if BITS == 3:
+                high = high >> beside
             if ZEROS == 0:
                 code = gl.full([num_warps, ROWS], 2 ** (BITS - 1), gl.int32, row_words)
             else:
-                code = (zero.to(gl.int32) >> (n_zeros % (8 // BITS) * BITS)[None, :]) & (2**BITS - 1)
+                code = zero & (2**BITS - 1)
             low = (code + BASE).to(gl.float32).to(dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
             low = (low | (low << 16))[:, :, None]
             part = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
             for j in gl.static_range(PAIRS):
                 fields = gl.inline_asm_elementwise(
-                    PICK, "=r,r,r", [words >> (j * BITS), bases], gl.int32, True, 1
+                    PICK, "=r,r,r", [words >> (j * WIDTH), bases], gl.int32, True, 1
                 )
+                if BITS == 3:
+                    above = high << 2 if j == 0 else high >> (j * WIDTH - 2)
+                    fields = gl.inline_asm_elementwise(
+                        PICK_HIGH, "=r,r,r", [above, fields], gl.int32, True, 1
+                    )
                 fields = gl.inline_asm_elementwise(SUBTRACT, "=r,r,r", [fields, low], gl.int32, True, 1)
-                a = _halves(fields).reshape([num_warps, ROWS, 2 * WORDS]).to(dtype, bitcast=True)
+                a = halves(fields).reshape([num_warps, ROWS, 2 * WORDS]).to(dtype, bitcast=True)
                 a = gl.convert_layout(a, first_operand, assert_trivial=True)
                 x = x_pairs.index(tile // num_warps * PAIRS + j).load(x_layout)
-                b = _halves(x).reshape([num_warps, 2 * WORDS]).to(dtype, bitcast=True)
+                b = halves(x).reshape([num_warps, 2 * WORDS]).to(dtype, bitcast=True)
                 b = gl.convert_layout(b, second_operand, assert_trivial=True)
                 b = b[:, :, None].broadcast_to([num_warps, 2 * WORDS, 8])
                 part = mma_v2(a, b, part)
             acc += part * scale.to(gl.float32)[:, :, None]
             later = later + (
                 _load_tiles(
-                    codes_ptr, scales_ptr, zeros_ptr, within, n_zeros, n_sums, warp_words, warp_sums,
-                    tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
-                    WORDS, BITS, SCALES, ZEROS,
+                    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums,
+                    warp_words, warp_sums, tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
+                    ROW_WORDS, BITS, SCALES, ZEROS,
                 ),
             )  # fmt: skip
         ahead = later

@@ -20,12 +20,13 @@ __all__ = [
     "Writing",
     "rows_per_program",
     "select",
+    "takes_matrix",
     "takes_vector",
     "tiles_abreast",
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "vector", "small", "fused"]
+Kernel = Literal["gemv", "wide", "vector", "small", "fused", "matrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ WRITING = Writing(block_n=32)
 
 RULES: tuple[Rule, ...] = (
     # Integers on a grid. One row: nothing is added up twice.
-    Rule((2, 4), 1, Launch("vector", block_n=16, stages=4)),
+    Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
@@ -105,11 +106,13 @@ RULES: tuple[Rule, ...] = (
 """The first that fits is taken; where none does, the matrix is written out and multiplied by the library."""
 
 
-def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) -> Launch | None:
+def select(
+    form: Form, rows: int, activation_bits: int, *, vector: bool = True, matrix: bool = True
+) -> Launch | None:
     """How to multiply so many rows with such a matrix; None: write it out in full precision first.
 
     Args:
-        vector: whether the device runs *vector*.
+        vector, matrix: whether the device runs these kernels.
     """
     if not form.fits:
         return None
@@ -122,6 +125,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
             and not (rule.launch.kernel == "vector" and not (vector and takes_vector(form)))
+            and not (rule.launch.kernel == "matrix" and not (matrix and takes_matrix(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -131,14 +135,25 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
 def takes_vector(form: Form) -> bool:
     """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
     every word, and a row of activations must fit into shared memory."""
-    words = form.tile * form.bits // 32
+    words = form.tile * PLANES[form.bits][0] // 32
     return (
-        form.bits in (2, 4)
+        form.bits in (2, 3, 4)
         and not form.is_table
         and not form.has_float_zeros
         and not form.has_outliers
         and words in (8, 16)
         and form.columns <= _MOST_COLUMNS
+    )
+
+
+def takes_matrix(form: Form) -> bool:
+    """Whether *matrix* reads such a matrix: 4 bits in tiles of 128 columns, whole zero points."""
+    return (
+        form.bits == 4
+        and form.tile == 128
+        and not form.is_table
+        and not form.has_float_zeros
+        and not form.has_outliers
     )
 
 

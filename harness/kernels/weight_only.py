@@ -28,6 +28,7 @@ __all__ = [
     "linears",
     "make_ready",
     "name_of",
+    "runs_matrix",
     "runs_vector",
     "share_a_launch",
 ]
@@ -63,12 +64,18 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
     """The launch that multiplies so many rows of this type; None where the matrix is written out first."""
     if not fits_triton(form, dtype, device):
         return None
-    return select(form, rows, torch.finfo(dtype).bits, vector=runs_vector(device))
+    bits = torch.finfo(dtype).bits
+    return select(form, rows, bits, vector=runs_vector(device), matrix=runs_matrix(device))
 
 
 def runs_vector(device: torch.device) -> bool:
     """Whether *vector* runs on a CUDA device: NVIDIA's tensor cores since compute capability 8.0."""
     return torch.version.hip is None and _capability(device) >= (8, 0)
+
+
+def runs_matrix(device: torch.device) -> bool:
+    """Whether *matrix* runs on a CUDA device: its instructions are those of compute capability 9.0 alone."""
+    return torch.version.hip is None and _capability(device)[0] == 9
 
 
 @functools.cache

@@ -35,6 +35,7 @@ def with_triton(monkeypatch):
     """As on a CUDA machine: only the choice is made, nothing runs."""
     monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
     monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
+    monkeypatch.setattr(weight_only, "runs_matrix", lambda device: True)
     monkeypatch.setattr(int8, "has_triton", lambda device: True)
 
 
@@ -57,7 +58,7 @@ def test_without_cuda_weights_are_dequantized():
         (4, 129, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 wide"),
         (8, 16, "triton w8a16 fused"),
-        (3, 1, "triton w3a16 wide"),
+        (3, 1, "triton w3a16 vector"),
         (3, 2, "triton w3a16 fused"),
         (3, 129, "triton dequantize+matmul"),
         (2, 16, "triton w2a16 fused"),
@@ -143,7 +144,7 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
         (form_of(2, group=64), False),  # four words of a tile: half an operand
         (form_of(group=32), False),
         (form_of(8), False),  # not exact on top of 128
-        (form_of(3), False),
+        (form_of(3), True),
         (form_of(is_table=True), False),
         (form_of(has_float_zeros=True), False),
         (form_of(is_table=True, has_outliers=True), False),
@@ -168,7 +169,7 @@ def test_one_choice_for_all_rows(bits, is_table):
     form = form_of(bits, is_table=is_table)
     launches = [select(form, rows, 16) for rows in range(1, 300)]
     assert launches[0] is not None
-    assert launches[0].kernel == ("gemv" if is_table else "vector" if bits in (2, 4) else "wide")
+    assert launches[0].kernel == ("gemv" if is_table else "vector" if bits < 8 else "wide")
     assert launches[-1] is None
     written_out = [launch is None for launch in launches]
     assert written_out == sorted(written_out), "never back to a kernel"
