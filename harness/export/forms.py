@@ -20,6 +20,7 @@ from harness.nn.outlier_int8 import OutlierInt8Linear
 from harness.nn.packing import unpack_weight
 from harness.nn.quantized import ActivationScale, Int8Linear, QuantizedLinear
 from harness.nn.semi_structured import SemiStructuredLinear
+from harness.nn.sparse_int8 import SparseInt8Linear
 from harness.nn.static_int8 import StaticInt8Linear
 
 __all__ = [
@@ -281,6 +282,7 @@ _FORMS: dict[type[nn.Module], Callable[[Any], Form | NoForm]] = {
     Int8Linear: _of_int8,
     Fp8Linear: _of_fp8,
     SemiStructuredLinear: _of_semi_structured,
+    SparseInt8Linear: _of_int8,  # as dense codes with zeros: no format here stores 2:4 in int8
 }
 
 _OTHERS = {

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, ValidationError
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.nn.anatomy import sharing_input
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
+from harness.nn.semi_structured import misfit
+from harness.nn.sparse_int8 import SparseInt8Linear
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from harness import ModelInfo
@@ -31,6 +33,7 @@ __all__ = [
     "leaves_layers",
     "pack_float_weight",
     "pack_int8",
+    "pack_sparse_int8",
     "quantizable",
     "refusal",
     "round_linear",
@@ -150,3 +153,20 @@ def pack_int8(
     """The W8A8 replacement of a linear layer; failures name the layer."""
     weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
     return Int8Linear.from_weight(weight, linear.bias, a_gran=a_gran, input_scale=input_scale)
+
+
+def pack_sparse_int8(name: str, linear: nn.Linear, *, per_tensor: bool) -> SparseInt8Linear:
+    """The W8A8 replacement of a linear layer with 2:4 weights, which stores two of four of them.
+
+    Raises:
+        NotApplicable: the weights are not 2:4, or sparse tensor cores cannot run their shape.
+    """
+    if reason := misfit(linear.out_features, linear.in_features, torch.int8):
+        raise NotApplicable(f"sparse=true: {name} {reason} for int8")
+    groups = (linear.weight.detach() != 0).view(linear.out_features, -1, 4).sum(-1)
+    if int(groups.max()) > 2:
+        raise NotApplicable(
+            f"sparse=true: {name} is not 2:4; put nm-prune (n=2, m=4) before this method: nm-prune+rtn:..."
+        )
+    weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
+    return SparseInt8Linear.from_weight(weight, linear.bias)
