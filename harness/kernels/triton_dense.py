@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.dense import ALIGNMENT, MOST_MATRICES
+from harness.kernels.overlap import launch_options
 
 __all__ = ["linears"]
 
@@ -24,10 +26,26 @@ _PROGRAM_ELEMENTS = 4096  # weights that a program holds at a time: 16 for each 
 
 
 @triton.jit
+def _fetch_ahead(w_ptr, first_row, N, K, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
+    """The program's rows, which lie together, are asked for: into the second-level cache, which is harmless
+    whatever the kernels before are still writing."""
+    thread = tl.arange(0, THREADS)
+    size = thread * 0 + BLOCK_N * K * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    start = (w_ptr + first_row.to(tl.int64) * K + thread).to(tl.int64)
+    start = tl.where((thread == 0) & (first_row + BLOCK_N <= N), start, 0)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred there; setp.ne.u64 there, $1, 0;"
+        " @there cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _dense_gemv_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, w_1, w_2, bias_1, bias_2, out_1, out_2,
     N_0, N_1, N_2, blocks_0, blocks_1, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    OVERLAP: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """`w_1` is where the second matrix begins, counted from the first in units of 16 weights."""
     pid = tl.program_id(0)
@@ -38,6 +56,10 @@ def _dense_gemv_kernel(
     # In 64 bits: matrices of one model lie further apart than 32 bits can count.
     w_ptr += tl.where(is_2, w_2, tl.where(is_1, w_1, w_1 * 0)).to(tl.int64) * 16
     out_ptr += tl.where(is_2, out_2, tl.where(is_1, out_1, out_1 * 0))
+    if OVERLAP:
+        _fetch_ahead(w_ptr, block * BLOCK_N, N, K, BLOCK_N, THREADS)
+        gdc_launch_dependents()
+        gdc_wait()
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the end are read as row 0 again and never stored.
     w_rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
@@ -79,12 +101,13 @@ def linears(
     _, bias_1, bias_2 = _filled(_steps(biases))
     _, out_1, out_2 = _filled(_steps(outs))
     sizes = _filled([weight.shape[0] for weight in weights])
+    warps = 8 if block_n * block_k >= _PROGRAM_ELEMENTS else 4
     with torch.cuda.device_of(x):
         _dense_gemv_kernel[(sum(blocks),)](
             x, weights[0], biases[0] if biases else x, outs[0],
             w_1, w_2, bias_1, bias_2, out_1, out_2, *sizes, blocks_0, blocks_1, columns,
             BLOCK_N=block_n, BLOCK_K=block_k, HAS_BIAS=bool(biases), EVEN_K=columns % block_k == 0,
-            num_warps=8 if block_n * block_k >= _PROGRAM_ELEMENTS else 4, num_stages=1,
+            THREADS=32 * warps, num_warps=warps, num_stages=1, **launch_options(x.device),
         )  # fmt: skip
     return outs
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from harness.kernels.overlap import launch_options
 from harness.kernels.selection import (
     MOST_MATRICES,
     WRITING,
@@ -111,7 +112,7 @@ def prepare(
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
     if launch.kernel == "vector":
-        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
+        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch, device_processors)
         return [call]
     if launch.kernel == "matrix":
         return _prepare_matrix(x, weight, bias, launch)
@@ -235,15 +236,23 @@ def multiply_several(
         weights: at most `MOST_MATRICES`, of one form but for their rows.
         biases: one for each weight, or none at all.
     """
-    call, outputs = prepare_several(_padded(x, weights[0]), weights, biases, launch)
+    x = _padded(x, weights[0])
+    call, outputs = prepare_several(x, weights, biases, launch, processors(x.device))
     call.run()
     return outputs
 
 
 def prepare_several(
-    x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
+    x: torch.Tensor,
+    weights: Sequence[StoredMatrix],
+    biases: Sequence[torch.Tensor],
+    launch: Launch,
+    device_processors: int,
 ) -> tuple[Call, list[torch.Tensor]]:
-    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile."""
+    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile.
+
+    Where there are more blocks of rows than programs, all programs get as many, but for the last ones.
+    """
     # Of all kernels only this one is written in Gluon, which Triton may still change.
     from harness.kernels import gluon_vector
 
@@ -267,13 +276,16 @@ def prepare_several(
         "HAS_BIAS": bool(biases),
         "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
         "num_warps": launch.warps,
+        **launch_options(x.device),
     }
     is_bfloat16 = x.dtype == torch.bfloat16
     base = gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE
     blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)
+    most = max(1, launch.programs * device_processors // len(weights))
+    programs = triton.cdiv(blocks, triton.cdiv(blocks, most))
     arguments = (x, *matrices, tiles, shared.tiles_per_group, base)
     kernel = gluon_vector.weight_only_vector_kernel
-    return Call(kernel, (blocks, len(weights)), arguments, constants, outputs[0]), outputs
+    return Call(kernel, (programs, len(weights)), arguments, constants, outputs[0]), outputs
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:
