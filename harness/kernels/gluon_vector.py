@@ -237,8 +237,8 @@ def weight_only_vector_kernel(
             return
     if OVERLAP:
         _fetch_ahead(codes_ptr, block, tiles, N, ROWS, ROW_WORDS, num_warps)
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     row_of_words = gl.arange(0, ROWS, gl.SliceLayout(0, row_words))
     row_of_sums = gl.arange(0, ROWS, gl.SliceLayout(0, row_sums))
     warp_words = gl.arange(0, num_warps, gl.SliceLayout(1, row_words))

@@ -8,7 +8,8 @@ like this
 
 - asks for weights to be fetched into the second-level cache before it waits, which reads no value, so that
   whatever the kernels before still write is safe;
-- waits before it reads or writes anything, so that after its wait everything before it has ended.
+- waits before it reads or writes anything, and lets the next kernel begin after that: so when a kernel
+  begins, everything has ended but what was launched right before it.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def _decode_attention_kernel(
     [batch * heads, parts, queries, values], and for each `largest` and `sum`.
     """
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     pair = tl.program_id(0)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     first = tl.program_id(1) * part
@@ -154,8 +154,8 @@ def _decode_attention_sum_kernel(
 ):  # fmt: skip
     """Grid [batch * heads * queries]: the parts of a query, weighed by their sums."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
     columns = tl.arange(0, BLOCK_VALUES)

@@ -58,8 +58,8 @@ def _dense_gemv_kernel(
     out_ptr += tl.where(is_2, out_2, tl.where(is_1, out_1, out_1 * 0))
     if OVERLAP:
         _fetch_ahead(w_ptr, block * BLOCK_N, N, K, BLOCK_N, THREADS)
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows beyond the end are read as row 0 again and never stored.
     w_rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
