@@ -14,7 +14,8 @@ import pandas as pd
 from sqlalchemy import select
 
 from harness.cli.output import format_value
-from harness.comparability import Conditions, Scope, conditions_of, differences, facts_of
+from harness.comparability import Conditions, Scope, conditions_of, differences
+from harness.conditions import facts_of
 from harness.display import scale
 from harness.measure.ceilings import UNITS
 from harness.store.frames import reading

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from sqlalchemy import Select, case, func, select
 
-from harness.comparability import Scope, differences, read_conditions
+from harness.comparability import Scope, differences
+from harness.conditions import read_conditions
 from harness.derive import difference_name
 from harness.display import better, order_key
 from harness.records import CellKind, Status

@@ -22,7 +22,6 @@ from .boards import badge
 from .queries import Filters
 
 __all__ = [
-    "already",
     "ask_filters",
     "ask_flag",
     "ask_place",
@@ -30,6 +29,7 @@ __all__ = [
     "ask_text",
     "choose_many",
     "choose_one",
+    "chosen_before",
     "how_to_fill",
     "opened",
 ]
@@ -123,9 +123,10 @@ def ask_text(label: str, key: str, where: Any = st, **widget: Any) -> str:
     """A text whose state is in the address as ``key=...``."""
     state = f"choice_{key}"
     if state not in st.session_state:
-        st.session_state[state] = next(iter(_remembered(key)), "")[:_LONGEST]
+        st.session_state[state] = next(iter(chosen_before(key) or ()), "")[:_LONGEST]
     text: str = where.text_input(label, key=state, max_chars=_LONGEST, **widget)
-    _remember(key, [text] if text else [], [])
+    chosen = [text] if text else []
+    _remember(key, chosen, chosen, [])
     return text
 
 
@@ -133,9 +134,10 @@ def ask_flag(label: str, key: str, where: Any = st, **widget: Any) -> bool:
     """A switch whose state is in the address as ``key=1``; off where the reader did not turn it on."""
     state = f"choice_{key}"
     if state not in st.session_state:
-        st.session_state[state] = _remembered(key) == ["1"]
+        st.session_state[state] = chosen_before(key) == ["1"]
     chosen: bool = where.toggle(label, key=state, **widget)
-    _remember(key, ["1"] if chosen else [], [])
+    told = ["1"] if chosen else []
+    _remember(key, told, told, [])
     return chosen
 
 
@@ -148,7 +150,7 @@ def ask_place(total: int, size: int, about: Hashable, where: Any = st, key: str 
     pages = [str(number + 1) for number in range(-(-total // size) or 1)]
     if st.session_state.setdefault(f"about_{key}", about) != about:
         st.session_state[f"about_{key}"] = about
-        st.session_state[f"choice_{key}"] = pages[0]
+        _forget(key)
     chosen = choose_one("Page", pages, key, where, format_func=lambda each: f"{each} of {len(pages)}")
     return (int(chosen or 1) - 1) * size
 
@@ -163,14 +165,22 @@ def choose_many(
     **widget: Any,
 ) -> list[str]:
     """A multiple choice whose state is in the address as ``key=...&key=...``."""
+    wanted = chosen_before(key)
+
+    def offered(names: Sequence[str]) -> list[str]:
+        # An address can hold anything, and more than may be chosen.
+        return [each for each in dict.fromkeys(names) if each in options][: widget.get("max_selections")]
+
+    at_first = offered(default)
+    shown = at_first if wanted is None else offered(wanted)
+    if wanted and not shown:  # nothing of it is offered now; the reader did not empty the list
+        shown = at_first
+    _remember(key, wanted, shown, at_first)
     state = f"choice_{key}"
-    if state not in st.session_state:
-        st.session_state[state] = _remembered(key) or list(default)
-    # What the store no longer offers cannot stay chosen, nor more than may be: an address can hold anything.
-    known = [each for each in dict.fromkeys(st.session_state[state]) if each in options]
-    st.session_state[state] = known[: widget.get("max_selections")]
-    chosen: list[str] = where.multiselect(label, options, key=state, **widget)
-    _remember(key, chosen, list(default))
+    st.session_state[state] = shown
+    chosen: list[str] = where.multiselect(
+        label, options, key=state, on_change=_note_choice, args=(key,), **widget
+    )
     return chosen
 
 
@@ -181,30 +191,46 @@ def choose_one(label: str, options: Sequence[str], key: str, where: Any = st, **
     """
     if not options:
         return None
+    wanted = chosen_before(key)
+    shown = next((each for each in wanted or () if each in options), options[0])
+    _remember(key, wanted, [shown], [options[0]])
     state = f"choice_{key}"
-    wanted = st.session_state.get(state) or next(iter(_remembered(key)), None)
-    st.session_state[state] = wanted if wanted in options else options[0]
-    chosen: str = where.selectbox(label, options, key=state, **widget)
-    _remember(key, [chosen], [options[0]])
+    st.session_state[state] = shown
+    chosen: str = where.selectbox(label, options, key=state, on_change=_note_choice, args=(key,), **widget)
     return chosen
 
 
-def already(key: str) -> list[str]:
-    """What is chosen under a key, before its widget is drawn."""
-    state = f"choice_{key}"
-    return list(st.session_state[state]) if state in st.session_state else _remembered(key)
-
-
-def _remembered(key: str) -> list[str]:
+def chosen_before(key: str) -> list[str] | None:
+    """What the reader chose under a key, known before its widget is drawn; None: the default holds."""
     # The address is emptied when another page is opened, so choices are kept in the session too.
+    if f"choice_{key}" not in st.session_state and key in st.query_params:
+        return [each for each in st.query_params.get_all(key) if each]
+    wanted: list[str] | None = st.session_state.get(f"kept_{key}")
+    return wanted
+
+
+def _note_choice(key: str) -> None:
+    """Called by Streamlit where the reader changed a choice, and only there.
+
+    What a page shows is no choice of the reader's: defaults follow the filters, and a filter hides options.
+    Taken for one, it would stay in the address when the filter is taken back.
+    """
+    chosen = st.session_state[f"choice_{key}"]
+    wanted = [chosen] if isinstance(chosen, str) else list(chosen)
+    st.session_state[f"kept_{key}"] = None if wanted == st.session_state[f"default_{key}"] else wanted
+
+
+def _forget(key: str) -> None:
+    st.session_state[f"kept_{key}"] = None
     if key in st.query_params:
-        return st.query_params.get_all(key)
-    return list(st.session_state.get(f"kept_{key}", []))
+        del st.query_params[key]
 
 
-def _remember(key: str, chosen: list[str], default: list[str]) -> None:
-    st.session_state[f"kept_{key}"] = chosen
-    if chosen != default:
-        st.query_params[key] = chosen
+def _remember(key: str, wanted: list[str] | None, shown: list[str], default: list[str]) -> None:
+    """Keep a choice in the session; what is shown is in the address where it differs from the default."""
+    st.session_state[f"kept_{key}"] = wanted
+    st.session_state[f"default_{key}"] = default
+    if shown != default:
+        st.query_params[key] = shown or ""  # a list that the reader emptied: `key=`
     elif key in st.query_params:
         del st.query_params[key]

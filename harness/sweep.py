@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from harness.comparability import workload
+from harness.conditions import workload
 from harness.derive import Derivation
 from harness.errors import StoreError
 from harness.executors.local import LocalExecutor

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 from sqlalchemy import select
 
-from harness.comparability import read_conditions
 from harness.comparing import Comparison, Reading, adjusted
 from harness.comparing.cells import Cell
 from harness.comparing.methods import compare_cells, ratio_verdict
+from harness.conditions import read_conditions
 from harness.display import COUNTED, better
 from harness.evaluate.intervals import sum_of_independent
 from harness.store.encoding import nan_if_null

@@ -71,10 +71,11 @@ def _ask_variants(store: Store, filters: Filters, sweep: int | None) -> list[int
     first = matching[:_OFFERED]
     # What was chosen stays, also where the list has become too long for it or a filter hides it.
     known = set(queries.matching(store, Filters(), sweep))
-    kept_ids = [int(each) for each in page.already("variant") if each.isdecimal() and int(each) in known]
+    wanted = page.chosen_before("variant") or []
+    kept_ids = [int(each) for each in wanted if each.isdecimal() and int(each) in known]
     about = queries.described(store, list(dict.fromkeys([*kept_ids, *first])))
     names = dict(zip(about["variant"], about["name"], strict=True))
-    default = [] if kept_ids else _first_choice(store, about, sweep)
+    default = _first_choice(store, about[about["variant"].isin(first)], sweep)
     missing = [variant for variant in default if variant not in names]
     if missing:  # a baseline that a filter hides
         about = pd.concat([about, queries.described(store, missing)], ignore_index=True)

@@ -10,7 +10,8 @@ from sqlalchemy import or_, select
 
 from harness.claims.claim import Claim, SweepNeed
 from harness.claims.evidence import Evidence, StoredCell
-from harness.comparability import Conditions, read_conditions
+from harness.comparability import Conditions
+from harness.conditions import read_conditions
 from harness.records import CellKind, Item, Record
 from harness.store.encoding import nan_if_null
 from harness.store.selection import current

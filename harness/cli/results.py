@@ -94,7 +94,7 @@ def results(
 
 def conditions_by_cell(store: Store, rows: list[dict[str, Any]]) -> dict[int, Conditions]:
     """Under what the cells of these rows were measured."""
-    from harness.comparability import read_conditions
+    from harness.conditions import read_conditions
 
     return read_conditions(store, {row["cell"] for row in rows})
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import select
 
-from harness.comparability import Conditions, read_conditions
+from harness.comparability import Conditions
 from harness.comparing.ratios import Reading
+from harness.conditions import read_conditions
 from harness.records import Item, Status
 from harness.store import queries
 from harness.store.exchange_rows import original_key

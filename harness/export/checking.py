@@ -21,9 +21,10 @@ from torch import nn
 
 from harness.errors import ExportRejected
 from harness.export import compressed_tensors, gptq
+from harness.export.contents import Contents
 from harness.export.forms import DenseForm, weight_of
 from harness.export.quiet import without_bars
-from harness.export.stock import Contents, stock_config
+from harness.export.stock import stock_config
 
 __all__ = [
     "Agreement",

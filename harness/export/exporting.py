@@ -26,6 +26,7 @@ from harness.export.checking import (
     tolerance,
     weights_differ,
 )
+from harness.export.contents import Contents
 from harness.export.folder import (
     MANIFEST,
     StoredTensors,
@@ -36,7 +37,7 @@ from harness.export.folder import (
 )
 from harness.export.manifest import manifest_of
 from harness.export.remaking import StoredVariant, Target
-from harness.export.stock import Contents, contents_of
+from harness.export.stock import contents_of
 from harness.records import Record
 from harness.store.encoding import dump_json
 

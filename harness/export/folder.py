@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harness.errors import ConfigError, DiskFull
-from harness.export.stock import Contents
+from harness.export.contents import Contents
 from harness.folders import raise_if_full
 
 __all__ = [

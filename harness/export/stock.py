@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,112 +18,20 @@ from torch import nn
 
 from harness.errors import NotApplicable
 from harness.export import compressed_tensors, gptq
+from harness.export.contents import UNPACKED, Contents
 from harness.export.forms import DenseForm, Form, IntegerForm, NoForm, dense_form_of, form_of
 from harness.nn.activation_grid import ActivationQuantizer
 from harness.nn.anatomy import blocks_of
 from harness.nn.quantized_tokens import QuantizingNorm
 
-__all__ = ["LAYOUTS", "Contents", "contents_of", "stock_config"]
+__all__ = ["LAYOUTS", "contents_of", "stock_config"]
 
 LAYOUTS = ("auto", "compressed-tensors", "gptq", "dense")
 
 _SHARED_HEADS = "harness_shared_heads"  # transformers' own attention, that repeats no shared head
 _SITES = "harness_activation_sites"
 _HERE = "harness.nn."
-_UNPACKED = "weights are stored dequantized: size and speed are not the variant's"
 _SHOWN = 3  # of the layers that something is said of
-
-
-@dataclass
-class Contents:
-    """What a checkpoint of a variant holds.
-
-    Args:
-        layout: ``plain`` (nothing is quantized), ``compressed-tensors``, ``gptq`` or ``dense`` (simulated).
-        stock: the model that transformers builds from `config`, without values.
-        layers: what each linear layer (``dense``: and embedding) is stored as, by name.
-        transposed: those that the stock model keeps transposed (GPT-2's).
-        rest: all other tensors by name.
-        sources: the variant's own modules that `layers` were taken out of.
-        simulated: what a dense form is not that the variant is; empty where nothing was dequantized.
-    """
-
-    layout: str
-    stock: nn.Module
-    config: Any
-    layers: dict[str, Form]
-    transposed: frozenset[str]
-    rest: dict[str, torch.Tensor]
-    sources: dict[str, nn.Module] = field(default_factory=dict)
-    simulated: list[str] = field(default_factory=list)
-
-    @property
-    def quantized(self) -> dict[str, Form]:
-        """The layers that are not stored as a plain matrix."""
-        return {name: form for name, form in self.layers.items() if not isinstance(form, DenseForm)}
-
-    @property
-    def schemes(self) -> dict[str, int]:
-        """How many layers there are of each scheme, such as ``{"W4A16 g128": 28}``."""
-        counts: dict[str, int] = {}
-        for form in self.quantized.values():
-            counts[form.scheme] = counts.get(form.scheme, 0) + 1
-        return counts
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether whoever loads it has to round the inputs of layers."""
-        return any(getattr(form, "inputs", None) is not None for form in self.layers.values())
-
-    @property
-    def computes_otherwise(self) -> bool:
-        """Whether a dense form leaves out rounding that the variant does."""
-        return any(each != _UNPACKED for each in self.simulated)
-
-    @cached_property
-    def quantization_config(self) -> dict[str, Any] | None:
-        """What config.json says of the format; None where nothing is quantized."""
-        if not self.quantized:
-            return None
-        if self.layout == "gptq":
-            return gptq.quantization_config(self.quantized)
-        others = [
-            name
-            for name, module in self.stock.named_modules()
-            if isinstance(module, nn.Linear) and name not in self.quantized
-        ]
-        return compressed_tensors.quantization_config(self.quantized, others)
-
-    @property
-    def format(self) -> str:
-        """The format in words."""
-        config = self.quantization_config
-        if config is None:
-            return "plain" if self.layout != "dense" else "plain, dequantized (simulated)"
-        if self.layout == "gptq":
-            return f"gptq ({config['checkpoint_format']})"
-        return f"compressed-tensors {config['format']}"
-
-    def tensors_of(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of one of `layers` by their full names."""
-        form = self.layers[name]
-        if isinstance(form, DenseForm):
-            weight = form.weight.to(self.config.dtype)
-            tensors = {"weight": weight.t() if name in self.transposed else weight}
-            if form.bias is not None:
-                tensors["bias"] = form.bias.to(self.config.dtype)
-        elif self.layout == "gptq":
-            assert isinstance(form, IntegerForm)
-            tensors = gptq.tensors_of(form)
-        else:
-            tensors = compressed_tensors.tensors_of(form)
-        return {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all tensors on paper: codes at their bits, scales and zero points beside them."""
-        total = sum(tensor.numel() * tensor.element_size() for tensor in self.rest.values())
-        return total + sum(_form_bytes(form, self.config.dtype) for form in self.layers.values())
 
 
 def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
@@ -192,7 +99,7 @@ def contents_of(model: nn.Module, layout: str, dtype: torch.dtype) -> Contents:
     if dropped:
         simulated["activations between the layers are not rounded"] = None
     if dense and (packed or simulated):
-        simulated[_UNPACKED] = None
+        simulated[UNPACKED] = None
     if missing := [name for name in stock_modules if name not in modules]:
         raise NotApplicable(f"transformers builds {missing[0]}, which the variant does not have")
     contents = Contents(
@@ -383,16 +290,6 @@ def _check_shapes(contents: Contents) -> None:
                 f"{name} is {_told(found.get(name))} in the variant and {_told(expected.get(name))} in what "
                 "transformers builds from its configuration: no checkpoint can say so"
             )
-
-
-def _form_bytes(form: Form, dtype: torch.dtype) -> int:
-    bias = 0 if form.bias is None else form.bias.numel() * form.bias.element_size()
-    if isinstance(form, DenseForm):
-        return form.weight.numel() * dtype.itemsize + bias
-    bits = form.bits if isinstance(form, IntegerForm) else 8
-    zero = form.zero if isinstance(form, IntegerForm) else None
-    beside = form.scale.numel() * form.scale.element_size() + bias
-    return (form.codes.numel() + (0 if zero is None else zero.numel())) * bits // 8 + beside
 
 
 def _told(shape: tuple[int, ...] | None) -> str:

@@ -46,7 +46,7 @@ def _copies(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 def w8a8(rows: int, columns: int, out: int, bits: int) -> Made:
     """The whole layer: tokens rounded, multiplied, scaled."""
-    from harness.kernels import triton_int8
+    from harness.kernels import triton_int8, triton_int8_gemv
 
     x, weight, dense, bf16 = _operands(rows, columns, out)
     codes, scales = _int8_weight(weight)
@@ -66,7 +66,7 @@ def w8a8(rows: int, columns: int, out: int, bits: int) -> Made:
 
     def ours(launch: int8_launches.Launch) -> Callable[[int], torch.Tensor]:
         if launch.kind == "gemv":
-            return lambda i: triton_int8.gemv(x, None, matrices[i], scales, None, x.dtype, launch=launch)
+            return lambda i: triton_int8_gemv.gemv(x, None, matrices[i], scales, None, x.dtype, launch=launch)
 
         return before(launch)
 

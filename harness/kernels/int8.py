@@ -152,10 +152,10 @@ def _linear(
 ) -> torch.Tensor:
     launch = int8_launches.choose(x.shape[0], *weight.shape)
     if launch.kind == "gemv" and int8_launches.ROUND_IN_GEMV and has_triton(x.device):
-        from harness.kernels import triton_int8
+        from harness.kernels import triton_int8_gemv
 
         # Of one row, the scale of the token is that of all.
-        return triton_int8.gemv(x, scale, weight, weight_scale, bias, x.dtype, launch=launch)
+        return triton_int8_gemv.gemv(x, scale, weight, weight_scale, bias, x.dtype, launch=launch)
     codes, scale = quantize(x, scale, per_token=per_token)
     return _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
 

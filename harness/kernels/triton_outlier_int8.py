@@ -16,7 +16,7 @@ import triton.language as tl
 
 from harness.kernels import triton_int8
 from harness.kernels.int8_launches import ALIGNMENT, Launch, choose
-from harness.kernels.triton_int8 import Outliers
+from harness.kernels.triton_int8_gemv import Outliers, gemv
 from harness.kernels.triton_rows import ROUNDER, peak_of, round_int8, scale_of, warps_for
 from harness.nn.quantizer import SMALLEST_SCALE
 
@@ -239,9 +239,7 @@ def linear(
         x, threshold, capacity, counters, weight, weight_scale, kept, place, kept_only
     )
     if outliers.weights is None:
-        return triton_int8.gemv(
-            codes, scales, weight, weight_scale, bias, x.dtype, outliers=outliers, launch=launch
-        )
+        return gemv(codes, scales, weight, weight_scale, bias, x.dtype, outliers=outliers, launch=launch)
     if launch is None:
         wide = x.dtype == torch.float32
         launch = _FLOAT32 if wide else choose(max(2, x.shape[0]), *weight.shape)

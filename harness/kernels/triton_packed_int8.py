@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from harness.kernels.int8_launches import Launch
-from harness.kernels.triton_int8 import dot4, has_dp4a
+from harness.kernels.triton_int8_gemv import dot4, has_dp4a
 from harness.nn.packing import PackedWeight
 
 __all__ = ["gemv", "small", "unpack"]

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from harness.errors import StoreError
 from harness.records import CellKind, CellResult, Item, KernelUse, ModuleEffect, Record, Status, VariantReport
@@ -27,6 +26,16 @@ from harness.store.encoding import dump_json, nan_if_null
 from harness.store.failures import translated
 from harness.store.opening import label, locate, open_reader, open_writer
 from harness.store.rows import FinishedCell, VariantRow
+from harness.store.statements import (
+    chunks,
+    insert_kernels,
+    insert_many,
+    insert_once,
+    insert_records,
+    insert_row,
+    locked,
+    set_simulated,
+)
 from harness.store.tables import (
     cells,
     effects,
@@ -47,8 +56,6 @@ MACHINE_KEYS = ("machine", "device", "device_name", "cpu")
 minute (clocks, temperatures)."""
 
 _WRONG_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_CHUNK = 10_000  # parameters of one statement: SQLite takes 32,766, PostgreSQL 65,535
-T = TypeVar("T")
 
 
 class Store:
@@ -156,7 +163,7 @@ class Store:
                 "status": "running",
                 "started_at": _now(),
             }
-            return _insert(connection, sweeps, sweep)
+            return insert_row(connection, sweeps, sweep)
 
     @staticmethod
     def machine_id(connection: Connection, facts: Mapping[str, Any]) -> int:
@@ -164,7 +171,7 @@ class Store:
         canonical = dump_json(dict(sorted(facts.items())))
         fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         rest = {"facts": dict(facts), "first_seen_at": _now()}
-        return _insert_once(connection, machines, {"fingerprint": fingerprint}, rest)
+        return insert_once(connection, machines, {"fingerprint": fingerprint}, rest)
 
     def close_sweep(self, sweep_id: int, status: str, manifest_end: Mapping[str, Any] | None = None) -> None:
         """Store how a sweep ended: ``finished`` or ``interrupted``."""
@@ -182,7 +189,7 @@ class Store:
         """The newest cell of each key that has one, whatever its status."""
         found: dict[str, FinishedCell] = {}
         with self.reading() as connection:
-            for chunk in _chunks(list(keys)):
+            for chunk in chunks(list(keys)):
                 newest = select(func.max(cells.c.id)).where(cells.c.key.in_(chunk)).group_by(cells.c.key)
                 query = select(cells.c.id, cells.c.key, cells.c.status, cells.c.reason)
                 for id_, key, status, reason in connection.execute(query.where(cells.c.id.in_(newest))):
@@ -195,7 +202,7 @@ class Store:
         with self.writing() as connection:
             known = select(sweep_cells.c.cell_id).where(sweep_cells.c.sweep_id == sweep_id)
             wanted -= set(connection.scalars(known))
-            _insert_many(
+            insert_many(
                 connection,
                 sweep_cells,
                 [{"sweep_id": sweep_id, "cell_id": cell_id} for cell_id in sorted(wanted)],
@@ -214,9 +221,9 @@ class Store:
         }
         key = {"key": row.pop("key")}
         with self.writing() as connection:
-            variant_id = _insert_once(connection, variants, key, row)
+            variant_id = insert_once(connection, variants, key, row)
             if variant.simulated is not None:
-                _set_simulated(connection, variant_id, variant.simulated)
+                set_simulated(connection, variant_id, variant.simulated)
             return variant_id
 
     def write_effects(self, variant_key: str, report: VariantReport) -> None:
@@ -230,8 +237,8 @@ class Store:
                 | {"variant_id": variant_id, "position": position}
                 for position, effect in enumerate(report.effects)
             ]
-            _insert_many(connection, effects, rows)
-            _set_simulated(connection, variant_id, report.simulated)
+            insert_many(connection, effects, rows)
+            set_simulated(connection, variant_id, report.simulated)
 
     # --- cells --------------------------------------------------------------------------------
 
@@ -267,9 +274,9 @@ class Store:
                 "started_at": result.started_at or _now(),
                 "seconds": result.seconds,
             }
-            cell_id = _insert(connection, cells, cell)
+            cell_id = insert_row(connection, cells, cell)
             connection.execute(insert(sweep_cells), {"sweep_id": sweep_id, "cell_id": cell_id})
-            _insert_records(connection, cell_id, result.records)
+            insert_records(connection, cell_id, result.records)
             rows = [
                 {
                     "cell_id": cell_id,
@@ -280,8 +287,8 @@ class Store:
                 }
                 for item in result.items
             ]
-            _insert_many(connection, items, rows)
-            _insert_kernels(connection, cell_id, result.kernels)
+            insert_many(connection, items, rows)
+            insert_kernels(connection, cell_id, result.kernels)
             add_to_catalogue(connection, [cell_id])
         return cell_id
 
@@ -291,7 +298,7 @@ class Store:
         derived = list(records_)
         with self.writing() as connection:
             # Locked, or two sweeps that compare the same cell would each add their records.
-            connection.execute(_locked(select(cells.c.id).where(cells.c.id == cell_id)))
+            connection.execute(locked(select(cells.c.id).where(cells.c.id == cell_id)))
             old = (
                 select(records.c.id)
                 .where(records.c.cell_id == cell_id)
@@ -300,7 +307,7 @@ class Store:
             old_ids = list(connection.scalars(old))
             connection.execute(delete(samples).where(samples.c.record_id.in_(old_ids)))
             connection.execute(delete(records).where(records.c.id.in_(old_ids)))
-            _insert_records(connection, cell_id, derived)
+            insert_records(connection, cell_id, derived)
             add_to_catalogue(connection, [cell_id])
 
     def items(self, cell_id: int) -> list[Item]:
@@ -351,80 +358,10 @@ class Store:
 
     def _variant_id(self, connection: Connection, key: str, *, lock: bool = False) -> int:
         query = select(variants.c.id).where(variants.c.key == key)
-        found: int | None = connection.scalar(_locked(query) if lock else query)
+        found: int | None = connection.scalar(locked(query) if lock else query)
         if found is None:
             raise StoreError(f"results store {self.label}: no variant {key!r}; write it first")
         return found
-
-
-# --- statements -------------------------------------------------------------------------------
-
-
-def _locked(query: Select[int]) -> Select[int]:
-    """The rows, locked to the end of the transaction; SQLite, where a writer is alone, needs no lock.
-
-    Rows that refer to them may still be added by others.
-    """
-    return query.with_for_update(key_share=True)
-
-
-def _insert(connection: Connection, table: Table, row: Mapping[str, Any]) -> int:
-    id_: int = connection.execute(insert(table).returning(table.c.id), row).scalar_one()
-    return id_
-
-
-def _insert_many(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    if rows:
-        connection.execute(insert(table), rows)  # executemany
-
-
-def _insert_once(
-    connection: Connection, table: Table, key: Mapping[str, Any], rest: Mapping[str, Any]
-) -> int:
-    """The id of the row with this unique key, inserted where it is missing."""
-    [(name, value)] = key.items()
-    find = select(table.c.id).where(table.c[name] == value)
-    found: int | None = connection.scalar(find)
-    if found is not None:
-        return found
-    try:
-        with connection.begin_nested():
-            return _insert(connection, table, {**key, **rest})
-    except IntegrityError:
-        # Not in SQLite, where a writer is alone; in PostgreSQL another may just have been faster.
-        raced: int | None = connection.scalar(find)
-        if raced is None:
-            raise
-        return raced
-
-
-def _insert_records(connection: Connection, cell_id: int, rows: Sequence[Record]) -> None:
-    if not rows:
-        return
-    columns = ("metric", "value", "unit", "lower", "upper", "n", "mode", "note")
-    values = [{"cell_id": cell_id} | {name: getattr(record, name) for name in columns} for record in rows]
-    statement = insert(records).returning(records.c.id, sort_by_parameter_order=True)
-    ids = connection.scalars(statement, values).all()
-    readings = [
-        {"record_id": record_id, "position": position, "value": value}
-        for record_id, record in zip(ids, rows, strict=True)
-        for position, value in enumerate(record.samples)
-    ]
-    _insert_many(connection, samples, readings)
-
-
-def _insert_kernels(connection: Connection, cell_id: int, rows: Sequence[KernelUse]) -> None:
-    positions: Counter[str] = Counter()
-    values = []
-    for kernel in rows:
-        row = {field.name: getattr(kernel, field.name) for field in fields(kernel)}
-        values.append(row | {"cell_id": cell_id, "position": positions[kernel.phase]})
-        positions[kernel.phase] += 1
-    _insert_many(connection, kernels, values)
-
-
-def _set_simulated(connection: Connection, variant_id: int, simulated: bool) -> None:
-    connection.execute(update(variants).where(variants.c.id == variant_id).values(simulated=simulated))
 
 
 def _refuse_doubles(result: CellResult) -> None:
@@ -435,11 +372,6 @@ def _refuse_doubles(result: CellResult) -> None:
             f"cell {result.key}: item {index} has two outcomes of {metric!r}, "
             "so comparisons could not be paired"
         )
-
-
-def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]
 
 
 def _now() -> str:

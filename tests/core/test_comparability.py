@@ -6,7 +6,8 @@ import copy
 
 import pytest
 
-from harness.comparability import Scope, conditions_of, differences, facts_of, read_conditions
+from harness.comparability import Scope, conditions_of, differences
+from harness.conditions import facts_of, read_conditions
 from harness.records import Record
 from harness.store.store import Store
 from tests.core.stores import END, MANIFEST, add_cell, add_sweep

@@ -281,7 +281,7 @@ def test_compare_keeps_what_was_chosen_where_it_offers_only_some(filled_path, mo
     app = draw("compare", filled_path, monkeypatch, variant=["1", "2"], q="llama")
     assert table(app, 3).columns.tolist() == ["baseline", "rtn:bits=4"]
     [widget] = [each for each in app.multiselect if each.label.startswith("Variants")]
-    assert len(widget.options) == 4
+    assert len(widget.options) == 5, "the two, the newest two that match, and the baseline of those"
     assert any("The newest 2 of 15 variants" in each.value for each in app.caption)
 
 

@@ -103,7 +103,7 @@ def test_the_largest_sums_do_not_overflow(device):
 @pytest.mark.parametrize(("out", "columns"), [(37, 64), (50, 1008), (9, 2048), (16, 4112)])
 def test_one_row_is_rounded_on_the_way(device, dtype, out, columns):
     """From codes, from floats whose scale is found, and from floats with a given scale: the same bits."""
-    from harness.kernels import triton_int8
+    from harness.kernels import triton_int8_gemv
 
     x, weight, scale, bias = operands(1, out, columns, device, dtype)
     x[0, 5] *= 40
@@ -112,25 +112,26 @@ def test_one_row_is_rounded_on_the_way(device, dtype, out, columns):
         for w_scale in (scale, scale[:1]):
             expected = reference.int8_linear(codes, x_scale, weight, w_scale, b, torch.float32)
             for given, by in ((codes, x_scale), (x, None), (x, x_scale.view(1))):
-                y = triton_int8.gemv(given, by, weight, w_scale, b, dtype, launch=GEMV)
+                y = triton_int8_gemv.gemv(given, by, weight, w_scale, b, dtype, launch=GEMV)
                 same(y, expected, dtype)
     low = x_scale.view(1) / 3  # values beyond it are clipped
     codes, _ = quantize_activation(x, low)
     assert int((codes.abs() == 127).sum()) >= 1
-    y = triton_int8.gemv(x, low, weight, scale, None, dtype, launch=GEMV)
+    y = triton_int8_gemv.gemv(x, low, weight, scale, None, dtype, launch=GEMV)
     same(y, reference.int8_linear(codes, low, weight, scale, None, torch.float32), dtype)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_of_zeros_and_one_with_nan(device):
-    from harness.kernels import triton_int8
+    from harness.kernels import triton_int8_gemv
 
     weight = torch.ones(5, 32, dtype=torch.int8, device=device)
     x, one = torch.zeros(1, 32, device=device), torch.ones(1, device=device)
-    assert triton_int8.gemv(x, None, weight, one, None, torch.float32, launch=GEMV).tolist() == [[0.0] * 5]
+    y = triton_int8_gemv.gemv(x, None, weight, one, None, torch.float32, launch=GEMV)
+    assert y.tolist() == [[0.0] * 5]
     x[0, 3] = float("nan")
-    y = triton_int8.gemv(x, None, weight, one, None, torch.float32, launch=GEMV)
+    y = triton_int8_gemv.gemv(x, None, weight, one, None, torch.float32, launch=GEMV)
     assert bool(torch.isnan(y).all())
 
 
