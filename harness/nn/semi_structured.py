@@ -46,13 +46,13 @@ def compress_2_of_4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, width = weight.shape
     if not width or width % 16:
         raise ConfigError(f"2:4 weights are stored for widths that 16 divides, not {width}")
-    groups = weight.detach().reshape(out, width // 4, 4)
+    groups = _numbers(weight.detach()).reshape(out, width // 4, 4)
     is_zero = groups == 0
     if bool(((~is_zero).sum(-1) > 2).any()):
         raise ConfigError("the weights are not 2:4: a group of four has more than two that are not zero")
     # Stable: those that are not zero first, in their order; zeros fill groups that have fewer.
     places = is_zero.to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2].sort(dim=-1).values
-    values = groups.gather(-1, places).view(out, width // 2)
+    values = groups.gather(-1, places).view(out, width // 2).view(weight.dtype)
     return values, pack_rows(places.to(torch.uint8).view(out, width // 2), 2)
 
 
@@ -60,8 +60,17 @@ def decompress_2_of_4(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     """The matrix [out, in] that `compress_2_of_4` was given."""
     out, half = values.shape
     places = unpack_rows(meta, 2, half).view(out, half // 2, 2).long()
-    dense = values.new_zeros(out, half // 2, 4)
-    return dense.scatter_(-1, places, values.view(out, half // 2, 2)).view(out, 2 * half)
+    numbers = _numbers(values)
+    dense = numbers.new_zeros(out, half // 2, 4).scatter_(-1, places, numbers.view(out, half // 2, 2))
+    return dense.view(out, 2 * half).view(values.dtype)
+
+
+def _numbers(weight: torch.Tensor) -> torch.Tensor:
+    """What torch compares and gathers: float8 as its bytes, with one zero only."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    codes = weight.contiguous().view(torch.int8)
+    return torch.where(codes == -128, torch.zeros_like(codes), codes)
 
 
 class SemiStructuredLinear(PackedLinear):

@@ -12,13 +12,15 @@ from harness.nn.anatomy import sharing_input
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
 from harness.nn.semi_structured import misfit
-from harness.nn.sparse_int8 import SparseInt8Linear
+from harness.nn.sparse_8_bit import SparseInt8Linear
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
-    from harness import ModelInfo
+    from harness import Context, ModelInfo
     from harness.nn.quantized import ActivationScale
     from harness.nn.quantizer import QuantizedWeight
 
@@ -31,6 +33,7 @@ __all__ = [
     "Ragged",
     "WeightBits",
     "leaves_layers",
+    "left_dense",
     "pack_float_weight",
     "pack_int8",
     "pack_sparse_int8",
@@ -155,18 +158,43 @@ def pack_int8(
     return Int8Linear.from_weight(weight, linear.bias, a_gran=a_gran, input_scale=input_scale)
 
 
-def pack_sparse_int8(name: str, linear: nn.Linear, *, per_tensor: bool) -> SparseInt8Linear:
-    """The W8A8 replacement of a linear layer with 2:4 weights, which stores two of four of them.
+def left_dense(
+    model: nn.Module, names: Iterable[str], dtype: torch.dtype, context: Context
+) -> dict[str, str]:
+    """Of the layers that are to be stored 2:4 those that cannot be, with the reason; recorded by name.
 
     Raises:
-        NotApplicable: the weights are not 2:4, or sparse tensor cores cannot run their shape.
+        NotApplicable: none can.
     """
-    if reason := misfit(linear.out_features, linear.in_features, torch.int8):
-        raise NotApplicable(f"sparse=true: {name} {reason} for int8")
-    groups = (linear.weight.detach() != 0).view(linear.out_features, -1, 4).sum(-1)
-    if int(groups.max()) > 2:
+    left: dict[str, str] = {}
+    fits = 0
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        reason = misfit(linear.out_features, linear.in_features, dtype)
+        if reason is None and _most_kept(linear.weight) > 2:
+            reason = "its weights are not 2:4"
+        if reason is None:
+            fits += 1
+        else:
+            left[name] = reason
+    if not fits:
+        name, reason = next(iter(left.items()))
         raise NotApplicable(
-            f"sparse=true: {name} is not 2:4; put nm-prune (n=2, m=4) before this method: nm-prune+rtn:..."
+            f"sparse=true: no layer can be stored 2:4 ({name}: {reason}); put nm-prune (n=2, m=4) before this"
+            " method, as in nm-prune+rtn:..."
         )
+    note = "; ".join(f"{name} ({reason})" for name, reason in left.items())
+    context.record("layers_left_dense", len(left), "1", note or None)
+    return left
+
+
+def _most_kept(weight: torch.Tensor) -> int:
+    """The most weights that a group of four along the inputs keeps."""
+    return int((weight.detach() != 0).view(weight.shape[0], -1, 4).sum(-1).max())
+
+
+def pack_sparse_int8(name: str, linear: nn.Linear, *, per_tensor: bool) -> SparseInt8Linear:
+    """The W8A8 replacement of a linear layer with 2:4 weights, which stores two of four of them."""
     weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
     return SparseInt8Linear.from_weight(weight, linear.bias)

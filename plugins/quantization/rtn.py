@@ -17,7 +17,7 @@ Knobs: `bits`, `group_size` (input columns per scale; 128 up to 4 bits, else -1,
 activation scale per token, per tensor, or per tensor and fixed by calibration), `calib_method` and
 `percentile` (how the fixed one clips), `ragged` (a group size that does not divide a layer: raise,
 pad its last group, or skip the layer), `sparse` (W8A8 after nm-prune: of every four codes two are stored, for
-sparse tensor cores: 0.625 of the bytes; whether that is faster than dense int8 the row says).
+sparse tensor cores: 0.625 of the bytes; layers that cannot be stay dense int8 and are recorded by name).
 
 Hurts: at 3 bits and below, with outliers in the weights; with one scale per tensor, on activations
 with outlier channels. Weight-only forms save time at a few rows only: with many, the weights are
@@ -43,6 +43,7 @@ from ._weights import (
     ImpliedDefaults,
     Ragged,
     leaves_layers,
+    left_dense,
     pack_float_weight,
     pack_int8,
     pack_sparse_int8,
@@ -133,23 +134,26 @@ def transform(model: nn.Module, options: RtnOptions, context: Context) -> nn.Mod
     scales: dict[str, torch.Tensor] = {}
     if options.a_gran == "per-tensor-static":
         scales = _static_scales(model, names, options, context)
+    dense = left_dense(model, names, torch.int8, context) if options.sparse else {}
     with context.progress("quantize", len(names)) as done:
         for index, name in enumerate(names):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            replace_module(model, name, _quantized(name, linear, options, scales.get(name)))
+            sparse = options.sparse and name not in dense
+            replacement = _quantized(name, linear, options, scales.get(name), sparse=sparse)
+            replace_module(model, name, replacement)
             del linear
             done(index + 1)
     return model
 
 
 def _quantized(
-    name: str, linear: nn.Linear, options: RtnOptions, input_scale: torch.Tensor | None
+    name: str, linear: nn.Linear, options: RtnOptions, input_scale: torch.Tensor | None, *, sparse: bool
 ) -> nn.Module:
     per_tensor = options.w_gran == "per-tensor"
     if options.bits == 16:
         return RoundedInputLinear.from_linear(linear, a_gran=options.a_gran, input_scale=input_scale)
-    if options.sparse:
+    if sparse:
         return pack_sparse_int8(name, linear, per_tensor=per_tensor)
     if options.a_bits == 8:
         return pack_int8(name, linear, per_tensor=per_tensor, a_gran=options.a_gran, input_scale=input_scale)

@@ -15,7 +15,7 @@ from harness.models.info import info_from_config
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
 from harness.nn.rounded_input import RoundedInputLinear
-from harness.nn.sparse_int8 import SparseInt8Linear
+from harness.nn.sparse_8_bit import SparseInt8Linear
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -380,7 +380,7 @@ def test_2_of_4_weights_are_stored_as_such_and_compute_the_same(family):
 
 def test_weights_that_are_not_2_of_4_are_refused():
     model = tiny_model("llama")
-    with pytest.raises(NotApplicable, match=r"q_proj is not 2:4; put nm-prune"):
+    with pytest.raises(NotApplicable, match=r"q_proj: its weights are not 2:4\); put nm-prune"):
         METHOD.transform(model, options(bits=8, a_bits=8, sparse=True), make_context(model))
 
 
