@@ -9,7 +9,7 @@
 It passes messages on, keeps the beginning and the end of what is printed, watches the memory of the worker
 and all its descendants, and when the worker ends, or the parent hangs up (or dies), kills whatever is left
 below it, daemons included. If the keeper itself is killed, the kernel kills the worker, and the fork server
-adopts and kills the rest.
+adopts and kills the rest and removes the worker's temporary files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,6 +35,7 @@ from harness.executors.processes import (
     private_bytes,
     reap,
 )
+from harness.executors.scratch import make_scratch, remove_scratch
 from harness.executors.starting import become_worker
 from harness.executors.wire import BrokenStream, Frames, Kind, frame
 
@@ -103,7 +102,7 @@ def _keep(channel: socket.socket) -> None:
     if order is None:
         return
     setup, job = order
-    scratch = tempfile.mkdtemp(prefix="harness-worker-")
+    scratch = make_scratch()
     try:
         message_r, message_w = os.pipe()
         log_r, log_w = os.pipe()
@@ -122,7 +121,7 @@ def _keep(channel: socket.socket) -> None:
         watch.send(Kind.STARTED, {"keeper": os.getpid(), "worker": pid})
         watch.run()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_scratch(scratch)
 
 
 def _receive_order(channel: socket.socket) -> tuple[dict[str, Any], bytes] | None:

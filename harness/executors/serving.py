@@ -20,6 +20,7 @@ from typing import NoReturn
 from harness.executors import cuda_driver
 from harness.executors.keeper import keep
 from harness.executors.processes import adopt_orphans, descendants, name_process, reap
+from harness.executors.scratch import remove_scratch_of
 from harness.executors.server import SCRIPT
 
 __all__ = ["main", "serve"]
@@ -102,6 +103,7 @@ def _bury(keepers: set[int]) -> None:
             keepers.discard(pid)
             if strays:
                 _kill_strays(keepers)
+                remove_scratch_of(pid)
 
 
 def _kill_strays(keepers: set[int]) -> None:

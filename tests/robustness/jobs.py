@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 from harness.job import Budget, CellJob, Phase, VariantJob
@@ -72,6 +73,14 @@ def asks_for_a_new_process_for_ever(job, send):
 
 
 def waits_for_its_end(job, send):
+    send(Phase("transform"))
+    signal.pause()
+    return 0
+
+
+def writes_a_temporary_file(job, send):
+    with tempfile.NamedTemporaryFile(delete=False) as file:
+        print(file.name, flush=True)
     send(Phase("transform"))
     signal.pause()
     return 0

@@ -127,6 +127,20 @@ def test_an_exception_of_the_parent_ends_all_workers(server):
     assert time.monotonic() - started < 10
 
 
+def test_a_killed_keeper_leaves_no_temporary_files(server):
+    link = Link(server, make_job("killed"), target=f"{HERE}:{jobs.writes_a_temporary_file.__name__}")
+    while not link.log_tail:
+        until_news(link)
+    file = Path(link.log_tail)
+    assert file.exists()
+    os.kill(link._pids["keeper"], signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while file.parent.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not file.parent.exists()
+    link.stop()
+
+
 def test_the_server_spares_a_worker_that_starts_while_it_cleans_up_behind_a_killed_keeper(server):
     """Whatever the moment at which the next worker is forked."""
     for _ in range(40):
