@@ -19,25 +19,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.dense import ALIGNMENT, MOST_MATRICES
 from harness.kernels.overlap import launch_options
+from harness.kernels.triton_fetch import fetch_rows
 
 __all__ = ["linears"]
 
 _PROGRAM_ELEMENTS = 4096  # weights that a program holds at a time: 16 for each of its threads
-
-
-@triton.jit
-def _fetch_ahead(w_ptr, first_row, N, K, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
-    """The program's rows, which lie together, are asked for: into the second-level cache, which is harmless
-    whatever the kernels before are still writing."""
-    thread = tl.arange(0, THREADS)
-    size = thread * 0 + BLOCK_N * K * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    start = (w_ptr + first_row.to(tl.int64) * K + thread).to(tl.int64)
-    start = tl.where((thread == 0) & (first_row + BLOCK_N <= N), start, 0)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred there; setp.ne.u64 there, $1, 0;"
-        " @there cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [start, size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -57,7 +43,7 @@ def _dense_gemv_kernel(
     w_ptr += tl.where(is_2, w_2, tl.where(is_1, w_1, w_1 * 0)).to(tl.int64) * 16
     out_ptr += tl.where(is_2, out_2, tl.where(is_1, out_1, out_1 * 0))
     if OVERLAP:
-        _fetch_ahead(w_ptr, block * BLOCK_N, N, K, BLOCK_N, THREADS)
+        fetch_rows(w_ptr, block * BLOCK_N, N, K, BLOCK_N, THREADS)
         gdc_wait()
         gdc_launch_dependents()
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)

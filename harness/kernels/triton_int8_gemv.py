@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.int8_launches import Launch, choose
+from harness.kernels.overlap import launch_options
+from harness.kernels.triton_fetch import fetch_rows
 from harness.kernels.triton_rows import ROUNDER, peak_of, round_int8, scale_of
 from harness.nn.quantizer import SMALLEST_SCALE
 
@@ -64,8 +67,13 @@ def _gemv_kernel(
     ROUND: tl.constexpr, FIND: tl.constexpr, SMALLEST: tl.constexpr, PER_CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, HAS_KEPT: tl.constexpr, DP4A: tl.constexpr,
+    OVERLAP: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Words are four codes. ROUND: x is floats, rounded here; FIND: to a scale that is found here, too."""
+    if OVERLAP:
+        fetch_rows(w_ptr, tl.program_id(0) * BLOCK_N, N, K // 4, BLOCK_N, THREADS)
+        gdc_wait()
+        gdc_launch_dependents()
     if FIND:
         offsets = tl.arange(0, 4 * WORDS)
         peaks = tl.zeros((4 * WORDS,), dtype=tl.float32)
@@ -165,7 +173,8 @@ def gemv(
             PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, BLOCK_N=launch.n,
             WORDS=words, EVEN=columns % (4 * words) == 0, HAS_OUTLIERS=outliers is not None,
             HAS_KEPT=slots[4] is not None, DP4A=has_dp4a(x.device), num_warps=launch.warps,
-            num_stages=launch.stages, enable_fp_fusion=False,
+            num_stages=launch.stages, enable_fp_fusion=False, THREADS=32 * launch.warps,
+            **launch_options(x.device),
         )  # fmt: skip
     return y
 

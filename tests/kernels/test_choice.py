@@ -249,9 +249,12 @@ def test_steps_of_many_tiles_are_no_wider_than_the_matrix():
 
 def test_float8_products_are_named_for_their_rows(monkeypatch):
     layer = Fp8Linear(4096, 16)
-    assert layer.kernel_for(8192, torch.bfloat16) == layer.kernel_name
+    assert layer.kernel_for(8192, torch.bfloat16) == layer.kernel_name != "triton float8"
     monkeypatch.setattr(fp8, "runs_own", lambda device, dtype, rows, columns: rows >= 4096)
     monkeypatch.setattr(fp8, "choose", lambda device, dtype: "_scaled_mm")
     assert layer.kernel_for(8192, torch.bfloat16) == "triton float8"
     assert layer.kernel_for(512, torch.bfloat16) == "_scaled_mm"
-    assert Fp8Linear(4096, 16, a_gran="per-tensor-dynamic").kernel_for(8192, torch.bfloat16) == "_scaled_mm"
+    one_scale = Fp8Linear(4096, 16, a_gran="per-tensor-dynamic")
+    assert one_scale.kernel_for(8192, torch.bfloat16) == "_scaled_mm"
+    monkeypatch.setattr(fp8, "runs_own", lambda device, dtype, rows, columns: rows == 1)
+    assert layer.kernel_name == one_scale.kernel_name == "triton float8"
