@@ -56,7 +56,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ),
     (
         "copy",
-        r"memcpy|memset|copy|catarray|\bcat\b|index_?select|index_?put|index_?kernel|gather|scatter"
+        r"memcpy|memset|copy|^arrange_kernel$|catarray|\bcat\b|index_?select|index_?put|index_?kernel|gather|scatter"
         r"|embedding|fillfunctor|^aten::(index|cat|clone|fill_|zero_|contiguous|_to_copy|stack|repeat"
         r"|roll|flip|masked_fill|where|tril|triu)\w*\b|transpose_kernel|triton_poi_fused_(clone|copy|cat)",
     ),
