@@ -113,7 +113,7 @@ def readable(colour: str, ground: str, least: float = TEXT_CONTRAST) -> str:
     """The colour, made lighter where its contrast with a dark ground is less than it should be.
 
     >>> readable("#31333F", "#14161A"), readable("#E8EAED", "#14161A")
-    ('#787D95', '#E8EAED')
+    ('#7B7F98', '#E8EAED')
     """
     red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)

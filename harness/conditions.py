@@ -15,6 +15,7 @@ from sqlalchemy import select
 
 from harness.comparability import Conditions
 from harness.records import CellKind
+from harness.store.chunks import chunks
 from harness.store.tables import cells, records, sweeps, variants
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ __all__ = ["facts_of", "read_conditions", "workload"]
 _SLOWDOWNS = ("HwSlowdown", "HwThermalSlowdown", "SwThermalSlowdown", "HwPowerBrakeSlowdown")
 _VIOLATIONS = ("thermal",)  # a cap of power or voltage holds clocks down in normal operation too
 _VIOLATION_SHARE = 0.01  # of the sweep's time; less is a moment that no median notices
-_CHUNK = 10_000
 
 
 def workload(plan: SweepPlan) -> dict[str, Any]:
@@ -57,9 +57,7 @@ def read_conditions(store: Store, cell_ids: Iterable[int]) -> dict[int, Conditio
     )
     with store.reading() as connection:
         rows = [
-            row
-            for first in range(0, len(wanted), _CHUNK)
-            for row in connection.execute(query.where(cells.c.id.in_(wanted[first : first + _CHUNK])))
+            row for chunk in chunks(wanted) for row in connection.execute(query.where(cells.c.id.in_(chunk)))
         ]
         sweep_ids = sorted({row.sweep_id for row in rows})
         columns = (sweeps.c.id, sweeps.c.config, sweeps.c.manifest, sweeps.c.manifest_end)
@@ -68,10 +66,8 @@ def read_conditions(store: Store, cell_ids: Iterable[int]) -> dict[int, Conditio
         about_variants = sorted({row.variant_id for row in rows})
         spent = {
             (variant, metric)
-            for first in range(0, len(about_variants), _CHUNK)
-            for variant, metric in connection.execute(
-                budgets.where(cells.c.variant_id.in_(about_variants[first : first + _CHUNK]))
-            )
+            for chunk in chunks(about_variants)
+            for variant, metric in connection.execute(budgets.where(cells.c.variant_id.in_(chunk)))
         }
     return {row.id: _cell_conditions(row, about[row.sweep_id], spent) for row in rows}
 

@@ -16,13 +16,13 @@ from harness.comparing.methods import compare_cells, ratio_verdict
 from harness.conditions import read_conditions
 from harness.display import COUNTED, better
 from harness.evaluate.intervals import sum_of_independent
+from harness.store.chunks import chunks
 from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
 from harness.store.store import Store
 from harness.store.tables import cells, records, variants
 
 from .columns import Column
-from .scope import chunks
 
 __all__ = ["DIFFERENCES", "cells_at", "differences", "independent_interval", "with_interval"]
 

@@ -6,7 +6,7 @@ Everything is said to the database, never sorted out afterwards: a store may hol
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ __all__ = [
     "Options",
     "Stamp",
     "chosen_cells",
-    "chunks",
     "is_empty",
     "measured",
     "methods_named",
@@ -176,11 +175,6 @@ def measured(sweep: int | None) -> list[ColumnElement[bool]]:
         return [select(cells.c.id).where(cells.c.variant_id == variants.c.id).correlate(variants).exists()]
     of_sweep = select(cells.c.variant_id).where(cells.c.id.in_(_of_sweep(sweep)))
     return [variants.c.id.in_(of_sweep)]
-
-
-def chunks(values: Sequence[int], size: int = 10_000) -> list[Sequence[int]]:
-    """Values in parts that fit into one statement."""
-    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def only_model(filters: Filters, model: str) -> Filters:

@@ -10,12 +10,13 @@ from sqlalchemy import Connection, FromClause, ScalarSelect, func, select
 
 from harness.evaluate.definitions import windows_in
 from harness.store.catalogue import item_limits
+from harness.store.chunks import chunks
 from harness.store.frames import frame_of, typed
 from harness.store.store import Store
 from harness.store.tables import cells, records, variants
 
 from .columns import Column
-from .scope import Filters, chosen_cells, chunks, passing
+from .scope import Filters, chosen_cells, passing
 
 __all__ = ["everything", "histories", "limits_for", "newest_of", "points", "values"]
 

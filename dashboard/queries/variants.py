@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 from sqlalchemy import func, select
 
+from harness.store.chunks import chunks
 from harness.store.frames import count_where, frame_of, typed
 from harness.store.store import Store
 from harness.store.tables import cells, effects, imports, records, variants
 
 from ..variant_names import variant_names
 from .columns import Column
-from .scope import Filters, chosen_cells, chunks, measured, passing
+from .scope import Filters, chosen_cells, measured, passing
 from .values import limits_for, newest_of
 
 __all__ = [

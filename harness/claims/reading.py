@@ -13,6 +13,7 @@ from harness.claims.evidence import Evidence, StoredCell
 from harness.comparability import Conditions
 from harness.conditions import read_conditions
 from harness.records import CellKind, Item, Record
+from harness.store.chunks import chunks
 from harness.store.encoding import nan_if_null
 from harness.store.selection import current
 from harness.store.store import Store
@@ -21,7 +22,6 @@ from harness.store.tables import cells, imports, records, variants
 __all__ = ["read_evidence"]
 
 _SHARED = ("device", "dtype", "measuring", "harness", "torch", "transformers", "lm_eval", "tokenizers")
-_CHUNK = 10_000
 
 
 class _Setting(NamedTuple):
@@ -107,9 +107,8 @@ def _read_records(store: Store, ids: Sequence[int]) -> dict[int, dict[str, Recor
     found: dict[int, dict[str, Record]] = {}
     query = select(records)
     with store.reading() as connection:
-        for first in range(0, len(ids), _CHUNK):
-            chunk = records.c.cell_id.in_(ids[first : first + _CHUNK])
-            for row in connection.execute(query.where(chunk)):
+        for chunk in chunks(ids):
+            for row in connection.execute(query.where(records.c.cell_id.in_(chunk))):
                 value = nan_if_null(row.value)
                 if value == value:
                     found.setdefault(row.cell_id, {})[row.metric] = Record(

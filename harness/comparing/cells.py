@@ -13,6 +13,7 @@ from harness.comparing.ratios import Reading
 from harness.conditions import read_conditions
 from harness.records import Item, Status
 from harness.store import queries
+from harness.store.chunks import chunks
 from harness.store.exchange_rows import original_key
 from harness.store.readings import all_readings
 from harness.store.store import Store
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "all_cells", "cells_in", "cells_of"]
 
 _PLACE = ("model", "seed", "kind", "task", "scenario", "origin")  # what was imported stands apart
-_CHUNK = 10_000
 
 
 class Cell:
@@ -130,9 +130,7 @@ def _measurements(store: Store, ids: Iterable[int]) -> dict[int, tuple[Any, ...]
     found: dict[int, tuple[Any, ...]] = {}
     with store.reading() as connection:
         rows = [
-            row
-            for first in range(0, len(wanted), _CHUNK)
-            for row in connection.execute(query.where(cells.c.id.in_(wanted[first : first + _CHUNK])))
+            row for chunk in chunks(wanted) for row in connection.execute(query.where(cells.c.id.in_(chunk)))
         ]
         asked = select(sweeps.c.id, sweeps.c.manifest, sweeps.c.started_at)
         asked = asked.where(sweeps.c.id.in_(sorted({row.sweep_id for row in rows})))

@@ -15,14 +15,15 @@ def make_scratch() -> str:
     return tempfile.mkdtemp(prefix=_prefix(os.getppid(), os.getpid()))
 
 
-def remove_scratch(folder: str) -> None:
+def remove_scratch(folder: str | Path) -> None:
+    """Remove such a folder with all that is in it; what cannot be removed stays."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_scratch_of(keeper: int) -> None:
     """Remove what a keeper of this process, the fork server, has left behind."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix(os.getpid(), keeper)}*"):
-        remove_scratch(str(folder))
+        remove_scratch(folder)
 
 
 def _prefix(server: int, keeper: int) -> str:

@@ -99,10 +99,11 @@ def _bury(keepers: set[int]) -> None:
     """Collect ended children; what a keeper that was killed left behind has come here, and is killed."""
     while ended := reap():
         for pid, code in ended.items():
-            strays = pid not in keepers or code < 0
+            is_keeper, was_killed = pid in keepers, code < 0
             keepers.discard(pid)
-            if strays:
+            if was_killed or not is_keeper:
                 _kill_strays(keepers)
+            if was_killed and is_keeper:
                 remove_scratch_of(pid)
 
 

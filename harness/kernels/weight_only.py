@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from harness.kernels import reference
 from harness.kernels.selection import MOST_MATRICES, Launch, select
-from harness.kernels.stored import Form, stored
+from harness.kernels.stored import Form, StoredMatrix, stored
 from harness.nn.packing import PackedWeight
 
 __all__ = [
@@ -141,17 +141,7 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    tile: int,
-    in_features: int,
-) -> torch.Tensor:
+def _(x: torch.Tensor, codes: torch.Tensor, *_rest: object) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[1])
 
 
@@ -183,34 +173,24 @@ def linears(
         PackedWeight(each, scale, zero, bits, group_size, tile, in_features, each.shape[1])
         for each, scale, zero in zip(codes, scales, zeros or absent, strict=True)
     ]
-    if _run_together(x, weights):
+    matrices = [stored(weight) for weight in weights]
+    if _run_together(x, matrices):
         from harness.kernels import triton_weight_only
 
-        matrices = [stored(weight) for weight in weights]
         launch = launch_for(matrices[0].form, x.shape[0], x.dtype, x.device)
         assert launch is not None
         return triton_weight_only.multiply_several(x, matrices, biases, launch)
     return [_linear(x, weight, bias) for weight, bias in zip(weights, biases or absent, strict=True)]
 
 
-def _run_together(x: torch.Tensor, weights: Sequence[PackedWeight]) -> bool:
-    return len(weights) <= MOST_MATRICES and all(
-        share_a_launch(stored(weight).form, x.shape[0], x.dtype, x.device) for weight in weights
+def _run_together(x: torch.Tensor, matrices: Sequence[StoredMatrix]) -> bool:
+    return len(matrices) <= MOST_MATRICES and all(
+        share_a_launch(matrix.form, x.shape[0], x.dtype, x.device) for matrix in matrices
     )
 
 
 @linears.register_fake
-def _(
-    x: torch.Tensor,
-    codes: Sequence[torch.Tensor],
-    scales: Sequence[torch.Tensor],
-    zeros: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    bits: int,
-    group_size: int,
-    tile: int,
-    in_features: int,
-) -> list[torch.Tensor]:
+def _(x: torch.Tensor, codes: Sequence[torch.Tensor], *_rest: object) -> list[torch.Tensor]:
     return [x.new_empty(x.shape[0], each.shape[1]) for each in codes]
 
 

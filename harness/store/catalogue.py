@@ -10,11 +10,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from harness.evaluate.definitions import windows_in
 from harness.records import CellKind
+from harness.store.chunks import chunks
 from harness.store.tables import catalogue, cells, records, sweeps, variants
 
 __all__ = ["Entry", "add_to_catalogue", "item_limits", "measured_in"]
-
-_CHUNK = 10_000  # parameters of one statement
 
 
 class Entry(NamedTuple):
@@ -39,8 +38,8 @@ def add_to_catalogue(connection: Connection, cell_ids: Iterable[int] | None) -> 
         _enter(connection, measured_in(connection, true()))
         return
     wanted = sorted(set(cell_ids))
-    for start in range(0, len(wanted), _CHUNK):
-        _enter(connection, measured_in(connection, cells.c.id.in_(wanted[start : start + _CHUNK])))
+    for chunk in chunks(wanted):
+        _enter(connection, measured_in(connection, cells.c.id.in_(chunk)))
 
 
 def measured_in(connection: Connection, of_cells: ColumnElement[bool]) -> set[Entry]:

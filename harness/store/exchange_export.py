@@ -15,6 +15,7 @@ from sqlalchemy import JSON, Connection, Text, select
 import harness
 from harness.errors import ConfigError, UnknownName
 from harness.privacy import in_texts, without_identity, without_passwords
+from harness.store.chunks import chunks
 from harness.store.encoding import CleanText, dump_json
 from harness.store.exchange_layout import FORMAT, OPTIONAL, VERSION, Section, sections
 from harness.store.exchange_rows import Row, original_key, sweep_identity, variant_digest
@@ -25,7 +26,6 @@ from harness.store.tables import cells, machines, sweep_cells, sweeps, variants
 
 __all__ = ["ExportTree", "Exported", "Wanted", "export_results", "read_tree"]
 
-_CHUNK = 10_000
 _NOT_EXPORTED = ("traceback", "log_tail")  # of cells: they quote paths, names and anything else
 _STORE_OPTION = re.compile(r"\s--db[=\s]\s*\S+")
 # Of manifests; the names of a rented machine's system tell where it was rented.
@@ -263,8 +263,7 @@ class ExportTree:
 
     def _by_ids_of(self, table: Any, column: str, ids: Sequence[int]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(ids), _CHUNK):
-            chunk = list(ids[start : start + _CHUNK])
+        for chunk in chunks(ids):
             rows += self._rows(select(table).where(table.c[column].in_(chunk)))
         return rows
 

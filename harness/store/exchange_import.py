@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, insert, select, text
 
 from harness.store.catalogue import add_to_catalogue
+from harness.store.chunks import chunks
 from harness.store.exchange_layout import Section, sections
 from harness.store.exchange_read import Contents
 from harness.store.exchange_rows import Row, imported_key, sweep_identity, variant_digest
@@ -18,8 +19,6 @@ from harness.store.store import Store
 from harness.store.tables import cells, imports, machines, sweep_cells, sweeps, variants
 
 __all__ = ["Imported", "import_results"]
-
-_CHUNK = 10_000
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _add_below(connection: Connection, parent: Section, rows: Sequence[tuple[Row
 
 
 def _link(connection: Connection, wanted: set[tuple[int, int]]) -> None:
-    for chunk in _chunks(sorted({sweep for sweep, _ in wanted})):
+    for chunk in chunks(sorted({sweep for sweep, _ in wanted})):
         query = select(sweep_cells.c.sweep_id, sweep_cells.c.cell_id)
         wanted -= {(s, c) for s, c in connection.execute(query.where(sweep_cells.c.sweep_id.in_(chunk)))}
     if wanted:
@@ -181,7 +180,7 @@ def _link(connection: Connection, wanted: set[tuple[int, int]]) -> None:
 
 def _ids_by_key(connection: Connection, table: Table, keys: Iterable[str]) -> dict[str, int]:
     found: dict[str, int] = {}
-    for chunk in _chunks(sorted(set(keys))):
+    for chunk in chunks(sorted(set(keys))):
         query = select(table.c.key, table.c.id).where(table.c.key.in_(chunk))
         found |= {row.key: row.id for row in connection.execute(query)}
     return found
@@ -196,10 +195,6 @@ def _insert(connection: Connection, table: Table, values: Sequence[Mapping[str, 
 
 def _stored(row: Row) -> dict[str, Any]:
     return {name: row.values[name] for name in row.section.stored}
-
-
-def _chunks(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
 
 
 def _now() -> str:

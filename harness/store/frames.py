@@ -10,12 +10,11 @@ import pandas as pd
 from sqlalchemy import ColumnElement, Connection, Engine, Select, case, func
 
 from harness.errors import StoreError
+from harness.store.chunks import chunks
 from harness.store.failures import translated
 from harness.store.store import Store
 
 __all__ = ["chunked", "count_where", "frame_of", "reading", "typed"]
-
-_CHUNK = 10_000
 
 
 @contextmanager
@@ -49,11 +48,8 @@ def chunked(
 ) -> pd.DataFrame:
     """The rows whose `column` is one of the ids, however many ids there are."""
     wanted = sorted({int(id_) for id_ in ids})
-    starts = range(0, max(len(wanted), 1), _CHUNK)
     with reading(store) as connection:
-        frames = [
-            frame_of(connection, query.where(column.in_(wanted[start : start + _CHUNK]))) for start in starts
-        ]
+        frames = [frame_of(connection, query.where(column.in_(chunk))) for chunk in chunks(wanted) or [[]]]
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 

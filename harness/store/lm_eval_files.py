@@ -83,7 +83,7 @@ def safe_name(text: str) -> str:
     """A text as a part of a file's name; what had to be changed gets a hash, so that two stay two.
 
     >>> safe_name("arc_easy"), safe_name("../x")
-    ('arc_easy', '..__x-b20e77e2')
+    ('arc_easy', '..__x-d6b96a97')
     """
     kept = re.sub(r"[^\w.+=,@ -]+", "__", text, flags=re.ASCII)[:_LONGEST]
     if kept == text and kept.strip(". "):

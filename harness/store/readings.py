@@ -6,13 +6,12 @@ from collections.abc import Iterable
 
 from sqlalchemy import select
 
+from harness.store.chunks import chunks
 from harness.store.encoding import nan_if_null
 from harness.store.store import Store
 from harness.store.tables import records, samples
 
 __all__ = ["all_readings", "readings"]
-
-_CHUNK = 10_000  # parameters of one statement
 
 
 def readings(store: Store, cell: int, metric: str) -> list[float]:
@@ -37,8 +36,7 @@ def all_readings(store: Store, cells: Iterable[int]) -> dict[tuple[int, str], tu
         .order_by(samples.c.record_id, samples.c.position)
     )
     with store.reading() as connection:
-        for first in range(0, len(wanted), _CHUNK):
-            chunk = records.c.cell_id.in_(wanted[first : first + _CHUNK])
-            for cell, metric, value in connection.execute(query.where(chunk)):
+        for chunk in chunks(wanted):
+            for cell, metric, value in connection.execute(query.where(records.c.cell_id.in_(chunk))):
                 found.setdefault((cell, metric), []).append(nan_if_null(value))
     return {key: tuple(values) for key, values in found.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection, Select, Table, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -14,7 +14,6 @@ from harness.records import KernelUse, Record
 from harness.store.tables import kernels, records, samples, variants
 
 __all__ = [
-    "chunks",
     "insert_kernels",
     "insert_many",
     "insert_once",
@@ -23,9 +22,6 @@ __all__ = [
     "locked",
     "set_simulated",
 ]
-
-_CHUNK = 10_000  # parameters of one statement: SQLite takes 32,766, PostgreSQL 65,535
-T = TypeVar("T")
 
 
 def locked(query: Select[int]) -> Select[int]:
@@ -96,9 +92,3 @@ def insert_kernels(connection: Connection, cell_id: int, rows: Sequence[KernelUs
 def set_simulated(connection: Connection, variant_id: int, simulated: bool) -> None:
     """Store whether a variant is simulated."""
     connection.execute(update(variants).where(variants.c.id == variant_id).values(simulated=simulated))
-
-
-def chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    """The values in parts that one statement takes."""
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]

@@ -22,12 +22,12 @@ from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 from harness.errors import StoreError
 from harness.records import CellKind, CellResult, Item, KernelUse, ModuleEffect, Record, Status, VariantReport
 from harness.store.catalogue import add_to_catalogue
+from harness.store.chunks import chunks
 from harness.store.encoding import dump_json, nan_if_null
 from harness.store.failures import translated
 from harness.store.opening import label, locate, open_reader, open_writer
 from harness.store.rows import FinishedCell, VariantRow
 from harness.store.statements import (
-    chunks,
     insert_kernels,
     insert_many,
     insert_once,
