@@ -100,56 +100,21 @@ def halves(pairs):
     return gl.join(pairs.to(gl.int16), (pairs >> 16).to(gl.int16))
 
 
-@gluon.constexpr_function
-def _fetch(size):
-    """Have so many bytes brought to the second-level cache, unless there is no address."""
-    return (
-        "{ .reg .pred there; setp.ne.u64 there, $1, 0;"
-        f" @there cp.async.bulk.prefetch.L2.global [$1], {size}; mov.u32 $0, 0; }}"
-    )
-
-
-@gluon.constexpr_function
-def _one_each(warps):
-    """Numbers for all threads, neighbouring ones in different warps: a warp asks for one after the other."""
-    lanes = [[warps * i] for i in powers(32)]
-    return gl.DistributedLinearLayout([], lanes, [[i] for i in powers(warps)], [], [32 * warps])
-
-
-@gluon.jit
-def _fetch_ahead(
-    codes_ptr, block, tiles, N,
-    ROWS: gl.constexpr, ROW_WORDS: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """The words of the program's first block are asked for, as far as they are whole: those of a tile lie
-    together. Fetching into the cache is harmless whatever the kernels before are still writing."""
-    FETCH: gl.constexpr = _fetch(ROWS * ROW_WORDS * 4)
-    tile = gl.arange(0, 32 * num_warps, _one_each(num_warps))
-    start = (codes_ptr + (tile * N + block * ROWS) * ROW_WORDS).to(gl.int64)
-    start = gl.where((tile < tiles) & (block * ROWS + ROWS <= N), start, 0)
-    gl.inline_asm_elementwise(FETCH, "=r,l", [start], gl.int32, False, 1)
-
-
 @gluon.jit
 def _load_tiles(
-    codes_ptr, scales_ptr, zeros_ptr, block, row_of_words, row_of_sums, word, word_high,
-    warp_words, warp_sums, first, tiles, N, zero_bytes, tiles_per_group,
-    ROWS: gl.constexpr, ROW_WORDS: gl.constexpr, BITS: gl.constexpr,
-    SCALES: gl.constexpr, ZEROS: gl.constexpr, EVEN: gl.constexpr,
+    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
+    first, tiles, N, zero_bytes, tiles_per_group,
+    ROW_WORDS: gl.constexpr, BITS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
 ):  # fmt: skip
     """A tile for each warp: its words, scales and (packed) zero points; nothing beyond the last one."""
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
-    n_words, n_sums = block * ROWS + row_of_words, block * ROWS + row_of_sums
-    if not EVEN:  # rows that are not there are the last one again, and not stored
-        n_words, n_sums = gl.minimum(n_words, N - 1), gl.minimum(n_sums, N - 1)
-    n_zeros = n_words * 0 if SCALES == 2 else n_words
     at, at_sums = first + warp_words, first + warp_sums
     inside, inside_sums = at < tiles, at_sums < tiles
-    starts = codes_ptr + (at * N * ROW_WORDS)[:, None, None] + (n_words * ROW_WORDS)[None, :, None]
-    words = gl.load(starts + word[None, None, :], mask=inside[:, None, None], other=0)
+    starts = codes_ptr + (at * N * ROW_WORDS)[:, None, None]
+    words = gl.load(starts + within, mask=inside[:, None, None], other=0)
     high = words
     if BITS == 3:
-        high = gl.load(starts + word_high[None, None, :], mask=inside[:, None, None], other=0)
+        high = gl.load(starts + within_high, mask=inside[:, None, None], other=0)
     group = at_sums // tiles_per_group
     places = group[:, None] + (n_sums * 0)[None, :] if SCALES == 2 else (group * N)[:, None] + n_sums[None, :]
     scale = gl.load(scales_ptr + places, mask=inside_sums[:, None], other=0.0)
@@ -199,10 +164,9 @@ def weight_only_vector_kernel(
 ):  # fmt: skip
     """``W x + bias`` [N] for x [tiles * TILE] in a 16-bit type, and for the second and third W (MATRICES).
 
-    A program goes through blocks of ROWS rows of one W: its first index counts programs, its second the
-    matrices, which are stored alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES
-    divides. SCALES and ZEROS: as in `harness.kernels.triton_fields`, 1 or 2 and 0 or 1. OVERLAP: as in
-    `harness.kernels.overlap`.
+    A program has ROWS rows of one W: its first index counts them, its second the matrices, which are stored
+    alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
+    `harness.kernels.triton_fields`, 1 or 2 and 0 or 1. OVERLAP: as in `harness.kernels.overlap`.
     """
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     WORDS: gl.constexpr = TILE * WIDTH // 32
@@ -230,23 +194,22 @@ def weight_only_vector_kernel(
         if gl.program_id(1) == 2:
             codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr = codes_2, scales_2, zeros_2, bias_2, out_2
             N, zero_bytes = N_2, zero_bytes_2
-    block = gl.program_id(0)
-    blocks = gl.cdiv(N, ROWS)
+    first_row = gl.program_id(0) * ROWS
     if MATRICES > 1:
-        if block >= blocks:  # of a matrix with fewer rows than another
+        if first_row >= N:  # of a matrix with fewer rows than another
             return
-    if OVERLAP:
-        _fetch_ahead(codes_ptr, block, tiles, N, ROWS, ROW_WORDS, num_warps)
-        gdc_wait()
-        gdc_launch_dependents()
-    row_of_words = gl.arange(0, ROWS, gl.SliceLayout(0, row_words))
-    row_of_sums = gl.arange(0, ROWS, gl.SliceLayout(0, row_sums))
+    n_words = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, row_words))
+    n_sums = first_row + gl.arange(0, ROWS, gl.SliceLayout(0, row_sums))
+    if not EVEN:  # rows that are not there are the last one again, and not stored
+        n_words, n_sums = gl.minimum(n_words, N - 1), gl.minimum(n_sums, N - 1)
+    n_zeros = n_words * 0 if SCALES == 2 else n_words
     warp_words = gl.arange(0, num_warps, gl.SliceLayout(1, row_words))
     warp_sums = gl.arange(0, num_warps, gl.SliceLayout(1, row_sums))
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, words_layout)))
+    within = (n_words * ROW_WORDS)[None, :, None] + word[None, None, :]
     # Of three bits the high one of word `j` lies in word ``j % w`` of the second plane, ``j // w`` bits up.
     HIGH_WORDS: gl.constexpr = TILE // 32
-    word_high = WORDS + word % HIGH_WORDS
+    within_high = (n_words * ROW_WORDS + WORDS)[None, :, None] + (word % HIGH_WORDS)[None, None, :]
     beside = (word // HIGH_WORDS)[None, None, :]
     bases = gl.full([num_warps, ROWS, WORDS], 0, gl.int32, words_layout) + base
 
@@ -254,23 +217,16 @@ def weight_only_vector_kernel(
     for stage in gl.static_range(STAGES):
         ahead = ahead + (
             _load_tiles(
-                codes_ptr, scales_ptr, zeros_ptr, block, row_of_words, row_of_sums, word, word_high,
-                warp_words, warp_sums, stage * num_warps, tiles, N, zero_bytes, tiles_per_group,
-                ROWS, ROW_WORDS, BITS, SCALES, ZEROS, EVEN,
+                codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums, warp_words, warp_sums,
+                stage * num_warps, tiles, N, zero_bytes, tiles_per_group, ROW_WORDS, BITS, SCALES, ZEROS,
             ),
         )  # fmt: skip
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     x_pairs = _pairs_of_x(x_ptr, tiles, TILE, WORDS, PAIRS, STEPS, num_warps)
-    y_layout: gl.constexpr = gl.SliceLayout(0, sums)
-    row_of_y = gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
-    column = gl.arange(0, 8, gl.SliceLayout(0, y_layout))
     acc = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
-    first = 0
-    while block < blocks:
-        # What comes after these tiles: the next of the block, or the first of the program's next block.
-        next_first = first + num_warps * STAGES
-        is_last = next_first >= tiles
-        next_first = gl.where(is_last, 0, next_first)
-        next_block = gl.where(is_last, block + gl.num_programs(0), block)
+    for first in range(0, tiles, num_warps * STAGES):
         later = ()
         for stage in gl.static_range(STAGES):
             tile = first + stage * num_warps
@@ -304,19 +260,17 @@ def weight_only_vector_kernel(
             acc += part * scale.to(gl.float32)[:, :, None]
             later = later + (
                 _load_tiles(
-                    codes_ptr, scales_ptr, zeros_ptr, next_block, row_of_words, row_of_sums, word, word_high,
-                    warp_words, warp_sums, next_first + stage * num_warps,
-                    gl.where(next_block < blocks, tiles, 0), N, zero_bytes, tiles_per_group,
-                    ROWS, ROW_WORDS, BITS, SCALES, ZEROS, EVEN,
+                    codes_ptr, scales_ptr, zeros_ptr, within, within_high, n_zeros, n_sums,
+                    warp_words, warp_sums, tile + STAGES * num_warps, tiles, N, zero_bytes, tiles_per_group,
+                    ROW_WORDS, BITS, SCALES, ZEROS,
                 ),
             )  # fmt: skip
         ahead = later
-        if is_last:
-            y = gl.sum(acc, 0)
-            n = block * ROWS + row_of_y
-            if HAS_BIAS:
-                y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-            mask = (n < N)[:, None] & (column == 0)[None, :]
-            gl.store(out_ptr + n[:, None] + (column * 0)[None, :], y.to(dtype), mask=mask)
-            acc = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
-        first, block = next_first, next_block
+    y = gl.sum(acc, 0)
+    y_layout: gl.constexpr = gl.SliceLayout(0, sums)
+    n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, y_layout))
+    column = gl.arange(0, 8, gl.SliceLayout(0, y_layout))
+    if HAS_BIAS:
+        y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    mask = (n < N)[:, None] & (column == 0)[None, :]
+    gl.store(out_ptr + n[:, None] + (column * 0)[None, :], y.to(dtype), mask=mask)

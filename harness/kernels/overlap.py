@@ -6,25 +6,41 @@ next kernel begin as soon as all programs of the one before have called ``gdc_la
 ``gdc_wait`` is where it waits until that one has ended and its writes can be read. A kernel that is launched
 like this
 
-- asks for weights to be fetched into the second-level cache before it waits, which reads no value, so that
-  whatever the kernels before still write is safe;
-- waits before it reads or writes anything, and lets the next kernel begin after that: so when a kernel
+- asks for its first weights before it waits: nothing is in the middle of writing them where `overlapping`
+  says so;
+- waits before it reads or writes anything else, and lets the next kernel begin after that: so when a kernel
   begins, everything has ended but what was launched right before it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-__all__ = ["launch_options", "overlaps"]
+__all__ = ["launch_options", "overlapping", "overlaps"]
+
+_weights_rest: ContextVar[bool] = ContextVar("weights_rest", default=False)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Inside, no kernel writes weights, so that kernels may read theirs early. By default they do not: the
+    kernel before might be what makes the weights."""
+    token = _weights_rest.set(True)
+    try:
+        yield
+    finally:
+        _weights_rest.reset(token)
 
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device are launched like this; False where it is no CUDA device."""
+    """Whether kernels on this device can be launched like this."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -32,4 +48,6 @@ def overlaps(device: torch.device) -> bool:
 
 def launch_options(device: torch.device) -> dict[str, Any]:
     """What a kernel with the parameter OVERLAP is launched with."""
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
+    if _weights_rest.get() and overlaps(device):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}

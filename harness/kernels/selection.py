@@ -87,7 +87,7 @@ WRITING = Writing(block_n=32)
 
 RULES: tuple[Rule, ...] = (
     # Integers on a grid. One row: nothing is added up twice.
-    Rule((2, 3, 4), 1, Launch("vector", block_n=16, programs=5, stages=4)),
+    Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),

@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.overlap import launch_options
-from harness.kernels.triton_fetch import fetch_rows
 
 __all__ = ["gemv"]
 
@@ -23,30 +22,38 @@ _ROWS, _COLUMNS, _WARPS = 4, 2048, 8  # of a program: its rows of the matrix, th
 
 
 @triton.jit
+def _load_weights(w_rows, k, K, EVEN: tl.constexpr):
+    if EVEN:
+        w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
+    else:
+        w = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
 def _float8_gemv_kernel(
     x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, N, K,
     PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, OVERLAP: tl.constexpr, THREADS: tl.constexpr,
+    EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    first_row = tl.program_id(0) * ROWS
-    if OVERLAP:
-        fetch_rows(w_ptr, first_row, N, K, ROWS, THREADS)
-        gdc_wait()
-        gdc_launch_dependents()
-    n = first_row + tl.arange(0, ROWS)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n_mask = n < N
     # Rows beyond the end are read as row 0 again and never stored.
     w_rows = w_ptr + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * K
     offsets = tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, K, COLUMNS):
+    first = 0
+    if OVERLAP:
+        first = COLUMNS
+        w = _load_weights(w_rows, offsets, K, EVEN)
+        gdc_wait()
+        gdc_launch_dependents()
+        x = tl.load(x_ptr + offsets, mask=offsets < K, other=0.0)
+        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    for start in range(first, K, COLUMNS):
         k = start + offsets
-        if EVEN:
-            w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
-            x = tl.load(x_ptr + k)
-        else:
-            w = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        w = _load_weights(w_rows, k, K, EVEN)
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, 1) * tl.load(scale_ptr)
     if PER_CHANNEL:
@@ -79,7 +86,7 @@ def gemv(
         _float8_gemv_kernel[(triton.cdiv(out, _ROWS),)](
             codes.contiguous(), scale, weight, weight_scale, weight_scale if bias is None else bias, y,
             out, columns, PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, ROWS=_ROWS,
-            COLUMNS=block, EVEN=columns % block == 0, THREADS=32 * _WARPS, num_warps=_WARPS, num_stages=1,
+            COLUMNS=block, EVEN=columns % block == 0, num_warps=_WARPS, num_stages=1,
             **launch_options(codes.device),
         )  # fmt: skip
     return y

@@ -112,7 +112,7 @@ def prepare(
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
     if launch.kernel == "vector":
-        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch, device_processors)
+        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
         return [call]
     if launch.kernel == "matrix":
         return _prepare_matrix(x, weight, bias, launch)
@@ -236,23 +236,15 @@ def multiply_several(
         weights: at most `MOST_MATRICES`, of one form but for their rows.
         biases: one for each weight, or none at all.
     """
-    x = _padded(x, weights[0])
-    call, outputs = prepare_several(x, weights, biases, launch, processors(x.device))
+    call, outputs = prepare_several(_padded(x, weights[0]), weights, biases, launch)
     call.run()
     return outputs
 
 
 def prepare_several(
-    x: torch.Tensor,
-    weights: Sequence[StoredMatrix],
-    biases: Sequence[torch.Tensor],
-    launch: Launch,
-    device_processors: int,
+    x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
 ) -> tuple[Call, list[torch.Tensor]]:
-    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile.
-
-    Where there are more blocks of rows than programs, all programs get as many, but for the last ones.
-    """
+    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile."""
     # Of all kernels only this one is written in Gluon, which Triton may still change.
     from harness.kernels import gluon_vector
 
@@ -281,11 +273,9 @@ def prepare_several(
     is_bfloat16 = x.dtype == torch.bfloat16
     base = gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE
     blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)
-    most = max(1, launch.programs * device_processors // len(weights))
-    programs = triton.cdiv(blocks, triton.cdiv(blocks, most))
     arguments = (x, *matrices, tiles, shared.tiles_per_group, base)
     kernel = gluon_vector.weight_only_vector_kernel
-    return Call(kernel, (programs, len(weights)), arguments, constants, outputs[0]), outputs
+    return Call(kernel, (blocks, len(weights)), arguments, constants, outputs[0]), outputs
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:
