@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.kernels.selection import WRITING, Launch, Writing, select, takes_matrix, takes_vector
+from harness.kernels.selection import WRITING, Launch, Writing, select, takes_vector
 from harness.kernels.stored import Form
 
 __all__ = ["MOST_FUSED_ROWS", "WRITINGS", "candidates"]
@@ -35,9 +35,10 @@ _WIDE = (
 _VECTOR = (
     Launch("vector", 16, stages=4),
     Launch("vector", 16, stages=2),
-    Launch("vector", 16, stages=8),
-    Launch("vector", 32, stages=2),
     Launch("vector", 16, warps=8, stages=2),
+    Launch("vector", 16, warps=8, stages=4),
+    Launch("vector", 16, warps=2, stages=4),
+    Launch("vector", 32, stages=2),
 )
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=16),
@@ -55,15 +56,6 @@ _FEW = (
     Launch("fused", 128, 16, programs=2, warps=4),
     Launch("fused", 128, 16, programs=2, warps=8),
     Launch("fused", 64, 16, programs=4, stages=1),
-)
-_MATRIX = (
-    Launch("matrix", 128, 128, warps=8, stages=4),
-    Launch("matrix", 128, 128, warps=8, stages=3),
-    Launch("matrix", 128, 64, warps=8, stages=4),
-    Launch("matrix", 64, 128, warps=4, stages=3),
-    Launch("matrix", 128, 256, warps=8, stages=3),
-    Launch("matrix", 64, 64, warps=4, stages=4),
-    Launch("matrix", 64, 32, warps=4, stages=4),
 )
 _MANY = (
     Launch("fused", 128, 128, programs=1, warps=8, sums=False),
@@ -98,14 +90,12 @@ def candidates(form: Form, rows: int) -> list[Launch]:
 
 
 def _some(form: Form, rows: int) -> list[Launch]:
-    matrix = _MATRIX if takes_matrix(form) else ()
     if rows > 64:
-        return [*matrix[:5], *_MANY]
+        return list(_MANY)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     found = [replace(launch, block_m=block_m) for launch in _FEW]
     if not form.is_table and not form.has_float_zeros and form.bits != 3:
         found.append(Launch("small", 64, 64))
-    found += matrix[2:]
     if block_m == 64:
         found += [Launch("fused", 128, 64, programs=2, warps=8, sums=False), _MANY[6]]
     return found

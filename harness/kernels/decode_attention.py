@@ -15,10 +15,13 @@ from torch.nn import functional
 
 from harness.kernels.weight_only import has_triton
 
-__all__ = ["MOST_QUERIES", "decode_attention", "fits"]
+__all__ = ["MOST_APART", "MOST_QUERIES", "decode_attention", "fits"]
 
 MOST_QUERIES = 64
 """Queries on the same keys; more are a prefill."""
+MOST_APART = 128
+"""Heads of all sequences up to which splitting the keys pays where no heads share them: more fill a device by
+themselves, and libraries' kernels are then as fast (measured on an H200)."""
 WIDEST_HEAD = 256
 """Elements of a head that a program can hold."""
 

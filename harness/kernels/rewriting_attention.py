@@ -120,9 +120,11 @@ def _argument_of(node: Any, op: str, target: Any) -> Any:
 def _runs(call: _Call) -> bool:
     query, key, value = (example_of(each) for each in (call.query, call.key, call.value))
     assert query is not None and key is not None and value is not None  # noqa: PT018 - for the type checker
+    batch, heads, _, width = query.shape
     if call.shared > 1:
-        batch, heads, _, width = query.shape
         query = query.new_empty(batch, heads // call.shared, call.shared, width)
+    elif batch * heads > decode_attention.MOST_APART:
+        return False
     return decode_attention.fits(query, key, value, example_of(call.mask))
 
 

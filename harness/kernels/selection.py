@@ -20,13 +20,12 @@ __all__ = [
     "Writing",
     "rows_per_program",
     "select",
-    "takes_matrix",
     "takes_vector",
     "tiles_abreast",
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "vector", "small", "fused", "matrix"]
+Kernel = Literal["gemv", "wide", "vector", "small", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +105,11 @@ RULES: tuple[Rule, ...] = (
 """The first that fits is taken; where none does, the matrix is written out and multiplied by the library."""
 
 
-def select(
-    form: Form, rows: int, activation_bits: int, *, vector: bool = True, matrix: bool = True
-) -> Launch | None:
+def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) -> Launch | None:
     """How to multiply so many rows with such a matrix; None: write it out in full precision first.
 
     Args:
-        vector, matrix: whether the device runs these kernels.
+        vector: whether the device runs *vector*.
     """
     if not form.fits:
         return None
@@ -125,7 +122,6 @@ def select(
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
             and not (rule.launch.kernel == "vector" and not (vector and takes_vector(form)))
-            and not (rule.launch.kernel == "matrix" and not (matrix and takes_matrix(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -143,17 +139,6 @@ def takes_vector(form: Form) -> bool:
         and not form.has_outliers
         and words in (8, 16)
         and form.columns <= _MOST_COLUMNS
-    )
-
-
-def takes_matrix(form: Form) -> bool:
-    """Whether *matrix* reads such a matrix: 4 bits in tiles of 128 columns, whole zero points."""
-    return (
-        form.bits == 4
-        and form.tile == 128
-        and not form.is_table
-        and not form.has_float_zeros
-        and not form.has_outliers
     )
 
 

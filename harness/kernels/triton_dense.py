@@ -15,10 +15,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.dense import ALIGNMENT, MOST_MATRICES
-from harness.kernels.overlap import launch_options
 
 __all__ = ["linears"]
 
@@ -26,20 +24,10 @@ _PROGRAM_ELEMENTS = 4096  # weights that a program holds at a time: 16 for each 
 
 
 @triton.jit
-def _load_weights(w_rows, k, K, EVEN_K: tl.constexpr):
-    if EVEN_K:
-        w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
-    else:
-        w = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    return w
-
-
-@triton.jit
 def _dense_gemv_kernel(
     x_ptr, w_ptr, bias_ptr, out_ptr, w_1, w_2, bias_1, bias_2, out_1, out_2,
     N_0, N_1, N_2, blocks_0, blocks_1, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`w_1` is where the second matrix begins, counted from the first in units of 16 weights."""
     pid = tl.program_id(0)
@@ -55,17 +43,13 @@ def _dense_gemv_kernel(
     w_rows = w_ptr + tl.where(n < N, n, 0).to(tl.int64)[:, None] * K
     offsets = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    first = 0
-    if OVERLAP:
-        first = BLOCK_K
-        w = _load_weights(w_rows, offsets, K, EVEN_K)
-        gdc_wait()
-        gdc_launch_dependents()
-        x = tl.load(x_ptr + offsets, mask=offsets < K, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
-    for start in range(first, K, BLOCK_K):
+    for start in range(0, K, BLOCK_K):
         k = start + offsets
-        w = _load_weights(w_rows, k, K, EVEN_K)
+        if EVEN_K:
+            w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
+        else:
+            mask = (k < K)[None, :]
+            w = tl.load(w_rows + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)
@@ -95,13 +79,12 @@ def linears(
     _, bias_1, bias_2 = _filled(_steps(biases))
     _, out_1, out_2 = _filled(_steps(outs))
     sizes = _filled([weight.shape[0] for weight in weights])
-    warps = 8 if block_n * block_k >= _PROGRAM_ELEMENTS else 4
     with torch.cuda.device_of(x):
         _dense_gemv_kernel[(sum(blocks),)](
             x, weights[0], biases[0] if biases else x, outs[0],
             w_1, w_2, bias_1, bias_2, out_1, out_2, *sizes, blocks_0, blocks_1, columns,
             BLOCK_N=block_n, BLOCK_K=block_k, HAS_BIAS=bool(biases), EVEN_K=columns % block_k == 0,
-            num_warps=warps, num_stages=1, **launch_options(x.device),
+            num_warps=8 if block_n * block_k >= _PROGRAM_ELEMENTS else 4, num_stages=1,
         )  # fmt: skip
     return outs
 

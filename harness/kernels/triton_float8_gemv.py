@@ -18,7 +18,7 @@ from harness.kernels.overlap import launch_options
 
 __all__ = ["gemv"]
 
-_ROWS, _COLUMNS, _WARPS = 4, 2048, 8  # of a program: its rows of the matrix, their columns at a time
+_ROWS, _COLUMNS, _WARPS = 4, 1024, 4  # of a program: its rows of the matrix, their columns at a time
 
 
 @triton.jit

@@ -114,8 +114,6 @@ def prepare(
     if launch.kernel == "vector":
         call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
         return [call]
-    if launch.kernel == "matrix":
-        return _prepare_matrix(x, weight, bias, launch)
     rows, out, form = x.shape[0], weight.out_features, weight.form
     is_gemv = launch.kernel == "gemv"
     block_m = 1 if is_gemv else min(launch.block_m, max(_LEAST_ROWS, triton.next_power_of_2(rows)))
@@ -185,45 +183,6 @@ def _prepare_wide(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | No
     return Call(weight_only_wide_kernel, grid, arguments, constants, y)
 
 
-def _prepare_matrix(
-    x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | None, launch: Launch
-) -> list[Call]:
-    """x in another order of columns, and the product."""
-    from harness.kernels import gluon_matrix, gluon_vector
-
-    x = x.contiguous()
-    rows, out, tiles = x.shape[0], weight.out_features, weight.codes.shape[0]
-    arranged, y = torch.empty_like(x), torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    size = x.numel()
-    arguments: tuple[Any, ...] = (x, arranged, size)
-    arrange = Call(
-        gluon_matrix.arrange_kernel,
-        (triton.cdiv(size, 1024),),
-        arguments,
-        {"BLOCK": 1024, "num_warps": 4},
-        arranged,
-    )
-    shared = _shared(weight, 1, launch.block_n)
-    constants = {name: shared.constants[name] for name in ("SCALES", "ZEROS")}
-    constants |= {
-        "BLOCK_N": launch.block_n,
-        "BLOCK_M": launch.block_m,
-        "STAGES": launch.stages,
-        "HAS_BIAS": bias is not None,
-        "EVEN": out % launch.block_n == 0,
-        "num_warps": launch.warps,
-    }
-    codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
-    is_bfloat16 = x.dtype == torch.bfloat16
-    arguments = (
-        arranged, codes, scales, zeros, codes if bias is None else bias, y,
-        rows, out, tiles, shared.zero_bytes, shared.tiles_per_group,
-        gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE,
-    )  # fmt: skip
-    grid = (triton.cdiv(rows, launch.block_m), triton.cdiv(out, launch.block_n))
-    return [arrange, Call(gluon_matrix.weight_only_matrix_kernel, grid, arguments, constants, y)]
-
-
 def multiply_several(
     x: torch.Tensor,
     weights: Sequence[StoredMatrix],
@@ -267,6 +226,7 @@ def prepare_several(
         "STEPS": steps,
         "HAS_BIAS": bool(biases),
         "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
+        "EACH": shared.tiles_per_group == 1,
         "num_warps": launch.warps,
         **launch_options(x.device),
     }

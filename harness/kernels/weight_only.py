@@ -28,7 +28,6 @@ __all__ = [
     "linears",
     "make_ready",
     "name_of",
-    "runs_matrix",
     "runs_vector",
     "share_a_launch",
 ]
@@ -65,17 +64,12 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
     if not fits_triton(form, dtype, device):
         return None
     bits = torch.finfo(dtype).bits
-    return select(form, rows, bits, vector=runs_vector(device), matrix=runs_matrix(device))
+    return select(form, rows, bits, vector=runs_vector(device))
 
 
 def runs_vector(device: torch.device) -> bool:
     """Whether *vector* runs on a CUDA device: NVIDIA's tensor cores since compute capability 8.0."""
     return torch.version.hip is None and _capability(device) >= (8, 0)
-
-
-def runs_matrix(device: torch.device) -> bool:
-    """Whether *matrix* runs on a CUDA device: its instructions are those of compute capability 9.0 alone."""
-    return torch.version.hip is None and _capability(device)[0] == 9
 
 
 @functools.cache

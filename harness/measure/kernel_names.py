@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (
         "gemm",
         r"gemm|gemv|nvjet|cutlass.*(mma|tensorop)|xmma|splitkreduce|cublas|cusparselt|marlin"
-        r"|_(matmul|small|wide|vector|matrix|tma|add_partials|add_splits)_kernel|triton_tem_fused.*(mm|bmm)|\bdot_kernel"
+        r"|_(matmul|small|wide|vector|tma|add_partials|add_splits)_kernel|triton_tem_fused.*(mm|bmm)|\bdot_kernel"
         r"|^(aten::)?(_)?(addmm|mm|bmm|baddbmm|addmv|mv|dot|matmul|linear|einsum|int_mm|scaled_mm)\b"
         r"|^aten::_(int_mm|scaled_mm|weight_int4pack_mm|weight_int8pack_mm|addmm_activation)"
         r"|weight_int\dpack|int4pack_mm|mkl.*linear|onednn.*(linear|matmul|qlinear)|fbgemm",
@@ -56,7 +56,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ),
     (
         "copy",
-        r"memcpy|memset|copy|^arrange_kernel$|catarray|\bcat\b|index_?select|index_?put|index_?kernel|gather|scatter"
+        r"memcpy|memset|copy|catarray|\bcat\b|index_?select|index_?put|index_?kernel|gather|scatter"
         r"|embedding|fillfunctor|^aten::(index|cat|clone|fill_|zero_|contiguous|_to_copy|stack|repeat"
         r"|roll|flip|masked_fill|where|tril|triu)\w*\b|transpose_kernel|triton_poi_fused_(clone|copy|cat)",
     ),

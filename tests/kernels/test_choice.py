@@ -35,7 +35,6 @@ def with_triton(monkeypatch):
     """As on a CUDA machine: only the choice is made, nothing runs."""
     monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
     monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
-    monkeypatch.setattr(weight_only, "runs_matrix", lambda device: True)
     monkeypatch.setattr(int8, "has_triton", lambda device: True)
 
 

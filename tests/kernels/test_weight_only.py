@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from harness.kernels import reference, table, weight_only
-from harness.kernels.selection import Launch, takes_matrix, takes_vector
+from harness.kernels.selection import Launch, takes_vector
 from harness.kernels.stored import StoredMatrix, stored
 from harness.nn.codebook import CodebookLinear
 from harness.nn.codebook_weight import CodebookWeight, Outliers, quantize_scales
@@ -270,41 +270,6 @@ def test_one_row_on_tensor_cores(form):
     dtypes = (torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)
     for launch, dtype in zip([*VECTORS, VECTORS[0]], dtypes, strict=True):
         check_product(matrix, launch, 1, dtype, has_bias=launch is not VECTORS[0])
-
-
-# Fewer tiles than stages, rows that fill no block of either side, and more than one block of each.
-MATRICES = [
-    (Launch("matrix", 128, 128, warps=8, stages=4), 300),
-    (Launch("matrix", 64, 64, warps=4, stages=3), 17),
-    (Launch("matrix", 128, 64, warps=8, stages=4), 64),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    "form", [*GRIDS, ((300, 4096), 4, 128, "packed"), ((256, 11008), 4, -1, "sym")], ids=str
-)
-def test_many_rows_of_a_grid_on_tensor_cores(form):
-    matrix = on_grid(*form, device="cuda")
-    if not takes_matrix(matrix.form) or not weight_only.runs_matrix(matrix.codes.device):
-        pytest.skip("another kernel's")
-    for (launch, rows), dtype in zip(MATRICES, (torch.bfloat16, torch.float16, torch.bfloat16), strict=True):
-        check_product(matrix, launch, rows, dtype, has_bias=rows != 64)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_arranging_columns(device):
-    from harness.kernels import gluon_matrix
-
-    x = torch.arange(3 * 256, device=device).half().view(3, 256) % 251
-    out = torch.empty_like(x)
-    gluon_matrix.arrange_kernel[(1,)](x, out, x.numel(), BLOCK=1024)
-    for column in range(256):
-        inside = column % 128
-        j, i, q, h = inside // 32, inside // 8 % 4, inside // 2 % 4, inside % 2
-        source = column - inside + 16 * (j + 4 * h) + 4 * q + i
-        assert torch.equal(out[:, column], x[:, source])
 
 
 @pytest.mark.gpu
