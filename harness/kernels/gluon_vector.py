@@ -31,7 +31,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["BFLOAT16_BASE", "FLOAT16_BASE", "weight_only_vector_kernel"]
 
@@ -259,14 +258,13 @@ def weight_only_vector_kernel(
     tiles, tiles_per_group, base,
     MATRICES: gl.constexpr, BITS: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
     STAGES: gl.constexpr, STEPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, EVEN: gl.constexpr, EACH: gl.constexpr, OVERLAP: gl.constexpr,
-    num_warps: gl.constexpr,
+    HAS_BIAS: gl.constexpr, EVEN: gl.constexpr, EACH: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``W x + bias`` [N] for x [tiles * TILE] in a 16-bit type, and for the second and third W (MATRICES).
 
     A program has ROWS rows of one W: its first index counts them, its second the matrices, which are stored
     alike. STEPS: tiles of a warp, rounded up to a power of two that STAGES divides. SCALES and ZEROS: as in
-    `harness.kernels.triton_fields`, 1 or 2 and 0 or 1. OVERLAP: as in `harness.kernels.overlap`.
+    `harness.kernels.triton_fields`, 1 or 2 and 0 or 1. EACH: tiles are groups.
     """
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS
     WORDS: gl.constexpr = TILE * WIDTH // 32
@@ -312,9 +310,6 @@ def weight_only_vector_kernel(
                 tiles_per_group, ROW_WORDS, BITS, SCALES, ZEROS, EVEN, EACH,
             ),
         )  # fmt: skip
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     x_pairs = _pairs_of_x(x_ptr, tiles, TILE, WORDS, PAIRS, STEPS, num_warps)
     acc = gl.zeros([num_warps, ROWS, 8], gl.float32, sums)
     for first in range(0, tiles, num_warps * STAGES):

@@ -58,6 +58,7 @@ class Rule:
     Args:
         table: for places in a table, or for integers on a grid.
         activation_bits: of the types it is for.
+        least_out: rows of the matrix, or of all that share the launch.
     """
 
     bits: tuple[int, ...]
@@ -65,6 +66,7 @@ class Rule:
     launch: Launch
     table: bool = False
     activation_bits: tuple[int, ...] = (16,)
+    least_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ WRITING = Writing(block_n=32)
 """For every matrix that is written out in full precision."""
 
 RULES: tuple[Rule, ...] = (
-    # Integers on a grid. One row: nothing is added up twice.
+    # Integers on a grid. One row: nothing is added up twice. Of many programs each needs less on its way.
+    Rule((4,), 1, Launch("vector", block_n=16, stages=2), least_out=8192),
     Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
@@ -116,6 +119,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
     for rule in RULES:
         if (
             rows <= rule.up_to
+            and form.out_features >= rule.least_out
             and form.bits in rule.bits
             and form.is_table == rule.table
             and activation_bits in rule.activation_bits

@@ -15,16 +15,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from harness.kernels.overlap import launch_options
 
 __all__ = ["decode_attention", "parts_of"]
 
-_PROGRAMS = 528  # four for each of an H100's processors, where there are keys enough
-_FEWEST_KEYS = 64  # that are worth a program
+_PROGRAMS = 576  # a good four for each of an H100's processors, where there are keys enough
+_FEWEST_KEYS = 32  # that are worth a program
 _MOST_PARTS = 128  # that a program can add up
 _ONE_QUERY_BLOCK, _BLOCK = 32, 64  # keys of a step
+_WARPS = 2
 _LOG2_E = 1.4426950408889634
 
 
@@ -56,16 +54,13 @@ def _decode_attention_kernel(
     heads, keys, part,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr,
-    PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid [batch * heads, parts]; `part` keys each. `scale` has base 2.
 
     MASK: 0 none, 1 bool, 2 added. With one part `out` is the result; else float32 sums
     [batch * heads, parts, queries, values], and for each `largest` and `sum`.
     """
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     pair = tl.program_id(0)
     batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     first = tl.program_id(1) * part
@@ -150,12 +145,9 @@ def _decode_attention_kernel(
 def _decode_attention_sum_kernel(
     part_ptr, largest_ptr, sum_ptr, out_ptr,
     QUERIES: tl.constexpr, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid [batch * heads * queries]: the parts of a query, weighed by their sums."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK_PARTS)
     columns = tl.arange(0, BLOCK_VALUES)
@@ -215,14 +207,12 @@ def decode_attention(
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *seen.stride(),
             heads, keys, part,
             QUERIES=queries, ROWS=rows, WIDTH=width, BLOCK_WIDTH=block_width, VALUES=values,
-            BLOCK_VALUES=block_values, BLOCK=block, MASK=kind, PARTS=parts, num_warps=4,
-            **launch_options(query.device),
+            BLOCK_VALUES=block_values, BLOCK=block, MASK=kind, PARTS=parts, num_warps=_WARPS,
         )  # fmt: skip
         if parts > 1:
             _decode_attention_sum_kernel[(batch * heads * queries,)](
                 sums, largest, total, out,
                 QUERIES=queries, VALUES=values, BLOCK_VALUES=block_values, PARTS=parts,
                 BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=4 if parts * block_values <= 4096 else 8,
-                **launch_options(query.device),
             )  # fmt: skip
     return out

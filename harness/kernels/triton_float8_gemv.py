@@ -12,9 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-from harness.kernels.overlap import launch_options
 
 __all__ = ["gemv"]
 
@@ -22,19 +19,10 @@ _ROWS, _COLUMNS, _WARPS = 4, 1024, 4  # of a program: its rows of the matrix, th
 
 
 @triton.jit
-def _load_weights(w_rows, k, K, EVEN: tl.constexpr):
-    if EVEN:
-        w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
-    else:
-        w = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-    return w
-
-
-@triton.jit
 def _float8_gemv_kernel(
     x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, N, K,
     PER_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n_mask = n < N
@@ -42,18 +30,14 @@ def _float8_gemv_kernel(
     w_rows = w_ptr + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * K
     offsets = tl.arange(0, COLUMNS)
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    first = 0
-    if OVERLAP:
-        first = COLUMNS
-        w = _load_weights(w_rows, offsets, K, EVEN)
-        gdc_wait()
-        gdc_launch_dependents()
-        x = tl.load(x_ptr + offsets, mask=offsets < K, other=0.0)
-        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    for start in range(first, K, COLUMNS):
+    for start in range(0, K, COLUMNS):
         k = start + offsets
-        w = _load_weights(w_rows, k, K, EVEN)
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        if EVEN:
+            w = tl.load(w_rows + k[None, :], eviction_policy="evict_first")
+            x = tl.load(x_ptr + k)
+        else:
+            w = tl.load(w_rows + k[None, :], mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k, mask=k < K, other=0.0)
         acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
     y = tl.sum(acc, 1) * tl.load(scale_ptr)
     if PER_CHANNEL:
@@ -87,6 +71,5 @@ def gemv(
             codes.contiguous(), scale, weight, weight_scale, weight_scale if bias is None else bias, y,
             out, columns, PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, ROWS=_ROWS,
             COLUMNS=block, EVEN=columns % block == 0, num_warps=_WARPS, num_stages=1,
-            **launch_options(codes.device),
         )  # fmt: skip
     return y

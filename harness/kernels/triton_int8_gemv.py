@@ -16,10 +16,8 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from harness.kernels.int8_launches import Launch, choose
-from harness.kernels.overlap import launch_options
 from harness.kernels.triton_rows import ROUNDER, peak_of, round_int8, scale_of
 from harness.nn.quantizer import SMALLEST_SCALE
 
@@ -60,35 +58,14 @@ def dot4(words, q, acc, DP4A: tl.constexpr):
 
 
 @triton.jit
-def _load_words(w_rows, at, row_words, EVEN: tl.constexpr):
-    if EVEN:
-        words = tl.load(w_rows + at[None, :], eviction_policy="evict_first")
-    else:
-        mask = (at < row_words)[None, :]
-        words = tl.load(w_rows + at[None, :], mask=mask, other=0, eviction_policy="evict_first")
-    return words
-
-
-@triton.jit
 def _gemv_kernel(
     x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr,
     outliers_ptr, columns_ptr, used_ptr, codes_ptr, kept_ptr, place_ptr, N, K, rounder,
     ROUND: tl.constexpr, FIND: tl.constexpr, SMALLEST: tl.constexpr, PER_CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, HAS_KEPT: tl.constexpr, DP4A: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Words are four codes. ROUND: x is floats, rounded here; FIND: to a scale that is found here, too."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_mask = n < N
-    row_words = K // 4
-    # Rows beyond the end are read as row 0 again and never stored.
-    w_rows = w_ptr + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
-    word = tl.arange(0, WORDS)
-    ahead = _load_words(w_rows, word, row_words, EVEN)
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     if FIND:
         offsets = tl.arange(0, 4 * WORDS)
         peaks = tl.zeros((4 * WORDS,), dtype=tl.float32)
@@ -100,12 +77,20 @@ def _gemv_kernel(
     else:
         scale = tl.load(scale_ptr)
     inverse = tl.div_rn(1.0, scale)
-    byte = tl.arange(0, 4)[None, :]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < N
+    row_words = K // 4
+    # Rows beyond the end are read as row 0 again and never stored.
+    w_rows = w_ptr + tl.where(n_mask, n, 0).to(tl.int64)[:, None] * row_words
+    offsets, byte = tl.arange(0, WORDS), tl.arange(0, 4)[None, :]
     acc = tl.zeros((BLOCK_N, WORDS), dtype=tl.int32)
     for start in range(0, row_words, WORDS):
-        at = start + word
-        w = ahead
-        ahead = _load_words(w_rows, at + WORDS, row_words, False)
+        at = start + offsets
+        if EVEN:
+            w = tl.load(w_rows + at[None, :], eviction_policy="evict_first")
+        else:
+            mask = (at < row_words)[None, :]
+            w = tl.load(w_rows + at[None, :], mask=mask, other=0, eviction_policy="evict_first")
         if ROUND:
             x = tl.load(x_ptr + at[:, None] * 4 + byte, mask=(at < row_words)[:, None], other=0.0)
             q = round_int8(x.to(tl.float32), inverse, rounder)
@@ -181,7 +166,6 @@ def gemv(
             WORDS=words, EVEN=columns % (4 * words) == 0, HAS_OUTLIERS=outliers is not None,
             HAS_KEPT=slots[4] is not None, DP4A=has_dp4a(x.device), num_warps=launch.warps,
             num_stages=launch.stages, enable_fp_fusion=False,
-            **launch_options(x.device),
         )  # fmt: skip
     return y
 

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from harness.kernels.overlap import launch_options
 from harness.kernels.selection import (
     MOST_MATRICES,
     WRITING,
@@ -228,7 +227,6 @@ def prepare_several(
         "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
         "EACH": shared.tiles_per_group == 1,
         "num_warps": launch.warps,
-        **launch_options(x.device),
     }
     is_bfloat16 = x.dtype == torch.bfloat16
     base = gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -171,7 +172,8 @@ def linears(
     if _run_together(x, matrices):
         from harness.kernels import triton_weight_only
 
-        launch = launch_for(matrices[0].form, x.shape[0], x.dtype, x.device)
+        form = replace(matrices[0].form, out_features=sum(matrix.out_features for matrix in matrices))
+        launch = launch_for(form, x.shape[0], x.dtype, x.device)
         assert launch is not None
         return triton_weight_only.multiply_several(x, matrices, biases, launch)
     return [_linear(x, weight, bias) for weight, bias in zip(weights, biases or absent, strict=True)]

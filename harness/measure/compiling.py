@@ -61,8 +61,6 @@ def compiled(model: nn.Module, backend: Backend | None = None) -> Iterator[list[
     """
     import torch._dynamo
 
-    from harness.kernels.overlap import overlapping
-
     torch._dynamo.reset()
     code: list[Any] = []
     make = backend or _rewritten_inductor
@@ -81,7 +79,7 @@ def compiled(model: nn.Module, backend: Backend | None = None) -> Iterator[list[
         if head is not None:
             _set_call(head, torch.compile(_traceable(head), backend=keeping, dynamic=False))
         # Beyond its limit dynamo would run the blocks that are left as they are, and say so in a log only.
-        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), overlapping():
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             yield code
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         reason = "more blocks than the compiler's limit need code of their own"
