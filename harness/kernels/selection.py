@@ -91,12 +91,16 @@ RULES: tuple[Rule, ...] = (
     Rule((4,), 1, Launch("vector", block_n=16, stages=2), least_out=8192),
     Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
+    Rule((3,), 16, Launch("fused", block_n=128, block_m=16, programs=2)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
+    Rule((4,), 64, Launch("fused", block_n=128, block_m=64, programs=2)),
+    Rule((3,), 64, Launch("fused", block_n=128, block_m=64, programs=2, warps=8)),
     Rule(_ALL, 64, Launch("fused", block_n=64, block_m=64, programs=2)),
     # From here on arithmetic counts: a tile of weights is unpacked once for 128 rows. Beyond 128 rows
     # writing the matrix takes less time than what a library product is ahead by.
-    Rule((4, 8), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
+    Rule((4,), 128, Launch("fused", block_n=256, block_m=128, programs=1, warps=8, sums=False)),
+    Rule((8,), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
     # Narrow fields take more slices of x a step, and shared memory for them.
     Rule((2, 3), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, stages=2, sums=False)),
     # float32 activations have no tensor cores that are exact.

@@ -161,6 +161,11 @@ def test_what_the_kernel_for_vectors_takes(form, takes):
     assert select(form, 1, 32) == without, "float32 has no exact tensor cores"
 
 
+def test_one_row_of_many_outputs_has_fewer_words_on_their_way():
+    few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
+    assert [select(form, 1, 16).stages for form in (few, many)] == [4, 2]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_table", [False, True])
 def test_one_choice_for_all_rows(bits, is_table):

@@ -138,8 +138,8 @@ def test_the_operator_passes_torchs_own_checks():
 @pytest.mark.parametrize(
     ("pairs", "keys", "expected"),
     [
-        (32, 528, (9, 64)),  # no part below 64 keys
-        (32, 2064, (13, 160)),
+        (32, 528, (17, 32)),  # no part below 32 keys
+        (32, 2064, (17, 128)),
         (2048, 2064, (1, 2080)),  # heads enough
         (1, 100_000, (125, 800)),
         (1, 5, (1, 32)),
@@ -251,6 +251,19 @@ def test_what_the_kernel_cannot_run_stays(shape, options):
     calls, y = traced(run, *tensors)
     assert not calls
     torch.testing.assert_close(y, run(*tensors))
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_heads_that_fill_a_device_are_the_librarys_unless_they_share_keys():
+    query, key, value = inputs((5, 26, 1, 40, 16, 16))  # 130 heads
+    assert not traced(functional.scaled_dot_product_attention, query, key, value)[0]
+    assert traced(functional.scaled_dot_product_attention, query[:4], key[:4], value[:4])[0]
+
+    def run(query, key, value):
+        return functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+    [_], y = traced(run, query, key[:, :13], value[:, :13])
+    torch.testing.assert_close(y, run(query, key[:, :13], value[:, :13]))
 
 
 @pytest.mark.usefixtures("with_triton")
