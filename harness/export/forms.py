@@ -20,6 +20,7 @@ from harness.nn.outlier_int8 import OutlierInt8Linear
 from harness.nn.packing import unpack_weight
 from harness.nn.quantized import ActivationScale, Int8Linear, QuantizedLinear
 from harness.nn.semi_structured import SemiStructuredLinear
+from harness.nn.sparse_8_bit import SparseFp8Linear, SparseInt8Linear
 from harness.nn.static_int8 import StaticInt8Linear
 
 __all__ = [
@@ -245,6 +246,10 @@ def _of_fp8(module: Any) -> Form | NoForm:
     return FloatForm(module.codes, module.scales, _bias(module), Inputs(module.a_gran, module.input_scale))
 
 
+def _of_sparse_fp8(module: Any) -> Form:
+    return FloatForm(module.codes_of_all(), module.scales, _bias(module), Inputs(module.a_gran))
+
+
 def _of_semi_structured(module: Any) -> Form:
     return DenseForm(module.dense_weight(), _bias(module))
 
@@ -281,6 +286,9 @@ _FORMS: dict[type[nn.Module], Callable[[Any], Form | NoForm]] = {
     Int8Linear: _of_int8,
     Fp8Linear: _of_fp8,
     SemiStructuredLinear: _of_semi_structured,
+    # As dense codes with zeros: no format here stores 2:4 in 8 bits.
+    SparseInt8Linear: _of_int8,
+    SparseFp8Linear: _of_sparse_fp8,
 }
 
 _OTHERS = {

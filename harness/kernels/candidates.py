@@ -35,9 +35,10 @@ _WIDE = (
 _VECTOR = (
     Launch("vector", 16, stages=4),
     Launch("vector", 16, stages=2),
-    Launch("vector", 16, stages=8),
-    Launch("vector", 32, stages=2),
     Launch("vector", 16, warps=8, stages=2),
+    Launch("vector", 16, warps=8, stages=4),
+    Launch("vector", 16, warps=2, stages=4),
+    Launch("vector", 32, stages=2),
 )
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=16),

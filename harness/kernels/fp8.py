@@ -96,9 +96,9 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
 
 def runs_own(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> bool:
     """Whether so many rows of activations of this type, with a scale each, run the project's own product."""
-    if device.type != "cuda" or dtype.itemsize != 2:
+    if not has_triton(device) or columns % ALIGNMENT:
         return False
-    return int8_launches.choose_float8(rows, columns) is not None and has_triton(device)
+    return rows == 1 or (dtype.itemsize == 2 and int8_launches.choose_float8(rows, columns) is not None)
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def linear(
         wide = x.dtype if x.dtype == torch.bfloat16 else torch.float32
         y = functional.linear(codes.to(wide), weight.to(wide)).float() * scale * weight_scale
     else:
-        if scale.ndim == 2 and runs_own(x.device, x.dtype, *x.shape):
+        if scale.numel() == x.shape[0] and runs_own(x.device, x.dtype, *x.shape):
             own: torch.Tensor = _linear_of_codes(codes, scale, weight, weight_scale, bias, x.dtype)
             return own
         y = _scaled_mm(codes, scale, weight, weight_scale, x.dtype)
@@ -172,13 +172,17 @@ def _linear_of_codes(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The scaled product by the project's own kernel, where `int8_launches` has a launch for it."""
-    launch = int8_launches.choose_float8(*codes.shape)
-    if launch is None or not has_triton(codes.device):
+    """The scaled product by the project's own kernels; by the library's where they do not run."""
+    if not runs_own(codes.device, dtype, *codes.shape):
         y = _scaled_mm(codes, scale, weight, weight_scale, dtype)
         return (y if bias is None else y + bias).to(dtype)
+    if codes.shape[0] == 1:
+        from harness.kernels import triton_float8_gemv
+
+        return triton_float8_gemv.gemv(codes, scale, weight, weight_scale, bias, dtype)
     from harness.kernels import triton_int8
 
+    launch = int8_launches.choose_float8(*codes.shape)
     return triton_int8.matmul(codes, scale, weight, weight_scale, bias, dtype, launch=launch)
 
 

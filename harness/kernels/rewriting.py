@@ -18,6 +18,7 @@ from torch import fx
 from harness.kernels import dense, weight_only
 from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.stored import stored
+from harness.kernels.traced import example_of, operand_of
 from harness.nn.packing import PackedWeight
 
 __all__ = ["rewrite_linears"]
@@ -59,10 +60,7 @@ def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    def operand(position: int, name: str) -> Any:
-        return node.args[position] if len(node.args) > position else node.kwargs.get(name)
-
-    return operand(0, "input"), operand(1, "weight"), operand(2, "bias")
+    return operand_of(node, 0, "input"), operand_of(node, 1, "weight"), operand_of(node, 2, "bias")
 
 
 def _is_replaceable(node: fx.Node) -> bool:
@@ -71,7 +69,7 @@ def _is_replaceable(node: fx.Node) -> bool:
     # first of its group stands.
     if not all(_is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
-    value, matrix = _example(x), _example(weight)
+    value, matrix = example_of(x), example_of(weight)
     if value is None or matrix is None:
         return False
     width = value.shape[-1]
@@ -98,7 +96,7 @@ def _packed_groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
 
 
 def _shares(node: fx.Node) -> bool:
-    x, codes, scales, zeros = map(_example, node.args[:4])
+    x, codes, scales, zeros = map(example_of, node.args[:4])
     if x is None or codes is None or scales is None or not isinstance(x.shape[0], int):
         return False
     bits, group_size, tile, in_features = node.args[5:]
@@ -106,22 +104,16 @@ def _shares(node: fx.Node) -> bool:
     return weight_only.share_a_launch(stored(weight).form, x.shape[0], x.dtype, codes.device)
 
 
-def _example(node: Any) -> torch.Tensor | None:
-    """The tensor that stands for a node's value while it is traced; None for anything else."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _storage(node: fx.Node) -> tuple[Any, ...]:
     """What kernels tell scales, zero points and biases apart by: the type, and one for all rows or each."""
-    value = _example(node)
+    value = example_of(node)
     return (None,) if value is None else (value.dtype, value.dim(), value.shape[-1] == 1)
 
 
 def _source(x: Any) -> tuple[Any, ...]:
     """The tensor behind a reshaped one, with the shape it has got: layers flatten the same x each for
     itself."""
-    value = _example(x)
+    value = example_of(x)
     while isinstance(x, fx.Node) and x.op == "call_method" and x.target in ("reshape", "view"):
         x = x.args[0]
     return x, None if value is None else tuple(value.shape)

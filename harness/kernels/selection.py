@@ -58,6 +58,7 @@ class Rule:
     Args:
         table: for places in a table, or for integers on a grid.
         activation_bits: of the types it is for.
+        least_out: rows of the matrix, or of all that share the launch.
     """
 
     bits: tuple[int, ...]
@@ -65,6 +66,7 @@ class Rule:
     launch: Launch
     table: bool = False
     activation_bits: tuple[int, ...] = (16,)
+    least_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +87,20 @@ WRITING = Writing(block_n=32)
 """For every matrix that is written out in full precision."""
 
 RULES: tuple[Rule, ...] = (
-    # Integers on a grid. One row: nothing is added up twice.
-    Rule((2, 4), 1, Launch("vector", block_n=16, stages=4)),
+    # Integers on a grid. One row: nothing is added up twice. Of many programs each needs less on its way.
+    Rule((4,), 1, Launch("vector", block_n=16, stages=2), least_out=8192),
+    Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
+    Rule((3,), 16, Launch("fused", block_n=128, block_m=16, programs=2)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
+    Rule((4,), 64, Launch("fused", block_n=128, block_m=64, programs=2)),
+    Rule((3,), 64, Launch("fused", block_n=128, block_m=64, programs=2, warps=8)),
     Rule(_ALL, 64, Launch("fused", block_n=64, block_m=64, programs=2)),
     # From here on arithmetic counts: a tile of weights is unpacked once for 128 rows. Beyond 128 rows
     # writing the matrix takes less time than what a library product is ahead by.
-    Rule((4, 8), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
+    Rule((4,), 128, Launch("fused", block_n=256, block_m=128, programs=1, warps=8, sums=False)),
+    Rule((8,), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
     # Narrow fields take more slices of x a step, and shared memory for them.
     Rule((2, 3), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, stages=2, sums=False)),
     # float32 activations have no tensor cores that are exact.
@@ -116,6 +123,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
     for rule in RULES:
         if (
             rows <= rule.up_to
+            and form.out_features >= rule.least_out
             and form.bits in rule.bits
             and form.is_table == rule.table
             and activation_bits in rule.activation_bits
@@ -131,9 +139,9 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
 def takes_vector(form: Form) -> bool:
     """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
     every word, and a row of activations must fit into shared memory."""
-    words = form.tile * form.bits // 32
+    words = form.tile * PLANES[form.bits][0] // 32
     return (
-        form.bits in (2, 4)
+        form.bits in (2, 3, 4)
         and not form.is_table
         and not form.has_float_zeros
         and not form.has_outliers

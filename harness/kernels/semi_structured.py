@@ -30,6 +30,7 @@ __all__ = [
     "is_available",
     "linear",
     "product",
+    "product_8_bit",
     "tune",
 ]
 
@@ -93,17 +94,18 @@ def compress(weight: torch.Tensor) -> torch.Tensor:
 
 
 def decompress(packed: torch.Tensor, out_features: int, in_features: int) -> torch.Tensor:
-    """The matrix [out, in] again, in 16 bits.
+    """The matrix [out, in] again, in its type.
 
     How the library lays out the metadata is its own affair, so it is asked: the product with the identity
-    adds one weight and zeros, which is exact.
+    adds one weight and zeros, which is exact (codes of 8 bits in bfloat16 as well).
     """
+    out_dtype = torch.bfloat16 if packed.dtype.itemsize == 1 else None
     weight = packed.new_empty(out_features, in_features)
     for start in range(0, in_features, _UNIT_ROWS):
         stop = min(start + _UNIT_ROWS, in_features)
-        unit = packed.new_zeros(stop - start, in_features)
+        unit = torch.zeros(stop - start, in_features, dtype=torch.float16, device=packed.device)
         unit[:, start:stop].fill_diagonal_(1)
-        weight[:, start:stop] = product(packed, unit, out_features).t()
+        weight[:, start:stop] = product(packed, unit.to(packed.dtype), out_features, out_dtype=out_dtype).t()
     return weight
 
 
@@ -135,6 +137,28 @@ def _(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
+
+
+def product_8_bit(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
+    """The product of 8-bit codes [rows, in] with those of a compressed matrix, bfloat16 [rows, out]: the
+    library adds up in 32 bits and writes 16.
+
+    For torch.compile the whole is one operator, ``torch.ops.harness.semi_structured_8_bit``.
+    """
+    run = _operator_8_bit if torch.compiler.is_compiling() else _product_8_bit
+    return run(codes, packed, out_features, tuned)
+
+
+def _product_8_bit(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
+    return product(packed, codes, out_features, out_dtype=torch.bfloat16, tuned=tuned)
+
+
+_operator_8_bit = torch.library.custom_op("harness::semi_structured_8_bit", _product_8_bit, mutates_args=())
+
+
+@_operator_8_bit.register_fake
+def _(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], out_features, dtype=torch.bfloat16)
 
 
 def product(

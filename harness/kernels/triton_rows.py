@@ -2,10 +2,10 @@
 # mypy: disallow-untyped-calls=False
 """Triton kernels that round whole rows to 8 bits: a scale for each row and its codes in one launch.
 
-A program takes a row. Up to `HELD_ROW` columns `quantize` holds all of it, so that every value is read
-once; a wider row is read a second time, while it is in the cache. `quantize` rounds to int8 or float8,
-`normalize_quantize` is a norm before that, of rows up to `WHOLE_ROW`, so that the floats between the two
-never reach memory.
+A program takes a row. Up to 16,384 columns `quantize` asks for all of it at once and holds it, so that every
+value is read once; a wider row is read a second time, while it is in the cache. `quantize` rounds to int8
+or float8, `normalize_quantize` is a norm before that, of rows up to `WHOLE_ROW`, so that the floats between
+the two never reach memory.
 
 Codes and scales are those of `harness.nn.quantizer.quantize_activation` and `harness.kernels.fp8.quantize`
 bit for bit: divisions round to nearest and nothing is fused. The mean of a norm is added up in another
@@ -14,20 +14,21 @@ order than torch adds it; what follows from the mean is, but for that, what torc
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from harness.nn.quantizer import SMALLEST_SCALE
 
-__all__ = ["HELD_ROW", "WHOLE_ROW", "normalize_quantize", "quantize"]
+__all__ = ["WHOLE_ROW", "normalize_quantize", "quantize"]
 
 WHOLE_ROW = 16384
 """Columns that a program can hold."""
-HELD_ROW = 8192
-"""Columns that a program holds where it need not: wider ones leave too many of its threads without work."""
 
-_CHUNK, _CHUNK_WARPS = 2048, 8  # columns of a wider row that a program holds at a time, and its warps
+_BLOCK, _WARPS = 2048, 8  # columns that the threads of a program read at once, and its warps
+_MOST_BLOCKS = 8  # that they hold: beyond, a row is read twice
 # 1.5 * 2^23: adding and subtracting it rounds half to even. The kernels that use it are launched without
 # fusing multiplication and addition, which would round the exact product and not the float32 one.
 ROUNDER = 12582912.0
@@ -78,41 +79,69 @@ def _round_float8(x, inverse, MANTISSA: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def _to_e4m3(x, inverse):
+    """`_round_float8` by the hardware's instruction for E4M3, two values at a time; NaN loses its sign."""
+    return (x * inverse).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _codes_of(
+    x, inverse, rounder, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, CONVERTS: tl.constexpr
+):  # fmt: skip
+    """Codes of float32 x: int8 (MANTISSA 0), as int32, or the bits of a float8."""
+    if MANTISSA == 0:
+        q = round_int8(x, inverse, rounder)
+    elif CONVERTS:
+        q = _to_e4m3(x, inverse)
+    else:
+        q = _round_float8(x, inverse, MANTISSA, LARGEST)
+    return q
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, codes_ptr, scales_ptr, sums_ptr, K, x_stride, rounder,
     MANTISSA: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr, SUMS: tl.constexpr,
+    BLOCKS: tl.constexpr, SUMS: tl.constexpr, CONVERTS: tl.constexpr,
 ):  # fmt: skip
-    """MANTISSA 0: int8. SUMS: store the sum of a row's codes as well."""
+    """MANTISSA 0: int8. BLOCKS: of a row, all held at once; 0: read one after the other, and a second time.
+    SUMS: store the sum of a row's codes as well. CONVERTS: the device rounds to E4M3."""
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     x_ptr += row * x_stride
     codes_ptr += row * K
-    if WHOLE:
-        x = tl.load(x_ptr + offsets, mask=offsets < K, other=0.0).to(tl.float32)
-        peaks = tl.abs(x)
-    else:
-        peaks = tl.zeros((BLOCK,), dtype=tl.float32)
+    held = ()
+    for block in tl.static_range(BLOCKS):
+        k = block * BLOCK + offsets
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+        held = held + (x,)  # type: ignore[assignment]  # noqa: RUF005 - the language has no unpacking
+    peaks = tl.zeros((BLOCK,), dtype=tl.float32)
+    # NaN must reach the scale: maximum() drops it unless told not to.
+    for block in tl.static_range(BLOCKS):
+        peaks = tl.maximum(peaks, tl.abs(held[block].to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+    if BLOCKS == 0:
         for start in range(0, K, BLOCK):
             k = start + offsets
             x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            # NaN must reach the scale: maximum() drops it unless told not to.
             peaks = tl.maximum(peaks, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     scale = scale_of(peak_of(peaks), LARGEST, SMALLEST)
     tl.store(scales_ptr + row, scale)
     inverse = tl.div_rn(1.0, scale)
     total = tl.zeros((BLOCK,), dtype=tl.int32)
-    for start in range(0, BLOCK if WHOLE else K, BLOCK):
-        k = start + offsets
-        if not WHOLE:
+    for block in tl.static_range(BLOCKS):
+        k = block * BLOCK + offsets
+        q = _codes_of(held[block].to(tl.float32), inverse, rounder, MANTISSA, LARGEST, CONVERTS)
+        if SUMS:
+            total += q.to(tl.int32)
+        tl.store(codes_ptr + k, q.to(codes_ptr.dtype.element_ty), mask=k < K)
+    if BLOCKS == 0:
+        for start in range(0, K, BLOCK):
+            k = start + offsets
             x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if MANTISSA == 0:
-            q = round_int8(x, inverse, rounder)
+            q = _codes_of(x, inverse, rounder, MANTISSA, LARGEST, CONVERTS)
             if SUMS:
-                total += q
-            tl.store(codes_ptr + k, q.to(tl.int8), mask=k < K)
-        else:
-            tl.store(codes_ptr + k, _round_float8(x, inverse, MANTISSA, LARGEST), mask=k < K)
+                total += q.to(tl.int32)
+            tl.store(codes_ptr + k, q.to(codes_ptr.dtype.element_ty), mask=k < K)
     if SUMS:
         tl.store(sums_ptr + row, tl.sum(total, 0))
 
@@ -153,6 +182,16 @@ def _normalize_quantize_kernel(
     tl.store(codes_ptr + row * K + k, q.to(tl.int8), mask=mask)
 
 
+@functools.cache
+def _converts(device: torch.device) -> bool:
+    """Whether a device has the instruction that rounds two floats to E4M3."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 9)
+    )
+
+
 def warps_for(block: int) -> int:
     """Warps that hold a row of so many columns, at most 64 of them a thread."""
     return min(8, max(4, block // 1024))
@@ -172,14 +211,14 @@ def quantize(
     codes = torch.empty(rows, columns, dtype=dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     mantissa, largest = _FLOAT8.get(dtype, (0, 127.0))
-    whole = columns <= HELD_ROW
-    block = triton.next_power_of_2(columns) if whole else _CHUNK
+    block = min(_BLOCK, triton.next_power_of_2(columns))
+    blocks = triton.cdiv(columns, block)
     with torch.cuda.device_of(x):
         _quantize_kernel[(rows,)](
             x, codes.view(torch.uint8) if mantissa else codes, scales, scales if sums is None else sums,
             columns, x.stride(0), ROUNDER, MANTISSA=mantissa, LARGEST=largest, SMALLEST=SMALLEST_SCALE,
-            BLOCK=block, WHOLE=whole, SUMS=sums is not None,
-            num_warps=warps_for(block) if whole else _CHUNK_WARPS,
+            BLOCK=block, BLOCKS=blocks if blocks <= _MOST_BLOCKS else 0, SUMS=sums is not None,
+            CONVERTS=mantissa == 3 and _converts(x.device), num_warps=_WARPS if block == _BLOCK else 4,
             enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales

@@ -225,6 +225,7 @@ def prepare_several(
         "STEPS": steps,
         "HAS_BIAS": bool(biases),
         "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
+        "EACH": shared.tiles_per_group == 1,
         "num_warps": launch.warps,
     }
     is_bfloat16 = x.dtype == torch.bfloat16

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -63,7 +64,8 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
     """The launch that multiplies so many rows of this type; None where the matrix is written out first."""
     if not fits_triton(form, dtype, device):
         return None
-    return select(form, rows, torch.finfo(dtype).bits, vector=runs_vector(device))
+    bits = torch.finfo(dtype).bits
+    return select(form, rows, bits, vector=runs_vector(device))
 
 
 def runs_vector(device: torch.device) -> bool:
@@ -170,7 +172,8 @@ def linears(
     if _run_together(x, matrices):
         from harness.kernels import triton_weight_only
 
-        launch = launch_for(matrices[0].form, x.shape[0], x.dtype, x.device)
+        form = replace(matrices[0].form, out_features=sum(matrix.out_features for matrix in matrices))
+        launch = launch_for(form, x.shape[0], x.dtype, x.device)
         assert launch is not None
         return triton_weight_only.multiply_several(x, matrices, biases, launch)
     return [_linear(x, weight, bias) for weight, bias in zip(weights, biases or absent, strict=True)]

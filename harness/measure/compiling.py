@@ -7,7 +7,8 @@ in the way and are taken out of it:
 - a block tells the cache which layer it is, so that its number would become part of what was compiled:
   each block gets a cache of its own layer (`LayerCache`) instead;
 - libraries and the compiler's own kernels leave bandwidth unused at one row: the traced graph is
-  rewritten to the harness's kernel for one row (`harness.kernels.rewriting`) before it is compiled.
+  rewritten to the harness's kernels for one row and for a decode step's attention
+  (`harness.kernels.rewriting`, `harness.kernels.rewriting_attention`) before it is compiled.
 
 Modules outside the blocks run as they are, but for the head, the largest matrix of all.
 """
@@ -48,7 +49,8 @@ def compiled(model: nn.Module, backend: Backend | None = None) -> Iterator[list[
     begins.
 
     Args:
-        backend: as of `torch.compile`; inductor behind `rewrite_linears` by default.
+        backend: as of `torch.compile`; inductor behind `rewrite_linears` and `rewrite_decode_attention` by
+            default.
 
     Raises:
         NotApplicable: the blocks differ so much that each would be compiled for itself.
@@ -127,7 +129,9 @@ def _rewritten_inductor(module: fx.GraphModule, inputs: list[Any]) -> Callable[.
     from torch._inductor.compile_fx import compile_fx
 
     from harness.kernels.rewriting import rewrite_linears
+    from harness.kernels.rewriting_attention import rewrite_decode_attention
 
     rewrite_linears(module)
+    rewrite_decode_attention(module)
     made: Any = compile_fx(module, inputs)
     return made  # type: ignore[no-any-return]

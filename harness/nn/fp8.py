@@ -106,12 +106,13 @@ class Fp8Linear(PackedLinear):
     @property
     def kernel_name(self) -> str:
         """The kernel that the forward pass runs on this device, for one row."""
-        return str(fp8.choose(self.codes.device, self.codes.dtype))
+        return self.kernel_for(1, torch.bfloat16)
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """As `kernel_name`, but for many rows with a scale each: those run the project's own product."""
-        name = self.kernel_name
-        owns = self.a_gran == "per-token" and fp8.runs_own(self.codes.device, dtype, rows, self.in_features)
+        """The kernel for so many rows: one, and many with a scale each, run the project's own."""
+        name = str(fp8.choose(self.codes.device, self.codes.dtype))
+        has_scales = self.a_gran == "per-token" or rows == 1
+        owns = has_scales and fp8.runs_own(self.codes.device, dtype, rows, self.in_features)
         return fp8.OWN if owns and name == "_scaled_mm" else name
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -24,13 +24,12 @@ from harness.nn.quantized import PackedLinear
 
 __all__ = ["SemiStructuredLinear", "compress_2_of_4", "decompress_2_of_4", "misfit"]
 
-_SHAPES = kernel.ALIGNMENT[torch.bfloat16]
 
-
-def misfit(out_features: int, in_features: int) -> str | None:
-    """Why sparse tensor cores cannot run a 16-bit matrix of this shape; None where they can."""
-    if out_features % _SHAPES or in_features % _SHAPES:
-        return f"[{out_features}, {in_features}]: both sizes must be multiples of {_SHAPES}"
+def misfit(out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why sparse tensor cores cannot run a matrix of this shape and type; None where they can."""
+    multiple = kernel.ALIGNMENT[dtype]
+    if out_features % multiple or in_features % multiple:
+        return f"[{out_features}, {in_features}]: both sizes must be multiples of {multiple}"
     return None
 
 
@@ -47,13 +46,13 @@ def compress_2_of_4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out, width = weight.shape
     if not width or width % 16:
         raise ConfigError(f"2:4 weights are stored for widths that 16 divides, not {width}")
-    groups = weight.detach().reshape(out, width // 4, 4)
+    groups = _numbers(weight.detach()).reshape(out, width // 4, 4)
     is_zero = groups == 0
     if bool(((~is_zero).sum(-1) > 2).any()):
         raise ConfigError("the weights are not 2:4: a group of four has more than two that are not zero")
     # Stable: those that are not zero first, in their order; zeros fill groups that have fewer.
     places = is_zero.to(torch.uint8).sort(dim=-1, stable=True).indices[..., :2].sort(dim=-1).values
-    values = groups.gather(-1, places).view(out, width // 2)
+    values = groups.gather(-1, places).view(out, width // 2).view(weight.dtype)
     return values, pack_rows(places.to(torch.uint8).view(out, width // 2), 2)
 
 
@@ -61,8 +60,17 @@ def decompress_2_of_4(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     """The matrix [out, in] that `compress_2_of_4` was given."""
     out, half = values.shape
     places = unpack_rows(meta, 2, half).view(out, half // 2, 2).long()
-    dense = values.new_zeros(out, half // 2, 4)
-    return dense.scatter_(-1, places, values.view(out, half // 2, 2)).view(out, 2 * half)
+    numbers = _numbers(values)
+    dense = numbers.new_zeros(out, half // 2, 4).scatter_(-1, places, numbers.view(out, half // 2, 2))
+    return dense.view(out, 2 * half).view(values.dtype)
+
+
+def _numbers(weight: torch.Tensor) -> torch.Tensor:
+    """What torch compares and gathers: float8 as its bytes, with one zero only."""
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight
+    codes = weight.contiguous().view(torch.int8)
+    return torch.where(codes == -128, torch.zeros_like(codes), codes)
 
 
 class SemiStructuredLinear(PackedLinear):
@@ -148,6 +156,9 @@ class SemiStructuredLinear(PackedLinear):
 
     def dense_weight(self) -> torch.Tensor:
         """The matrix [out, in] that is stored, zeros included."""
+        return self._stored()
+
+    def _stored(self) -> torch.Tensor:
         if self.packed is not None:
             return kernel.decompress(self.packed, self.out_features, self.in_features)
         assert self.values is not None
@@ -178,18 +189,22 @@ class SemiStructuredLinear(PackedLinear):
 
     # --- between the two forms ------------------------------------------------------------------------
 
-    def _prefer_packed(self) -> None:
-        """Hold the library's form where it runs here, and nothing beside it."""
+    def _runs_packed(self) -> bool:
+        """Whether cuSPARSELt multiplies what is stored, where it is."""
         assert self.values is not None
         runs = kernel.choose(self.values.device, self.values.dtype) == kernel.KERNEL
-        if runs and misfit(self.out_features, self.in_features) is None:
-            self.packed = kernel.compress(self.dense_weight())
+        return runs and misfit(self.out_features, self.in_features) is None
+
+    def _prefer_packed(self) -> None:
+        """Hold the library's form where it runs here, and nothing beside it."""
+        if self._runs_packed():
+            self.packed = kernel.compress(self._stored())
             self.values = self.meta = None
 
     def _unpack(self) -> None:
         """Hold `values` and `meta`."""
         if self.packed is not None:
-            values, meta = compress_2_of_4(self.dense_weight())
+            values, meta = compress_2_of_4(self._stored())
             self.values, self.meta, self.packed = values, meta, None
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Self:
@@ -202,7 +217,7 @@ class SemiStructuredLinear(PackedLinear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            values, meta = compress_2_of_4(self.dense_weight())
+            values, meta = compress_2_of_4(self._stored())
             destination[f"{prefix}values"], destination[f"{prefix}meta"] = values, meta
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:

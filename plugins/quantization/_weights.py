@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, ValidationError
 
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.nn.anatomy import sharing_input
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
+from harness.nn.semi_structured import misfit
+from harness.nn.sparse_8_bit import SparseInt8Linear
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterable
+
     from torch import nn
 
-    from harness import ModelInfo
+    from harness import Context, ModelInfo
     from harness.nn.quantized import ActivationScale
     from harness.nn.quantizer import QuantizedWeight
 
@@ -29,8 +33,10 @@ __all__ = [
     "Ragged",
     "WeightBits",
     "leaves_layers",
+    "left_dense",
     "pack_float_weight",
     "pack_int8",
+    "pack_sparse_int8",
     "quantizable",
     "refusal",
     "round_linear",
@@ -150,3 +156,45 @@ def pack_int8(
     """The W8A8 replacement of a linear layer; failures name the layer."""
     weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
     return Int8Linear.from_weight(weight, linear.bias, a_gran=a_gran, input_scale=input_scale)
+
+
+def left_dense(
+    model: nn.Module, names: Iterable[str], dtype: torch.dtype, context: Context
+) -> dict[str, str]:
+    """Of the layers that are to be stored 2:4 those that cannot be, with the reason; recorded by name.
+
+    Raises:
+        NotApplicable: none can.
+    """
+    left: dict[str, str] = {}
+    fits = 0
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, torch.nn.Linear)
+        reason = misfit(linear.out_features, linear.in_features, dtype)
+        if reason is None and _most_kept(linear.weight) > 2:
+            reason = "its weights are not 2:4"
+        if reason is None:
+            fits += 1
+        else:
+            left[name] = reason
+    if not fits:
+        name, reason = next(iter(left.items()))
+        raise NotApplicable(
+            f"sparse=true: no layer can be stored 2:4 ({name}: {reason}); put nm-prune (n=2, m=4) before this"
+            " method, as in nm-prune+rtn:..."
+        )
+    note = "; ".join(f"{name} ({reason})" for name, reason in left.items())
+    context.record("layers_left_dense", len(left), "1", note or None)
+    return left
+
+
+def _most_kept(weight: torch.Tensor) -> int:
+    """The most weights that a group of four along the inputs keeps."""
+    return int((weight.detach() != 0).view(weight.shape[0], -1, 4).sum(-1).max())
+
+
+def pack_sparse_int8(name: str, linear: nn.Linear, *, per_tensor: bool) -> SparseInt8Linear:
+    """The W8A8 replacement of a linear layer with 2:4 weights, which stores two of four of them."""
+    weight = round_linear(name, linear.weight, bits=8, group_size=-1, sym=True, per_tensor=per_tensor)
+    return SparseInt8Linear.from_weight(weight, linear.bias)

@@ -14,7 +14,8 @@ newer (Ada, Hopper).
 Knobs: `fmt` (e4m3: three bits of mantissa, up to 448, as the paper has it for weights and activations;
 e5m2: two bits, up to 57344, meant for gradients and without a kernel on CUDA), `w_gran` (a scale per
 output row, or per-tensor), `a_gran` (a scale per token, per tensor, or per tensor and fixed by
-calibration).
+calibration), `sparse` (after nm-prune: of every four codes two are stored, for sparse tensor cores: 0.625 of
+the bytes; layers that cannot be stay dense float8 and are recorded by name).
 
 Hurts: where nothing is an outlier, int8 with a scale per row rounds three times as finely at the same
 size. A fixed scale clamps text unlike the calibration text.
@@ -25,7 +26,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from harness import Method, NotApplicable, NumericalFailure, Options, Paper, hookimpl
@@ -33,9 +34,10 @@ from harness.kernels.fp8 import ALIGNMENT, FORMATS, device_problem
 from harness.nn.fp8 import Fp8Format, Fp8Linear
 from harness.nn.quantized import ActivationScale
 from harness.nn.ranges import observe_peaks
+from harness.nn.sparse_8_bit import SparseFp8Linear
 from harness.nn.surgery import replace_module
 
-from ._weights import quantizable, refusal
+from ._weights import left_dense, quantizable, refusal
 
 if TYPE_CHECKING:
     from harness import Context, ModelInfo
@@ -52,6 +54,15 @@ class Fp8Options(Options):
     )
     a_gran: ActivationScale = Field("per-token", description="what shares an activation scale")
     targets: str | None = Field(None, description="regular expression of full layer names")
+    sparse: bool = Field(False, description="store 2:4 weights as such; e4m3, scales per row and token")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Fp8Options:
+        if self.sparse and (self.fmt, self.w_gran, self.a_gran) != ("e4m3", "per-channel", "per-token"):
+            raise ValueError(
+                "sparse=true needs fmt=e4m3, w_gran=per-channel and a_gran=per-token: that form has a kernel"
+            )
+        return self
 
 
 @torch.no_grad()
@@ -68,9 +79,12 @@ def transform(model: nn.Module, options: Fp8Options, context: Context) -> nn.Mod
     scales: dict[str, torch.Tensor] = {}
     if options.a_gran == "per-tensor-static":
         scales = _static_scales(model, names, options, context)
+    dense = left_dense(model, names, FORMATS[options.fmt], context) if options.sparse else {}
     with context.progress("quantize", len(names)) as done:
         for index, name in enumerate(names):
-            replace_module(model, name, _quantized(name, _linear(model, name), options, scales.get(name)))
+            linear, sparse = _linear(model, name), options.sparse and name not in dense
+            replacement = _quantized(name, linear, options, scales.get(name), sparse=sparse)
+            replace_module(model, name, replacement)
             done(index + 1)
     return model
 
@@ -82,9 +96,11 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _quantized(
-    name: str, linear: nn.Linear, options: Fp8Options, input_scale: torch.Tensor | None
-) -> Fp8Linear:
+    name: str, linear: nn.Linear, options: Fp8Options, input_scale: torch.Tensor | None, *, sparse: bool
+) -> nn.Module:
     try:
+        if sparse:
+            return SparseFp8Linear.from_float(linear.weight, linear.bias)
         return Fp8Linear.from_float(
             linear.weight.detach(),
             linear.bias,

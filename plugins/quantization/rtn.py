@@ -16,7 +16,8 @@ Knobs: `bits`, `group_size` (input columns per scale; 128 up to 4 bits, else -1,
 `w_gran` (per-tensor: one scale per matrix), `sym` (no zero points; from 8 bits on), `a_gran` (one
 activation scale per token, per tensor, or per tensor and fixed by calibration), `calib_method` and
 `percentile` (how the fixed one clips), `ragged` (a group size that does not divide a layer: raise,
-pad its last group, or skip the layer).
+pad its last group, or skip the layer), `sparse` (W8A8 after nm-prune: of every four codes two are stored, for
+sparse tensor cores: 0.625 of the bytes; layers that cannot be stay dense int8 and are recorded by name).
 
 Hurts: at 3 bits and below, with outliers in the weights; with one scale per tensor, on activations
 with outlier channels. Weight-only forms save time at a few rows only: with many, the weights are
@@ -42,8 +43,10 @@ from ._weights import (
     ImpliedDefaults,
     Ragged,
     leaves_layers,
+    left_dense,
     pack_float_weight,
     pack_int8,
+    pack_sparse_int8,
     quantizable,
     refusal,
     round_linear,
@@ -78,6 +81,7 @@ class RtnOptions(ImpliedDefaults):
     include_lm_head: bool = Field(False, description="quantize the output head too")
     untie: bool = Field(False, description="let include_lm_head separate tied embeddings")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
+    sparse: bool = Field(False, description="store 2:4 weights as such; bits=8, a_bits=8")
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +106,8 @@ class RtnOptions(ImpliedDefaults):
                 "a_bits=8 needs bits=8, sym=true and no groups: a scale that varies along the summed "
                 "columns cannot leave an integer product"
             )
+        if self.sparse and (self.a_bits != 8 or self.bits != 8 or self.a_gran != "per-token"):
+            raise ValueError("sparse=true needs bits=8, a_bits=8 and a_gran=per-token: int8 2:4 has a kernel")
         if self.a_bits == 16 and self.a_gran != "per-token":
             raise ValueError(f"a_gran={self.a_gran} needs a_bits=8")
         if self.calib_method != "absmax" and self.a_gran != "per-tensor-static":
@@ -128,22 +134,27 @@ def transform(model: nn.Module, options: RtnOptions, context: Context) -> nn.Mod
     scales: dict[str, torch.Tensor] = {}
     if options.a_gran == "per-tensor-static":
         scales = _static_scales(model, names, options, context)
+    dense = left_dense(model, names, torch.int8, context) if options.sparse else {}
     with context.progress("quantize", len(names)) as done:
         for index, name in enumerate(names):
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            replace_module(model, name, _quantized(name, linear, options, scales.get(name)))
+            sparse = options.sparse and name not in dense
+            replacement = _quantized(name, linear, options, scales.get(name), sparse=sparse)
+            replace_module(model, name, replacement)
             del linear
             done(index + 1)
     return model
 
 
 def _quantized(
-    name: str, linear: nn.Linear, options: RtnOptions, input_scale: torch.Tensor | None
+    name: str, linear: nn.Linear, options: RtnOptions, input_scale: torch.Tensor | None, *, sparse: bool
 ) -> nn.Module:
     per_tensor = options.w_gran == "per-tensor"
     if options.bits == 16:
         return RoundedInputLinear.from_linear(linear, a_gran=options.a_gran, input_scale=input_scale)
+    if sparse:
+        return pack_sparse_int8(name, linear, per_tensor=per_tensor)
     if options.a_bits == 8:
         return pack_int8(name, linear, per_tensor=per_tensor, a_gran=options.a_gran, input_scale=input_scale)
     weight = round_linear(

@@ -57,7 +57,7 @@ def test_without_cuda_weights_are_dequantized():
         (4, 129, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 wide"),
         (8, 16, "triton w8a16 fused"),
-        (3, 1, "triton w3a16 wide"),
+        (3, 1, "triton w3a16 vector"),
         (3, 2, "triton w3a16 fused"),
         (3, 129, "triton dequantize+matmul"),
         (2, 16, "triton w2a16 fused"),
@@ -143,7 +143,7 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
         (form_of(2, group=64), False),  # four words of a tile: half an operand
         (form_of(group=32), False),
         (form_of(8), False),  # not exact on top of 128
-        (form_of(3), False),
+        (form_of(3), True),
         (form_of(is_table=True), False),
         (form_of(has_float_zeros=True), False),
         (form_of(is_table=True, has_outliers=True), False),
@@ -161,6 +161,11 @@ def test_what_the_kernel_for_vectors_takes(form, takes):
     assert select(form, 1, 32) == without, "float32 has no exact tensor cores"
 
 
+def test_one_row_of_many_outputs_has_fewer_words_on_their_way():
+    few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
+    assert [select(form, 1, 16).stages for form in (few, many)] == [4, 2]
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_table", [False, True])
 def test_one_choice_for_all_rows(bits, is_table):
@@ -168,7 +173,7 @@ def test_one_choice_for_all_rows(bits, is_table):
     form = form_of(bits, is_table=is_table)
     launches = [select(form, rows, 16) for rows in range(1, 300)]
     assert launches[0] is not None
-    assert launches[0].kernel == ("gemv" if is_table else "vector" if bits in (2, 4) else "wide")
+    assert launches[0].kernel == ("gemv" if is_table else "vector" if bits < 8 else "wide")
     assert launches[-1] is None
     written_out = [launch is None for launch in launches]
     assert written_out == sorted(written_out), "never back to a kernel"
@@ -248,9 +253,12 @@ def test_steps_of_many_tiles_are_no_wider_than_the_matrix():
 
 def test_float8_products_are_named_for_their_rows(monkeypatch):
     layer = Fp8Linear(4096, 16)
-    assert layer.kernel_for(8192, torch.bfloat16) == layer.kernel_name
+    assert layer.kernel_for(8192, torch.bfloat16) == layer.kernel_name != "triton float8"
     monkeypatch.setattr(fp8, "runs_own", lambda device, dtype, rows, columns: rows >= 4096)
     monkeypatch.setattr(fp8, "choose", lambda device, dtype: "_scaled_mm")
     assert layer.kernel_for(8192, torch.bfloat16) == "triton float8"
     assert layer.kernel_for(512, torch.bfloat16) == "_scaled_mm"
-    assert Fp8Linear(4096, 16, a_gran="per-tensor-dynamic").kernel_for(8192, torch.bfloat16) == "_scaled_mm"
+    one_scale = Fp8Linear(4096, 16, a_gran="per-tensor-dynamic")
+    assert one_scale.kernel_for(8192, torch.bfloat16) == "_scaled_mm"
+    monkeypatch.setattr(fp8, "runs_own", lambda device, dtype, rows, columns: rows == 1)
+    assert layer.kernel_name == one_scale.kernel_name == "triton float8"

@@ -16,7 +16,7 @@ from torch.nn import functional
 from harness.errors import NotApplicable, NumericalFailure
 from harness.kernels import bench, bench_layers
 from harness.kernels import semi_structured as kernel
-from harness.kernels.sparse_8_bit import prune_2_of_4
+from harness.kernels.bench_layers import prune_2_of_4
 from harness.nn.semi_structured import SemiStructuredLinear, compress_2_of_4, decompress_2_of_4
 from tests.nn.test_semi_structured import two_of_four
 

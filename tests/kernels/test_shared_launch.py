@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import harness.kernels
 from harness.kernels import weight_only
 from harness.kernels.rewriting import rewrite_linears
 from harness.kernels.selection import Launch
@@ -110,6 +114,26 @@ def test_the_operator_passes_torchs_own_checks():
     found = JOINED(torch.ones(2, 256), *tensors, [], *form)
     for each, y in zip(layers, found, strict=True):
         assert torch.equal(y, each(torch.ones(2, 256)))
+
+
+def test_the_launch_is_chosen_for_the_rows_of_all(monkeypatch):
+    weights = [layer(4096).packed for _ in range(2)]
+    asked = []
+
+    def multiply_several(x, matrices, biases, launch):
+        asked.append(launch.stages)
+        return [x.new_zeros(1, matrix.out_features) for matrix in matrices]
+
+    runner = SimpleNamespace(multiply_several=multiply_several)
+    monkeypatch.setitem(sys.modules, "harness.kernels.triton_weight_only", runner)
+    monkeypatch.setattr(harness.kernels, "triton_weight_only", runner, raising=False)
+    monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
+    monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
+    x = torch.randn(1, 256, dtype=torch.bfloat16)
+    for together in (weights[:1], weights):
+        codes, scales, zeros = zip(*((each.codes, each.scales, each.zeros) for each in together), strict=True)
+        weight_only.linears(x, codes, scales, zeros, [], 4, 128, weights[0].tile, 256)
+    assert asked == [4, 2]
 
 
 @pytest.mark.gpu

@@ -9,8 +9,9 @@ import torch
 from harness_plugins.quantization.rtn import METHOD as RTN
 from torch import nn
 
-from harness.kernels import dense
+from harness.kernels import decode_attention, dense
 from harness.kernels.rewriting import rewrite_linears
+from harness.kernels.rewriting_attention import rewrite_decode_attention
 from harness.measure import graphs
 from harness.measure.agreement import LARGEST, Agreement, distance, perturbed
 from harness.measure.compiling import compile_problem, compiled
@@ -28,17 +29,20 @@ class Counting:
     def __init__(self) -> None:
         self.graphs = 0
         self.rewritten = 0
+        self.attended = 0
 
     def __call__(self, module, _inputs):
         self.graphs += 1
         self.rewritten += rewrite_linears(module)
+        self.attended += rewrite_decode_attention(module)
         return module.forward
 
 
 @pytest.fixture(autouse=True)
 def with_triton(monkeypatch):
-    monkeypatch.setattr(dense, "has_triton", lambda device: True)
-    monkeypatch.setattr(dense, "_runs", lambda *_: False)
+    for module in (dense, decode_attention):
+        monkeypatch.setattr(module, "has_triton", lambda device: True)
+        monkeypatch.setattr(module, "_runs", lambda *_: False)
     yield
     torch._dynamo.reset()
 
@@ -72,6 +76,7 @@ def test_compiled_blocks_compute_the_same_and_are_traced_once(decoder):
     # the number of blocks.
     assert len(blocks_of(decoder)) > 1
     assert backend.graphs == 4
+    assert backend.attended == 1  # in the graph of the step
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch.equal(logits_of(generation), plain)
 

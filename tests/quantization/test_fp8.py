@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness_plugins.quantization import fp8, rtn
 from harness_plugins.quantization.fp8 import METHOD, Fp8Options
+from harness_plugins.sparsity import nm_prune
 
 from harness.chain import parse_chain
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
@@ -14,6 +15,7 @@ from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.fp8 import Fp8Linear
 from harness.nn.outliers import inject_outliers
+from harness.nn.sparse_8_bit import SparseFp8Linear
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -170,3 +172,59 @@ def test_what_it_needs_and_where_it_fits():
     assert METHOD.needs_of(Fp8Options(a_gran="per-tensor-static")) == {"calibration"}
     scratch = info_from_config(tiny_model("llama").config, "scratch:tiny", scratch=True)
     assert "trained after the transform" in fp8.applies(scratch, Fp8Options())
+
+
+# --- after 2:4 -----------------------------------------------------------------------------------
+
+
+def pruned(family: str):
+    """A tiny model whose weights are 2:4, still dense."""
+    model = tiny_model(family)
+    context = make_context(model)
+    context.last_in_chain = False
+    return nm_prune.METHOD.transform(model, nm_prune.METHOD.options.parse({}, method="nm-prune"), context)
+
+
+def apply_to(model, **values):
+    context = make_context(model)
+    made = METHOD.transform(model, Fp8Options.parse(values, method="fp8"), context).eval()
+    return made, {record.metric: record for record in context.records}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_2_of_4_weights_are_stored_as_such_and_compute_the_same(family):
+    (sparse, records), (dense, _) = apply_to(pruned(family), sparse=True), apply_to(pruned(family))
+    assert records["layers_left_dense"].value == 0
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
+    layers = {name: layer for name, layer in dense.named_modules() if isinstance(layer, Fp8Linear)}
+    assert layers
+    for name, layer in layers.items():
+        other = sparse.get_submodule(name)
+        assert isinstance(other, SparseFp8Linear)
+        assert other.values.numel() * 2 == layer.codes.numel()
+        assert not other.simulated
+
+
+def test_layers_that_are_not_2_of_4_stay_dense_and_are_named():
+    model = pruned("llama")
+    left = model.model.layers[0].mlp.up_proj
+    left.weight.data.fill_(0.5)
+    made, records = apply_to(model, sparse=True)
+    assert records["layers_left_dense"].value == 1
+    assert records["layers_left_dense"].note == "model.layers.0.mlp.up_proj (its weights are not 2:4)"
+    assert type(made.model.layers[0].mlp.up_proj) is Fp8Linear
+    assert type(made.model.layers[0].mlp.gate_proj) is SparseFp8Linear
+
+
+def test_a_model_without_2_of_4_weights_is_refused():
+    with pytest.raises(NotApplicable, match=r"q_proj: its weights are not 2:4\); put nm-prune"):
+        apply_to(tiny_model("llama"), sparse=True)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"fmt": "e5m2"}, {"w_gran": "per-tensor"}, {"a_gran": "per-tensor-dynamic"}], ids=str
+)
+def test_only_the_form_that_has_a_kernel_is_stored_2_of_4(bad):
+    with pytest.raises(ConfigError, match="sparse=true needs fmt=e4m3"):
+        Fp8Options.parse({"sparse": True, **bad}, method="fp8")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness_plugins.quantization import gptq, smoothquant
 from harness_plugins.quantization.rtn import METHOD, RtnOptions
+from harness_plugins.sparsity import nm_prune
 
 from harness.chain import parse_chain
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
@@ -14,6 +15,7 @@ from harness.models.info import info_from_config
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
 from harness.nn.rounded_input import RoundedInputLinear
+from harness.nn.sparse_8_bit import SparseInt8Linear
 from harness.nn.surgery import block_linears
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -349,3 +351,42 @@ def test_outlier_channels_need_a_scale_per_token_at_least():
     codes, scale = quantize_activation(x)
     rest = (codes * scale - x)[:, 2:].norm() / x[:, 2:].norm()
     assert float(rest) > 10 * 0.0074  # ten times what it is without outliers
+
+
+# --- after 2:4 -----------------------------------------------------------------------------------
+
+
+def pruned_then(family: str, **values):
+    """A tiny model, 2:4 and then rounded."""
+    model = tiny_model(family)
+    context = make_context(model)
+    context.last_in_chain = False
+    model = nm_prune.METHOD.transform(model, nm_prune.METHOD.options.parse({}, method="nm-prune"), context)
+    return METHOD.transform(model, options(bits=8, a_bits=8, **values), make_context(model)).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_2_of_4_weights_are_stored_as_such_and_compute_the_same(family):
+    sparse, dense = pruned_then(family, sparse=True), pruned_then(family)
+    kinds = {type(module) for name, module in sparse.named_modules() if name in quantized_layers(dense)}
+    assert kinds == {SparseInt8Linear}
+    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
+    for name, layer in quantized_layers(dense).items():
+        other = sparse.get_submodule(name)
+        assert other.values.numel() * 2 == layer.codes.numel()
+        assert not other.simulated
+
+
+def test_weights_that_are_not_2_of_4_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(NotApplicable, match=r"q_proj: its weights are not 2:4\); put nm-prune"):
+        METHOD.transform(model, options(bits=8, a_bits=8, sparse=True), make_context(model))
+
+
+@pytest.mark.parametrize(
+    "bad", [{}, {"bits": 8}, {"bits": 8, "a_bits": 8, "a_gran": "per-tensor-dynamic"}], ids=str
+)
+def test_only_int8_is_stored_2_of_4(bad):
+    with pytest.raises(ConfigError, match="sparse=true needs bits=8, a_bits=8"):
+        options(sparse=True, **bad)
