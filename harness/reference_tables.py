@@ -170,12 +170,13 @@ def _time_table(
 ) -> list[str]:
     """Models and shapes down, methods across, or the other way where the methods are many.
 
-    A shape that no method could run is left to the list.
+    A shape that no method could run is left to the list, a method of which nothing was timed to other tables.
     """
     found = {
         (r["model"], r["scenario"], r["method"], r["metric"]): r for r in rows if r["kind"] == "scenario"
     }
     states = {(r["model"], r["scenario"], r["method"]): r["status"] for r in rows if r["kind"] == "scenario"}
+    methods = [method for method in methods if any(method == key[2] for key in states)]
     lines = []
     for model, shape in sorted({key[:2] for key in states}, key=_by_size):
         cells = []

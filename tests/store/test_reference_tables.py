@@ -198,7 +198,7 @@ def test_commands_of_the_reference_page_are_understood():
 
     page = (ROOT / "reference" / "README.md").read_text()
     commands = re.findall(r"^harness (.+)$", page.replace("\\\n", ""), flags=re.M)
-    assert len(commands) == 12
+    assert len(commands) == 15
     for command in commands:
         name, *arguments = shlex.split(command)
         found = typer.main.get_command(app).commands[name]
@@ -227,3 +227,5 @@ def test_many_methods_stand_below_each_other():
     assert many[0] == "|  | m | m |"
     assert many[2] == f"| shape | {SHAPES[0]} | {SHAPES[1]} |"
     assert [line.split("|")[1].strip() for line in many[3:]] == METHODS
+    untimed = _time_table(rows, [*METHODS, "made only"], "decode_latency", "decode_speedup", "Decode")[1]
+    assert untimed.splitlines() == many
