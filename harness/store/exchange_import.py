@@ -132,7 +132,12 @@ def _add_cells(
         for cell, _ in rows
     }
     ids = _ids_by_key(connection, cells, keys.values())
-    new = [(cell, variant) for cell, variant in rows if keys[cell.line] not in ids]
+    # Files list cells by variant; of several for one place the later id counts as the newer everywhere.
+    begun = [(str(sweep.values["started_at"]), number) for number, sweep in enumerate(contents.sweeps)]
+    new = sorted(
+        ((cell, variant) for cell, variant in rows if keys[cell.line] not in ids),
+        key=lambda pair: begun[pair[0].values["sweep"] - 1],
+    )
     values = [
         {
             **_stored(cell),

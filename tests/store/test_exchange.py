@@ -261,6 +261,19 @@ def test_more_of_a_sweep_is_added_to_it(filled, store, tmp_path):
     assert export(store, tmp_path / "again.jsonl") == whole
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_later_sweep_has_the_later_ids(names, store, tmp_path):
+    """Which of several cells for one place is the newest goes by them."""
+    with Store.open(tmp_path / "measured.db") as measured:
+        for name in names:
+            sweep = begin_sweep(measured, make_variant(name), manifest={**MANIFEST, "sweep_uid": name})
+            write_task(measured, sweep, make_result(f"task-{name}", name))
+        export(measured, tmp_path / "rows.jsonl")
+    import_(store, tmp_path / "rows.jsonl")
+    found = queries.results(store).groupby("sweep")["cell"].max().tolist()
+    assert found == sorted(found)
+
+
 def test_imported_rows_are_marked_and_never_taken_for_measured_ones(file, store):
     import_(store, file, origin="a colleague")
     assert store.finished_cells(["task", "base-task", "failed"]) == {}
