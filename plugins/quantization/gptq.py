@@ -27,6 +27,7 @@ it gains nothing over plain rounding. At many rows the weights are dequantized b
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Literal
 
@@ -123,10 +124,12 @@ def _on_original(
     hessians = OriginalHessians(model, firsts, context)
     errors = []
     # From the last layer to the first: whatever must be computed again then still finds what it reads.
-    with context.progress("blocks", len(plan)) as done:
-        for number, (block, groups) in enumerate(reversed(plan.items()), 1):
-            for group in reversed(groups):
-                errors += _quantize_group(model, block, group, hessians.of(block, group[0]), options)
+    order = [(block, list(reversed(groups))) for block, groups in reversed(plan.items())]
+    wanted = [(block, group[0]) for block, groups in order for group in groups]
+    with context.progress("blocks", len(plan)) as done, closing(hessians.of_each(wanted)) as each:
+        for number, (block, groups) in enumerate(order, 1):
+            for group in groups:
+                errors += _quantize_group(model, block, group, next(each), options)
             done(number)
     return errors
 
