@@ -16,12 +16,14 @@ import torch
 
 from harness.kernels.capturing import replay_us
 from harness.kernels.constants import constant_when_compiled
+from harness.kernels.weight_only import has_triton
 
 __all__ = [
     "ALIGNMENT",
     "FALLBACK",
     "Algorithm",
     "algorithm_for",
+    "apply_scales",
     "choose",
     "compress",
     "decompress",
@@ -159,6 +161,29 @@ _operator_8_bit = torch.library.custom_op("harness::semi_structured_8_bit", _pro
 @_operator_8_bit.register_fake
 def _(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
     return codes.new_empty(codes.shape[0], out_features, dtype=torch.bfloat16)
+
+
+def apply_scales(
+    sums: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``sums * rows * columns + bias`` in float32, rounded to `dtype` once.
+
+    The library takes such scales only where the host knows them, or one for each output row. Compilers fuse
+    plain torch; called eagerly, it would write float32 three times over.
+
+    Args:
+        sums: [rows, out]. rows: float32 [rows, 1]. columns: float32 [out]. bias: [out].
+    """
+    if not torch.compiler.is_compiling() and sums.numel() and has_triton(sums.device):
+        from harness.kernels import triton_scales
+
+        return triton_scales.apply_scales(sums, rows, columns, bias, dtype)
+    y = sums * rows * columns
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def product(

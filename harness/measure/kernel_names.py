@@ -70,7 +70,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     ),
     (
         "elementwise",
-        r"elementwise|reduce_kernel|triton_(poi|red|per)_|functor|_kernel_cuda|^aten::\w+$",
+        r"elementwise|reduce_kernel|triton_(poi|red|per)_|functor|^_scales_kernel$|_kernel_cuda|^aten::\w+$",
     ),
 )
 

@@ -95,8 +95,7 @@ class _Sparse8BitLinear(SemiStructuredLinear):
             return self._multiply_dense(x)
         codes, scale = self._round(x)
         sums = kernel.product_8_bit(codes, self.packed, self.out_features, self.tuned)
-        y = sums * scale * self.scales
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return kernel.apply_scales(sums, scale, self.scales, self.bias, x.dtype)
 
     def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -104,7 +104,7 @@ def test_the_kernels_of_layers_are_all_known():
     }
     families = {name: family_of(name) for name in found}
     assert len(found) > 12
-    assert set(families.values()) == {"gemm", "attention", "dequantize", "quantize"}, families
+    assert set(families.values()) == {"gemm", "attention", "dequantize", "quantize", "elementwise"}, families
     assert {name for name, family in families.items() if family == "dequantize"} == {
         "_unpack_kernel",
         "weight_only_dequantize_kernel",
