@@ -25,7 +25,7 @@ __all__ = [
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "vector", "small", "fused"]
+Kernel = Literal["gemv", "wide", "vector", "few", "small", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Launch:
             wide and vector.
         words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
         programs: for each multiprocessor; the columns are split until there are so many.
-        stages: steps whose words are on their way at once; of *vector* for each warp, a power of two.
+        stages: steps whose words are on their way at once; of *vector* and *few* for each warp, a power of
+            two.
         sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
     """
 
@@ -116,7 +117,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
     """How to multiply so many rows with such a matrix; None: write it out in full precision first.
 
     Args:
-        vector: whether the device runs *vector*.
+        vector: whether the device runs *vector* and *few*.
     """
     if not form.fits:
         return None
@@ -129,7 +130,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
             and activation_bits in rule.activation_bits
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
-            and not (rule.launch.kernel == "vector" and not (vector and takes_vector(form)))
+            and not (rule.launch.kernel in ("vector", "few") and not (vector and takes_vector(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -137,8 +138,8 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
 
 
 def takes_vector(form: Form) -> bool:
-    """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
-    every word, and a row of activations must fit into shared memory."""
+    """Whether *vector* and *few* read such a matrix: a tile must fill an operand of a tensor core, with two
+    fields of every word, and a row of activations must fit into shared memory."""
     words = form.tile * PLANES[form.bits][0] // 32
     return (
         form.bits in (2, 3, 4)
