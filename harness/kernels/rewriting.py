@@ -149,6 +149,7 @@ def _replace(graph: fx.Graph, calls: list[fx.Node]) -> None:
     biases = [] if first_bias is None else [_operands(call)[2] for call in calls]
     with graph.inserting_before(calls[0]):
         flat = graph.call_function(torch.reshape, (x, (-1, shape[-1])))
+        flat.meta["example_value"] = x.meta["example_value"].reshape(-1, shape[-1])
         products = graph.call_function(torch.ops.harness.linears.default, (flat, weights, biases))
         for position, call in enumerate(calls):
             product = graph.call_function(operator.getitem, (products, position))
