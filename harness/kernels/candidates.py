@@ -103,8 +103,8 @@ def _some(form: Form, rows: int) -> list[Launch]:
     found = [replace(launch, block_m=block_m) for launch in _FEW]
     if not form.is_table and not form.has_float_zeros and form.bits != 3:
         found.append(Launch("small", 64, 64))
-    if block_m == 16 and takes_vector(form):
-        found = [*_ROWS_TOGETHER, *found]
+    if block_m <= 32 and takes_vector(form):
+        found = [*(replace(launch, block_m=block_m) for launch in _ROWS_TOGETHER), *found]
     if block_m == 64:
         found += [Launch("fused", 128, 64, programs=2, warps=8, sums=False), _MANY[6]]
     return found

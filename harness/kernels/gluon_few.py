@@ -1,9 +1,9 @@
 """A few rows times stored matrices on tensor cores: what one row leaves unused of them.
 
 A product of one row (`harness.kernels.gluon_vector`) multiplies each weight by eight columns that are all the
-same. Here they are eight rows of x, or sixteen in two products: the words are unpacked once for all of them,
-which is what takes the time, and memory delivers each word once. The pairs of x are made where they are used,
-since the warps, which share the columns, have no value of x in common.
+same. Here they are eight rows of x, or sixteen or 32 in several products: the words are unpacked once for all
+of them, which is what takes the time, and memory delivers each word once. The pairs of x are made where they
+are used, since the warps, which share the columns, have no value of x in common.
 
 The language is Gluon, Triton's own for explicit layouts; it has no interpreter.
 """
@@ -101,7 +101,7 @@ def weight_only_few_kernel(
 ):  # fmt: skip
     """``x W^T + bias`` [M, N] for x [M, tiles * TILE] in a 16-bit type, and for the second and third W.
 
-    As `harness.kernels.gluon_vector.weight_only_vector_kernel`. COUNT: 8 or 16, at least M; `x_stride`: a
+    As `harness.kernels.gluon_vector.weight_only_vector_kernel`. COUNT: 8, 16 or 32, at least M; `x_stride`: a
     multiple of four.
     """
     WIDTH: gl.constexpr = 2 if BITS == 3 else BITS

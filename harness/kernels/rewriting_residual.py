@@ -53,8 +53,10 @@ def _product_of(node: Any) -> fx.Node | None:
             return node if operand_of(node, 4, "bias") is None else None
         if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
             of = node.args[0]
-            is_alone = isinstance(of, fx.Node) and of.target is _DENSE and len(of.users) == 1
-            return of if is_alone and len(of.args[1]) == 1 and not of.args[2] else None
+            if not isinstance(of, fx.Node) or of.target is not _DENSE or len(of.users) != 1:
+                return None
+            _, weights, biases = of.args
+            return of if len(list(weights)) == 1 and not biases else None  # type: ignore[arg-type]
         is_shape = (node.op, node.target) in (
             ("call_function", torch.reshape),
             ("call_method", "reshape"),

@@ -237,7 +237,7 @@ def prepare_several(
         constants["STEPS"] = steps
     else:
         kernel = gluon_few.weight_only_few_kernel
-        constants["COUNT"] = 8 if rows <= 8 else 16
+        constants["COUNT"] = max(8, triton.next_power_of_2(rows))
         arguments[0] = x = _aligned(x)
         arguments[-3:-3] = [rows, x.stride(0)]
     blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)

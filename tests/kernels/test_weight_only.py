@@ -113,6 +113,7 @@ FEW = [
     (Launch("few", 32, 16, warps=1, stages=1), 2),
     (Launch("few", 16, 16, warps=8, stages=4), 16),
     (Launch("few", 16, 16, stages=2), 11),
+    (Launch("few", 16, 32, stages=1), 27),
 ]
 FUSED = [
     Launch("fused", 64, 16, programs=1),
