@@ -76,13 +76,21 @@ def loses_less(
     metric: str = "nll",
     by: float = 0.0,
     seeds: Sequence[int] = (0,),
+    than_model: str | None = None,
 ) -> Part:
-    """A method loses less quality than another on the same items, by more than `by`."""
+    """A method loses less quality than another on the same items, by more than `by`.
+
+    Args:
+        than_model: the model of `than`, where it is another one.
+    """
+    worse, name = f"{model} · {task}: {than}", better
+    if than_model is not None:
+        worse, name = f"{task}: {than_model} · {than}", f"{model} · {better}"
     return lambda evidence: loss_contrast(
         evidence,
-        {(model, than): 1.0, (model, better): -1.0},
+        {(than_model or model, than): 1.0, (model, better): -1.0},
         task=task,
-        what=f"{model} · {task}: {than} loses more than {better} by",
+        what=f"{worse} loses more than {name} by",
         expected=Side.ABOVE,
         bound=by,
         metric=metric,

@@ -98,6 +98,7 @@ ZOO_VOCABULARY = 4096
 SCRATCH: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "llama-nano": _llama(96, 3, 4, 256, vocab_size=ZOO_VOCABULARY, max_positions=512, tied=True),
+        "llama-pico": _llama(72, 3, 4, 192, vocab_size=ZOO_VOCABULARY, max_positions=512, tied=True),
         "llama-tiny": _llama(256, 6, 8, 640, vocab_size=ZOO_VOCABULARY, max_positions=1024, tied=True),
         "opt-nano": _opt(96, 3, 4, ffn=384, vocab_size=ZOO_VOCABULARY, max_positions=512),
     }

@@ -8,6 +8,7 @@ __all__ = [
     "DENSE",
     "LLAMA",
     "NANO",
+    "NARROW",
     "OPT",
     "OUTLIERS",
     "PLAIN",
@@ -22,6 +23,8 @@ LLAMA, OPT = "zoo:llama-6m", "zoo:opt-4m"
 ZOO = (LLAMA, OPT)
 OUTLIERS = tuple(f"{model}+outliers" for model in ZOO)
 NANO = "scratch:llama-nano"
+NARROW = "scratch:llama-pico"
+"""With as many weights in all as `NANO` has left at 75 % zeros in its blocks, to one per cent."""
 SEEDS = (0, 1, 2)
 PLAIN = "gmp:sparsity=0.0:lr=0.003"
 """Plain training of a scratch model at the rate of the methods beside it: gradual pruning of nothing."""
@@ -36,10 +39,10 @@ def quality(*methods: str, models: tuple[str, ...] = ZOO, making_s: float = 12.0
     )
 
 
-def nano(*methods: str) -> SweepNeed:
+def nano(*methods: str, model: str = NANO) -> SweepNeed:
     """A network that learns from random weights, 120 steps of 8 x 64 tokens at a time, three seeds."""
     return SweepNeed(
-        (NANO,), methods, ("kjv",), seeds=SEEDS, train_steps=120, train_batch_size=8, train_len=64,
+        (model,), methods, ("kjv",), seeds=SEEDS, train_steps=120, train_batch_size=8, train_len=64,
         making_s=10.0, cell_s=5.0,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness import hookimpl
 from harness.claims import Claim, all_of, loses_at_most, loses_less
 
-from ._grids import NANO, PLAIN, SEEDS, ZOO, nano, quality
+from ._grids import NANO, NARROW, PLAIN, SEEDS, ZOO, nano, quality
 
 __all__ = ["CLAIMS"]
 
@@ -13,6 +13,7 @@ SECTION = "pruning"
 SMALL = "a network of 0.7 M parameters, 80 % zeros, far from trained, so that more training wins by itself"
 ONE_SHOT = "iterative-prune:p=0.8:lr=0.003"
 GRADUAL = "gmp:steps=240:lr=0.003"
+LARGE_SPARSE, SMALL_DENSE = (f"gmp:sparsity={share}:steps=240:lr=0.003" for share in (0.75, 0.0))
 ITERATIVE = "iterative-prune:p=0.4154:steps_per_cycle=40:lr=0.003"
 FINE_TUNED = "iterative-prune:p=0.8:retrain=fine-tune:lr=0.003"
 TICKET, RATES = "lottery-rewind:lr=0.003", "lr-rewind:lr=0.003"
@@ -43,6 +44,20 @@ CLAIMS = [
         sweep=(nano(GRADUAL, ONE_SHOT),),
         decide=all_of(loses_less(GRADUAL, than=ONE_SHOT, model=NANO, task="kjv", seeds=SEEDS)),
         scale=f"{SMALL}; 240 steps each, of which one cut has 120 before it",
+    ),
+    Claim(
+        id="large-sparse-beats-small-dense",
+        section=SECTION,
+        says="Of networks with as many weights that are not zero, a large pruned one loses less than a small "
+        "dense one.",
+        source="Zhu, Gupta 2017, arXiv:1710.01878, section 4",
+        methods=("gmp",),
+        sweep=(nano(LARGE_SPARSE), nano(SMALL_DENSE, model=NARROW)),
+        decide=all_of(
+            loses_less(LARGE_SPARSE, than=SMALL_DENSE, model=NANO, than_model=NARROW, task="kjv", seeds=SEEDS)
+        ),
+        scale="0.48 M weights, embeddings included: of a network of 0.7 M three quarters of the blocks' "
+        "weights are zeros, or all its widths are three quarters; 240 steps each, far from trained",
     ),
     Claim(
         id="iterative-beats-one-shot",

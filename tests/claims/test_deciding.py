@@ -65,6 +65,18 @@ def test_a_lead_smaller_than_was_claimed_does_not_hold(store):
     assert decided(store, loses_less("good", than="bad", model=MODEL, task="text", by=0.2)).outcome is FAILS
 
 
+def test_methods_of_two_models_are_compared_on_the_same_items(store):
+    sweep = begin(store)
+    scored(store, sweep, "good", 0.0)
+    scored(store, sweep, "good", 0.2, model=OTHER)
+    scored(store, sweep, "bad", -0.2)
+    scored(store, sweep, "bad", 0.1, model=OTHER)
+    part = loses_less("good", than="bad", model=MODEL, than_model=OTHER, task="text")
+    decision = decided(store, part, models=(MODEL, OTHER))
+    assert decision.outcome is HOLDS
+    assert f"{OTHER} · bad loses more than {MODEL} · good by" in decision.why
+
+
 @pytest.mark.parametrize(("rise", "outcome"), [(0.0, HOLDS), (0.1, FAILS), (0.02, OPEN)])
 def test_almost_nothing_is_a_number(store, rise, outcome):
     sweep = begin(store)
