@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch import fx
 
+from harness.kernels import dense, fp8, int8, weight_only  # noqa: F401 - they register the products
 from harness.kernels.traced import example_of, operand_of
 
 __all__ = ["fold_residuals"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
-_PACKED = torch.ops.harness.weight_only_linear.default
 _DENSE = torch.ops.harness.linears.default
+_BIASES = {
+    torch.ops.harness.weight_only_linear.default: 4,
+    torch.ops.harness.int8_linear.default: 3,
+    torch.ops.harness.int8_linear_of_codes.default: 4,
+    torch.ops.harness.float8_linear_of_codes.default: 4,
+}
+"""Which argument of a product is its bias."""
 
 
 def fold_residuals(module: fx.GraphModule) -> int:
@@ -49,8 +56,8 @@ def fold_residuals(module: fx.GraphModule) -> int:
 def _product_of(node: Any) -> fx.Node | None:
     """The product without a bias whose only use `node` is, perhaps in another shape."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
-        if node.op == "call_function" and node.target is _PACKED:
-            return node if operand_of(node, 4, "bias") is None else None
+        if node.op == "call_function" and node.target in _BIASES:
+            return node if operand_of(node, _BIASES[node.target], "bias") is None else None
         if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
             of = node.args[0]
             if not isinstance(of, fx.Node) or of.target is not _DENSE or len(of.users) != 1:
@@ -75,16 +82,17 @@ def _can_be_bias(
         return False
     assert value is not None and added is not None and result is not None and x is not None  # noqa: PT018
     is_one_row = isinstance(x.shape[0], int) and x.shape[0] == 1 and value.numel() == value.shape[-1]
-    is_like_it = value.shape == added.shape == result.shape and value.dtype == added.dtype == x.dtype
+    is_like_it = value.shape == added.shape == result.shape and value.dtype == added.dtype == result.dtype
     return is_one_row and is_like_it and residual in place and place[residual] < place.get(found, -1)
 
 
 def _fold(graph: fx.Graph, found: fx.Node, product: Any, residual: fx.Node, total: fx.Node) -> None:
     with graph.inserting_before(found):
         bias = graph.call_function(torch.reshape, (residual, (-1,)))
-    if found.target is _PACKED:
-        found.args = (*found.args[:4], bias, *found.args[5:])
-    else:
+    if found.target is _DENSE:
         found.args = (*found.args[:2], [bias])
+    else:
+        place = _BIASES[found.target]  # type: ignore[index]
+        found.args = (*found.args[:place], bias, *found.args[place + 1 :])
     total.replace_all_uses_with(product)
     graph.erase_node(total)

@@ -11,7 +11,7 @@ from torch import nn
 from harness.kernels import dense, weight_only
 from harness.kernels.rewriting import rewrite_linears
 from harness.kernels.rewriting_residual import fold_residuals
-from harness.nn.quantized import QuantizedLinear
+from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_weight
 
 
@@ -29,8 +29,11 @@ def layer(kind: str, *, bias: bool = False) -> nn.Module:
     linear = nn.Linear(128, 128, bias=bias)
     if kind == "dense":
         return linear
+    own = None if linear.bias is None else linear.bias.detach()
+    if kind == "int8":
+        return Int8Linear.from_weight(quantize_weight(linear.weight.detach(), bits=8, sym=True), own)
     weight = quantize_weight(linear.weight.detach(), bits=4, group_size=64, sym=False)
-    return QuantizedLinear.from_weight(weight, None if linear.bias is None else linear.bias.detach())
+    return QuantizedLinear.from_weight(weight, own)
 
 
 def traced(function, *inputs) -> tuple[int, int, torch.Tensor]:
@@ -51,7 +54,7 @@ def traced(function, *inputs) -> tuple[int, int, torch.Tensor]:
     return folded, left, y
 
 
-KINDS = pytest.mark.parametrize("kind", ["dense", "packed"])
+KINDS = pytest.mark.parametrize("kind", ["dense", "packed", "int8"])
 
 
 @KINDS
