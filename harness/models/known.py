@@ -37,6 +37,8 @@ def known_info(directory: Path, label: str, modifiers: tuple[str, ...]) -> Model
 
 def remember_info(directory: Path, info: ModelInfo) -> None:
     """Keep it. Where that cannot be, the configuration is read again the next time."""
+    if known_info(directory, info.label, info.modifiers) is not None:
+        return
     kept = {name: value for name, value in asdict(info).items() if name not in _OF_THE_CALL}
     with suppress(OSError):
         place = _place(directory)

@@ -130,10 +130,7 @@ def _read_info(directory: Path, spec: ModelSpec) -> tuple[ModelInfo, str]:
     if known is not None:
         return known, ""
     config, remote = _read_config(directory, spec)
-    info = _info(config, spec)
-    if not has_code:
-        remember_info(directory, info)
-    return info, remote
+    return _info(config, spec), remote
 
 
 def _info(config: Any, spec: ModelSpec) -> ModelInfo:
@@ -155,11 +152,17 @@ def _info(config: Any, spec: ModelSpec) -> ModelInfo:
 def fetch(description: ModelDescription) -> None:
     """Download what `load` will read, where it lies on the hub; once, before the workers start.
 
+    What the configuration says is kept from here on: describing a model alone writes nothing.
+
     Raises:
         ConfigError: the download broke, or what came is no checkpoint that may be loaded.
     """
-    if description.spec.source == "hub":
-        _checked_files(description.spec)
+    spec = description.spec
+    if spec.source in ("shape", "scratch"):
+        return
+    directory = _checked_files(spec)
+    if not needs_remote_code(read_json(directory / "config.json")):
+        remember_info(directory, description.info)
 
 
 def load(description: ModelDescription, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedModel:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from harness.models import known, loading
-from harness.models.loading import describe
+from harness.models.loading import describe, fetch
 from harness.models.spec import parse_model
 
 
@@ -29,14 +29,28 @@ def reads(monkeypatch):
     return found
 
 
+def swept(folder, **options):
+    """Described, and fetched for the workers of a sweep."""
+    description = describe(parse_model(str(folder), **options))
+    fetch(description)
+    return description
+
+
 def test_the_second_description_is_the_first(folder, reads):
-    first = describe(parse_model(str(folder)))
-    assert describe(parse_model(str(folder))) == first
+    first = swept(folder)
+    assert swept(folder) == first
     assert len(reads) == 1
 
 
+def test_describing_alone_writes_nothing(folder, reads, tmp_path):
+    for _ in range(2):
+        describe(parse_model(str(folder)))
+    assert len(reads) == 2
+    assert not (tmp_path / "cache").exists()
+
+
 def test_what_belongs_to_the_call_is_the_calls(folder, reads):
-    describe(parse_model(str(folder)))
+    swept(folder)
     info = describe(parse_model(f"{folder}+outliers")).info
     assert (info.label, info.modifiers) == (f"{folder}+outliers", ("outliers",))
     assert len(reads) == 1
@@ -44,7 +58,7 @@ def test_what_belongs_to_the_call_is_the_calls(folder, reads):
 
 @pytest.mark.parametrize("change", ["configuration", "version", "spoilt", "another fact"])
 def test_anything_else_is_read_again(folder, reads, tmp_path, monkeypatch, change):
-    before = describe(parse_model(str(folder))).info
+    before = swept(folder).info
     kept = list((tmp_path / "cache" / "models").glob("*.json"))
     assert len(kept) == 1
     if change == "configuration":
@@ -57,8 +71,10 @@ def test_anything_else_is_read_again(folder, reads, tmp_path, monkeypatch, chang
         kept[0].write_text("{")
     else:
         kept[0].write_text(kept[0].read_text().replace("num_heads", "heads"))
-    after = describe(parse_model(str(folder))).info
+    after = swept(folder).info
     assert len(reads) == 2
+    assert swept(folder).info == after
+    assert len(reads) == 2, "and kept again"
     assert after.max_positions == (77 if change == "configuration" else before.max_positions)
 
 
@@ -67,19 +83,19 @@ def test_a_model_with_code_of_its_own_is_always_read(folder, reads):
     config["auto_map"] = {"AutoModel": "code.Model"}
     (folder / "config.json").write_text(json.dumps(config))
     for _ in range(2):
-        describe(parse_model(str(folder), trust_remote_code=True))
+        swept(folder, trust_remote_code=True)
     assert len(reads) == 2
 
 
 def test_where_nothing_can_be_kept_it_is_read_each_time(folder, reads, tmp_path):
     (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "models").write_text("a file")
-    assert describe(parse_model(str(folder))) == describe(parse_model(str(folder)))
+    assert swept(folder) == swept(folder)
     assert len(reads) == 2
 
 
 def test_a_model_that_is_known_needs_no_transformers(folder):
-    describe(parse_model(str(folder)))
+    swept(folder)
     code = (
         "import sys\nfrom harness.models.loading import describe\n"
         "from harness.models.spec import parse_model\n"
