@@ -15,6 +15,7 @@ import typer
 
 from harness.cli import (
     catalog,
+    choose,
     compare,
     dashboard,
     doctor,
@@ -61,6 +62,7 @@ _results.callback(invoke_without_command=True)(results.results)
 _results.command("export")(exchange.export)
 _results.command("import")(exchange.import_)
 app.add_typer(_results, name="results")
+app.command("choose")(choose.choose)
 app.command("compare")(compare.compare)
 app.command("scaling")(scaling.scaling)
 app.command("why")(why.why)

@@ -15,6 +15,7 @@ from harness.errors import ConfigError, MissingExtra, NotApplicable, UnknownName
 from harness.models import hub
 from harness.models.checkpoint import check_checkpoint, checkpoint_hash, needs_remote_code, read_json
 from harness.models.info import ModelInfo, info_from_config
+from harness.models.known import known_info, remember_info
 from harness.models.registry import ModelEntry
 from harness.models.shapes import build_config
 from harness.models.spec import ModelSpec, parse_model
@@ -100,46 +101,68 @@ def describe(spec: ModelSpec) -> ModelDescription:
         UnknownName: no such zoo, shape or scratch model.
         MissingExtra: the model's package is not installed.
     """
-    modifiers = tuple(name for name, _ in spec.modifiers)
     if spec.source in ("shape", "scratch"):
         config = build_config(spec.source, spec.name)
         identity = f"{spec.source}:{json.dumps(config.to_dict(), sort_keys=True, default=str)}"
+        info = _info(config, spec)
     elif spec.source == "hub":
         commit = hub.resolve_commit(spec.name, spec.revision)
         directory = hub.fetch_description(spec.name, commit, trust_remote_code=spec.trust_remote_code)
         hub.remember(spec.name, spec.revision, "model", commit)
-        config, remote = _read_config(directory, spec)
+        info, remote = _read_info(directory, spec)
         identity = f"hub:{spec.name}@{commit}{remote}"
         spec = replace(spec, revision=commit)  # what is loaded later is what was described now
     else:
         directory = _directory(spec)
         check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
-        config, remote = _read_config(directory, spec)
+        info, remote = _read_info(directory, spec)
         identity = f"files:{checkpoint_hash(directory)}{remote}"
+    return ModelDescription(spec, info, f"{identity}{_modifier_identity(spec)}")
+
+
+def _read_info(directory: Path, spec: ModelSpec) -> tuple[ModelInfo, str]:
+    """What the configuration says, and what the identity says of code that comes with the model.
+
+    Code may read a configuration in its own way, so nothing is known beforehand of what has some.
+    """
+    has_code = needs_remote_code(read_json(directory / "config.json"))
+    known = None if has_code else known_info(directory, spec.label, tuple(name for name, _ in spec.modifiers))
+    if known is not None:
+        return known, ""
+    config, remote = _read_config(directory, spec)
+    return _info(config, spec), remote
+
+
+def _info(config: Any, spec: ModelSpec) -> ModelInfo:
     try:
-        info = info_from_config(
+        return info_from_config(
             config,
             spec.label,
             synthetic=spec.source == "shape",
             scratch=spec.source == "scratch",
-            modifiers=modifiers,
+            modifiers=tuple(name for name, _ in spec.modifiers),
         )
     except AttributeError as error:
         raise ConfigError(
             f"model {spec.label!r}: architecture {config.model_type!r} is no Transformer "
             f"that the harness knows ({error})"
         ) from None
-    return ModelDescription(spec, info, f"{identity}{_modifier_identity(spec)}")
 
 
 def fetch(description: ModelDescription) -> None:
     """Download what `load` will read, where it lies on the hub; once, before the workers start.
 
+    What the configuration says is kept from here on: describing a model alone writes nothing.
+
     Raises:
         ConfigError: the download broke, or what came is no checkpoint that may be loaded.
     """
-    if description.spec.source == "hub":
-        _checked_files(description.spec)
+    spec = description.spec
+    if spec.source in ("shape", "scratch"):
+        return
+    directory = _checked_files(spec)
+    if not needs_remote_code(read_json(directory / "config.json")):
+        remember_info(directory, description.info)
 
 
 def load(description: ModelDescription, device: torch.device, dtype: torch.dtype, seed: int) -> LoadedModel:

@@ -91,6 +91,7 @@ READING = {
         ("results",),
         ("results", "--records", "--percentiles", "--sweep", "1"),
     ),
+    "choose": (("choose", "--for", "prefill"), ("choose", "--for", "prefill", "--format", "markdown")),
     "compare": (
         ("compare", "baseline", "--all", "--allow-different"),
         ("compare", "baseline", "--all", "--break-even"),

@@ -19,6 +19,7 @@ VERBS = (
     ["results", "--sweep", "last", "--format", "csv", "--records"],
     ["results", "export", "out.jsonl"],
     ["compare", "baseline", "rtn"],
+    ["choose"],
     ["why"],
     ["scaling"],
 )

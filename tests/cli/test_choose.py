@@ -1,0 +1,94 @@
+"""``harness choose``: an answer in one line, with what it rests on; and what cannot be answered."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from harness.cli.app import run
+from harness.records import Record
+from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep, around, items, timed
+
+SHAPE = "b1-p8-g2"
+
+
+@pytest.fixture
+def path(tmp_path):
+    """`good` is twice as fast and right as often, `bad` four times as fast and wrong, `slow` slower."""
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = add_sweep(store)
+        for method, seconds, wrong in (
+            ("baseline", 2.0, 0), ("good", 1.0, 0), ("bad", 0.5, 100), ("slow", 4.0, 0),
+        ):  # fmt: skip
+            records = timed("decode_latency", around(seconds)), timed("prefill_latency", around(2.0))
+            add_cell(store, sweep, method, *records, scenario=SHAPE)
+            outcomes = [0] * wrong + [1] * (400 - wrong)
+            accuracy = Record("acc", sum(outcomes) / 400, "fraction", n=400)
+            add_cell(store, sweep, method, accuracy, task="grammar", items=items(outcomes))
+    return str(tmp_path / "results.db")
+
+
+def test_the_answer_is_one_line(path, capsys):
+    assert run(["choose", "--db", path]) == 0
+    shown = capsys.readouterr()
+    answer = shown.out.strip().splitlines()[-1]
+    assert answer.startswith(f"m at {SHAPE} on a GPU: take good: decoding 2x [")
+    assert "faster, which loses grammar" in answer
+    assert "bad is 4x [" in answer
+    assert "but loses too much" in answer
+    assert "no gain" in shown.out, "slow is listed too"
+
+
+def test_more_may_be_lost(path, capsys):
+    assert run(["choose", "--db", path, "--lose", "50%"]) == 0
+    assert "take bad: decoding 4x [" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_nothing_better_keeps_the_baseline(path, capsys):
+    assert run(["choose", "--db", path, "--for", "prefill"]) == 0
+    answer = capsys.readouterr().out.splitlines()[-1]
+    assert "keep the baseline: no method is faster at a loss of at most 1%" in answer
+
+
+def test_programs_read_json_alone(path, capsys):
+    assert run(["choose", "--db", path, "--format", "json"]) == 0
+    shown = capsys.readouterr()
+    [choice] = json.loads(shown.out)
+    assert choice["taken"]["method"] == "good"
+    assert choice["taken"]["losses"][0]["task"] == "grammar"
+    assert {each["method"]: each["standing"] for each in choice["candidates"]} == {
+        "good": "within", "bad": "beyond", "slow": "within",
+    }  # fmt: skip
+    assert "take good" in shown.err
+
+
+@pytest.mark.parametrize("output", ["csv", "markdown"])
+def test_other_formats_list_the_candidates(path, capsys, output):
+    assert run(["choose", "--db", path, "--format", output, "--at", SHAPE, "--tasks", "grammar"]) == 0
+    assert "as" not in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--for", "decoding"], "unknown goal 'decoding'; did you mean 'decode'?"),
+        (["--lose", "much"], "write how much may be lost, such as 0.01 or 1%"),
+        (["--tasks", "gramar"], "unknown task in this store: 'gramar'; did you mean 'grammar'?"),
+        (["--at", "b9"], "unknown shape in this store: 'b9'"),
+        (["--for", "energy"], "no method's decode_energy was compared with the baseline's"),
+        (["--models", "other"], "unknown model in this store: 'other'"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_line(path, capsys, arguments, says):
+    assert run(["choose", "--db", path, *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_store_of_baselines_alone(tmp_path, capsys):
+    with Store.open(tmp_path / "results.db") as store:
+        latency = timed("decode_latency", around(1.0))
+        add_cell(store, add_sweep(store), "baseline", latency, scenario=SHAPE)
+    assert run(["choose", "--db", str(tmp_path / "results.db")]) == 2
+    assert "nothing but the baseline is in the store: sweep some methods first" in capsys.readouterr().err
