@@ -64,7 +64,6 @@ _LED_BY = (
 )  # fmt: skip
 """Of several scores of a task the first is judged."""
 _NOT_SCORES = frozenset({"mean_kl", "choice_kl", "top1_agreement", "flips", "embedding_distance"})
-_POINTS = 100.0
 
 
 class Standing(StrEnum):
@@ -89,15 +88,19 @@ class Loss:
 
     def standing(self, most: float) -> Standing:
         """Where it stands to the largest loss that is allowed, in fractions of a score or nats."""
-        scale = _POINTS if self.unit == "points" else 1.0
-        if self.upper <= most * scale:
+        if self.upper <= most * self._one:
             return Standing.WITHIN
-        return Standing.BEYOND if self.lower > most * scale else Standing.OPEN
+        return Standing.BEYOND if self.lower > most * self._one else Standing.OPEN
 
     @property
     def worst(self) -> float:
         """The worse end, in fractions of a score or nats."""
-        return self.upper / (_POINTS if self.unit == "points" else 1.0)
+        return self.upper / self._one
+
+    @property
+    def _one(self) -> float:
+        """A whole score, or a nat, in `unit`."""
+        return 100.0 if self.unit == "points" else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from harness.errors import DiskFull
 
-__all__ = ["default_cache_dir", "raise_if_full"]
+__all__ = ["default_cache_dir", "raise_if_full", "replacing"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOTHING_LEFT_BYTES = 1 << 16
@@ -42,3 +45,20 @@ def raise_if_full(error: BaseException, folder: Path) -> None:
             f"the disk of the cache {folder} is full; free some space, or set HARNESS_CACHE to another "
             "folder, and run the same command again (every finished cell is kept)"
         ) from None
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """A file beside this one that takes its place at the end; where that fails all is as it was."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            yield opened
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are for their owner only
+        os.replace(name, file)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise

@@ -83,24 +83,21 @@ def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Com
     from dataclasses import replace
 
     from harness.choosing import reason
-    from harness.comparing import Stores, compare_sides, load_side, parse_side
+    from harness.comparing import Stores, compare_sides, load_side, other_methods, parse_side
     from harness.errors import ConfigError, UnknownName
     from harness.why import explanations
 
     baseline = parse_side("baseline")
     with Stores(where) as stores:
-        everything = load_side(replace(baseline, method=None), stores)
-        for name in models or ():
-            if name not in (known := {cell.model for cell in everything.cells}):
-                raise UnknownName("model in this store:", name, known)
-        methods = sorted({cell.method for cell in everything.ok if not cell.is_baseline})
+        if models is not None:
+            known = {cell.model for cell in load_side(replace(baseline, method=None), stores).cells}
+            if unknown := [name for name in models if name not in known]:
+                raise UnknownName("model in this store:", unknown[0], known)
+        methods = other_methods(baseline, stores, models)
         if not methods:
             raise ConfigError("nothing but the baseline is in the store: sweep some methods first")
-        sides = [
-            load_side(replace(baseline, text=name, method=name), stores, models)
-            for name in ("baseline", *methods)
-        ]
-        found = compare_sides(sides[0], sides[1:])
+        first, *others = (load_side(name, stores, models) for name in (baseline, *methods))
+        found = compare_sides(first, others)
         told = explanations(stores.of(baseline), models=models)
     whys: dict[Any, str] = {}
     for each in told:

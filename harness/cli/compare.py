@@ -108,9 +108,7 @@ def _others(
     *,
     timed: bool,
 ) -> list[SideName]:
-    from dataclasses import replace
-
-    from harness.comparing import load_side, parse_sides
+    from harness.comparing import other_methods, parse_sides
     from harness.errors import ConfigError
 
     if not every:
@@ -124,9 +122,7 @@ def _others(
         raise ConfigError("give either the methods to judge or --all")
     if a.method is None:
         raise ConfigError(f"--all judges every other method: compare with a method, not with {a.text}")
-    cells = load_side(replace(a, method=None), stores, models).ok
-    methods = {cell.method for cell in cells if cell.kind == "scenario" or not timed} - {a.method}
-    return [replace(a, text=method, method=method) for method in sorted(methods)]
+    return other_methods(a, stores, models, timed=timed)
 
 
 # --- break-even ---------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def _write(file: Path, text: str) -> None:
     Raises:
         ConfigError: the file cannot be written, or is a results store.
     """
-    from harness.store.exchange_text import is_store, replacing
+    from harness.folders import replacing
+    from harness.store.exchange_text import is_store
 
     written = text.encode()
     try:

@@ -9,7 +9,7 @@ from harness.comparing.lengths import LengthSweep, length_sweeps
 from harness.comparing.matching import Absent
 from harness.comparing.methods import Compared, adjusted, compare_methods, compare_sides, incomparable
 from harness.comparing.ratios import Reading, TimingRatio, timing_ratio
-from harness.comparing.sides import Side, SideName, Stores, load_side, parse_side, parse_sides
+from harness.comparing.sides import Side, SideName, Stores, load_side, other_methods, parse_side, parse_sides
 
 __all__ = [
     "Absent",
@@ -32,6 +32,7 @@ __all__ = [
     "judged",
     "length_sweeps",
     "load_side",
+    "other_methods",
     "parse_gate",
     "parse_side",
     "parse_sides",

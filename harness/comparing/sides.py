@@ -31,7 +31,7 @@ from harness.store.exchange_text import is_store
 from harness.store.store import Store
 from harness.store.tables import imports, sweeps
 
-__all__ = ["Side", "SideName", "Stores", "load_side", "parse_side", "parse_sides"]
+__all__ = ["Side", "SideName", "Stores", "load_side", "other_methods", "parse_side", "parse_sides"]
 
 _SUFFIXES = (".db", ".sqlite", ".sqlite3")
 _SWEEP = re.compile(r"^sweep:(?:(\d{1,18})|last(?:~(\d{1,9}))?)$")
@@ -151,6 +151,7 @@ class Stores:
     def __init__(self, default: str) -> None:
         self._default, self._stack = default, ExitStack()
         self._open: dict[str, Store] = {}
+        self._cells: dict[tuple[Any, ...], list[Cell]] = {}
 
     def __enter__(self) -> Stores:
         return self
@@ -170,6 +171,13 @@ class Stores:
             place = str(self._imported(Path(target))) if is_text(target) else target
             self._open[target] = self._stack.enter_context(Store.open_readonly(place))
         return self._open[target]
+
+    def cells(self, name: SideName, models: Sequence[str] | None, sweep: int | None) -> list[Cell]:
+        """The cells of a side's store, of these models and this sweep; read once for all sides."""
+        key = (name.store or self._default, None if models is None else tuple(models), sweep)
+        if key not in self._cells:
+            self._cells[key] = all_cells(self.of(name), models, sweep)
+        return self._cells[key]
 
     def _imported(self, file: Path) -> Path:
         from harness.store.exchange_import import import_results
@@ -191,7 +199,7 @@ def load_side(name: SideName, stores: Stores, models: Sequence[str] | None = Non
     """
     store = stores.of(name)
     sweep = _sweep_number(store, name)
-    found = all_cells(store, models, sweep)
+    found = stores.cells(name, models, sweep)
     if name.store is not None and is_text(name.store):
         for cell in found:  # all of it is imported: that is what was asked for
             cell.origin, cell.place = None, (*cell.place[:-1], None)
@@ -209,6 +217,19 @@ def load_side(name: SideName, stores: Stores, models: Sequence[str] | None = Non
             raise UnknownName("variant", f"variant:{name.variant}", known, "(harness results --records)")
         return Side(name, tuple(kept), scope)
     return Side(name, tuple(_own_first(found)), scope)
+
+
+def other_methods(
+    a: SideName, stores: Stores, models: Sequence[str] | None = None, *, timed: bool = False
+) -> list[SideName]:
+    """The sides of every other method that was measured where the method `a` is.
+
+    Args:
+        timed: only those of which something was timed.
+    """
+    cells = load_side(replace(a, method=None), stores, models).ok
+    methods = {cell.method for cell in cells if cell.kind == "scenario" or not timed} - {a.method}
+    return [replace(a, text=method, method=method) for method in sorted(methods)]
 
 
 def _sweep_number(store: Store, name: SideName) -> int | None:

@@ -19,6 +19,7 @@ from harness.errors import ConfigError, HarnessError, MissingExtra, NotApplicabl
 from harness.kernels import fp8
 from harness.nn.codebook import CodebookLinear
 from harness.nn.fp8 import Fp8Linear
+from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.outlier_int8 import OutlierInt8Linear
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
@@ -105,9 +106,7 @@ def _nf4(weight: torch.Tensor) -> nn.Module:
 
 def prune_2_of_4(weight: torch.Tensor) -> torch.Tensor:
     """A matrix [out, in] with the two smallest magnitudes of every four along the inputs set to zero."""
-    groups = weight.detach().view(weight.shape[0], -1, 4)
-    smallest = groups.abs().topk(2, dim=-1, largest=False).indices
-    return groups.scatter(-1, smallest, 0.0).view(weight.shape)
+    return weight.detach().where(keep_n_of_m(weight.abs(), 2, 4), 0.0)
 
 
 def _sparse(store: Callable[[torch.Tensor], SemiStructuredLinear]) -> _Make:

@@ -7,15 +7,13 @@ knows what it is to do. What was read once is read from here.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harness.folders import default_cache_dir
+from harness.folders import default_cache_dir, replacing
 from harness.keys import content_key
 from harness.models import info as reader
 from harness.models.info import ModelInfo
@@ -43,9 +41,8 @@ def remember_info(directory: Path, info: ModelInfo) -> None:
     with suppress(OSError):
         place = _place(directory)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False, encoding="utf-8") as file:
-            json.dump(kept, file)
-        os.replace(file.name, place)
+        with replacing(place) as file:
+            file.write(json.dumps(kept).encode())
 
 
 def _place(directory: Path) -> Path:

@@ -125,12 +125,10 @@ def _read_info(directory: Path, spec: ModelSpec) -> tuple[ModelInfo, str]:
 
     Code may read a configuration in its own way, so nothing is known beforehand of what has some.
     """
-    has_code = needs_remote_code(read_json(directory / "config.json"))
+    has_code = _has_code(directory)
     known = None if has_code else known_info(directory, spec.label, tuple(name for name, _ in spec.modifiers))
-    if known is not None:
-        return known, ""
-    config, remote = _read_config(directory, spec)
-    return _info(config, spec), remote
+    info = known or _info(_read_config(directory, spec), spec)
+    return info, "+code" if has_code and spec.trust_remote_code else ""
 
 
 def _info(config: Any, spec: ModelSpec) -> ModelInfo:
@@ -161,7 +159,7 @@ def fetch(description: ModelDescription) -> None:
     if spec.source in ("shape", "scratch"):
         return
     directory = _checked_files(spec)
-    if not needs_remote_code(read_json(directory / "config.json")):
+    if not _has_code(directory):
         remember_info(directory, description.info)
 
 
@@ -219,23 +217,25 @@ def _checked_files(spec: ModelSpec) -> Path:
     return directory
 
 
-def _read_config(directory: Path, spec: ModelSpec) -> tuple[Any, str]:
-    """The configuration, and what the identity says of code that comes with the model."""
+def _has_code(directory: Path) -> bool:
+    """Whether a model brings code of its own."""
+    return needs_remote_code(read_json(directory / "config.json"))
+
+
+def _read_config(directory: Path, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
-    remote = needs_remote_code(read_json(directory / "config.json"))
     try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             str(directory), trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
     except broken_checkpoint_errors() as error:
-        if remote and not spec.trust_remote_code:
+        if not spec.trust_remote_code and _has_code(directory):
             raise ConfigError(
                 f"model {spec.label!r} brings code of its own (auto_map in config.json), which is not run "
                 "unless you trust it: pass --trust-remote-code"
             ) from None
         raise ConfigError(f"model {spec.label!r}: its config.json cannot be used: {told(error)}") from None
-    return config, "+code" if remote and spec.trust_remote_code else ""
 
 
 # --- weights ------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 def _pretrained(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> nn.Module:
     directory = _checked_files(spec)
-    config, _ = _read_config(directory, spec)
+    config = _read_config(directory, spec)
     try:
         model, found = _auto_class(config).from_pretrained(
             str(directory),

@@ -127,11 +127,15 @@ class SemiStructuredLinear(PackedLinear):
         """
         out, in_features = weight.shape
         layer = cls(in_features, out, tuned=tuned, dtype=weight.dtype, device="meta")
-        layer.values, layer.meta = compress_2_of_4(weight)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        layer._prefer_packed()
+        layer._hold(weight, bias)
         return layer
+
+    def _hold(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Store a 2:4 matrix [out, in], and a bias as it is."""
+        self.values, self.meta = compress_2_of_4(weight)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self._prefer_packed()
 
     @property
     def dtype(self) -> torch.dtype:

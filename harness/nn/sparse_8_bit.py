@@ -11,6 +11,8 @@ Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks" (arXiv:21
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -18,12 +20,12 @@ from harness.errors import ConfigError, NumericalFailure
 from harness.kernels import fp8, int8
 from harness.kernels import semi_structured as kernel
 from harness.nn.quantizer import QuantizedWeight
-from harness.nn.semi_structured import SemiStructuredLinear, compress_2_of_4, misfit
+from harness.nn.semi_structured import SemiStructuredLinear, misfit
 
 __all__ = ["SparseFp8Linear", "SparseInt8Linear"]
 
 
-class _Sparse8BitLinear(SemiStructuredLinear):
+class _Sparse8BitLinear(SemiStructuredLinear, ABC):
     """2:4 weights in 8 bits, activations rounded to 8 bits token by token: 0.625 of the bytes of 8 bits.
 
     Args:
@@ -54,13 +56,10 @@ class _Sparse8BitLinear(SemiStructuredLinear):
             value = torch.zeros(out_features, dtype=dtype, device=device)
             self.bias = nn.Parameter(value, requires_grad=False)
 
-    def _hold(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def _hold_codes(self, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Store codes [out, in] that are 2:4, their scales, one for all or each row, and a bias as it is."""
-        self.values, self.meta = compress_2_of_4(codes)
         self.scales = scales.reshape(-1).float().expand(codes.shape[0]).contiguous()
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._prefer_packed()
+        self._hold(codes, bias)
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -97,15 +96,17 @@ class _Sparse8BitLinear(SemiStructuredLinear):
         sums = kernel.product_8_bit(codes, self.packed, self.out_features, self.tuned)
         return kernel.apply_scales(sums, scale, self.scales, self.bias, x.dtype)
 
+    @abstractmethod
     def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """The product with all codes, zeros included."""
 
+    @abstractmethod
     def _round(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [rows, in] and scales [rows, 1] of activations."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _dense_kernel(self) -> str:
-        raise NotImplementedError
+        """The name of the kernel of that product."""
 
     def extra_repr(self) -> str:
         return (
@@ -139,7 +140,7 @@ class SparseInt8Linear(_Sparse8BitLinear):
             raise ConfigError("2:4 in int8 needs 8 bits, no zero points and no groups along the inputs")
         codes = (weight.codes.to(torch.int16) - 128).to(torch.int8)
         layer = cls(codes.shape[1], codes.shape[0], tuned=tuned, device="meta")
-        layer._hold(codes, weight.scale, bias)
+        layer._hold_codes(codes, weight.scale, bias)
         return layer
 
     def int8_codes(self) -> torch.Tensor:
@@ -177,7 +178,7 @@ class SparseFp8Linear(_Sparse8BitLinear):
             raise NumericalFailure("weights are NaN or infinite")
         codes, scales = fp8.quantize(weight.detach(), cls._type, per_row=True)
         layer = cls(weight.shape[1], weight.shape[0], tuned=tuned, device="meta")
-        layer._hold(codes, scales, bias)
+        layer._hold_codes(codes, scales, bias)
         return layer
 
     def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:

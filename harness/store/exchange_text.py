@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from harness.errors import ConfigError
+from harness.folders import replacing
 from harness.store.encoding import untagged
 from harness.store.exchange_layout import MAX_DEPTH
 
@@ -32,7 +31,6 @@ __all__ = [
     "parsed_json",
     "problem",
     "read_lines",
-    "replacing",
     "write_lines",
 ]
 
@@ -84,23 +82,6 @@ def _packed(raw: IO[bytes], file: Path) -> Iterator[IO[bytes]]:
     # Neither a name nor a time in it: the same rows are the same bytes.
     with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed:
         yield cast("IO[bytes]", packed)
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file beside this one that takes its place at the end; where that fails all is as it was."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            yield opened
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are for their owner only
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 # --- reading ----------------------------------------------------------------------------------

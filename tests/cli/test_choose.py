@@ -7,6 +7,7 @@ import json
 import pytest
 
 from harness.cli.app import run
+from harness.comparing import sides
 from harness.records import Record
 from harness.store.store import Store
 from tests.core.stores import add_cell, add_sweep, around, items, timed
@@ -39,6 +40,15 @@ def test_the_answer_is_one_line(path, capsys):
     assert "bad is 4x [" in answer
     assert "but loses too much" in answer
     assert "no gain" in shown.out, "slow is listed too"
+
+
+def test_the_store_is_read_once_however_many_methods_it_has(path, monkeypatch):
+    reads = []
+    read = sides.all_cells
+    monkeypatch.setattr(sides, "all_cells", lambda *given: reads.append(given) or read(*given))
+    assert run(["choose", "--db", path]) == 0
+    assert run(["compare", "baseline", "--all", "--db", path]) == 0
+    assert len(reads) == 2
 
 
 def test_more_may_be_lost(path, capsys):
