@@ -40,6 +40,13 @@ _VECTOR = (
     Launch("vector", 16, warps=2, stages=4),
     Launch("vector", 32, stages=2),
 )
+_ROWS_TOGETHER = (
+    Launch("few", 16, 16, stages=2),
+    Launch("few", 16, 16, stages=4),
+    Launch("few", 16, 16, warps=8, stages=2),
+    Launch("few", 32, 16, stages=2),
+    Launch("few", 32, 16, warps=8, stages=1),
+)
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=16),
     Launch("gemv", 32, warps=1, programs=16),
@@ -96,6 +103,8 @@ def _some(form: Form, rows: int) -> list[Launch]:
     found = [replace(launch, block_m=block_m) for launch in _FEW]
     if not form.is_table and not form.has_float_zeros and form.bits != 3:
         found.append(Launch("small", 64, 64))
+    if block_m <= 32 and takes_vector(form):
+        found = [*(replace(launch, block_m=block_m) for launch in _ROWS_TOGETHER), *found]
     if block_m == 64:
         found += [Launch("fused", 128, 64, programs=2, warps=8, sums=False), _MANY[6]]
     return found

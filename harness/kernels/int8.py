@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from harness.kernels import int8_launches, reference
+from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.weight_only import has_triton
 from harness.nn.quantizer import SMALLEST_SCALE, quantize_activation
 
@@ -14,9 +17,11 @@ __all__ = [
     "choose_norm",
     "linear",
     "linear_of_codes",
+    "linears",
     "normalize_quantize",
     "quantize",
     "quantize_tokens",
+    "share_a_launch",
 ]
 
 MOST_COLUMNS = 16384
@@ -205,3 +210,60 @@ def _(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
+
+
+def share_a_launch(rows: int, out: int, columns: int, device: torch.device) -> bool:
+    """Whether weights of this size that read the same row can be multiplied in one launch."""
+    return (
+        rows == 1
+        and has_triton(device)
+        and int8_launches.ROUND_IN_GEMV
+        and int8_launches.choose(rows, out, columns).kind == "gemv"
+    )
+
+
+@torch.library.custom_op("harness::int8_linears", mutates_args=())
+def linears(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """`linear_of_codes` of int8 codes, or `linear` of floats with a scale per token, for weights that read
+    the same rows x [rows, in]; in one launch where it can be.
+
+    Args:
+        scale: of the codes, [rows, 1]; of floats a calibrated one [1], or None.
+        weight_scales: of each weight, float32 [out], or [1] for all of them.
+        biases: one for each weight, or none at all.
+    """
+    if _run_together(x, weights):
+        from harness.kernels import triton_int8_gemv
+
+        return triton_int8_gemv.gemv_several(x, scale, weights, weight_scales, biases, dtype)
+    given: Sequence[torch.Tensor | None] = biases or [None] * len(weights)
+    one_by_one = zip(weights, weight_scales, given, strict=True)
+    if x.dtype == torch.int8:
+        assert scale is not None
+        return [_linear_of_codes(x, scale, *each, dtype) for each in one_by_one]
+    return [_linear(x, *each, True, scale) for each in one_by_one]
+
+
+def _run_together(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    return len(weights) <= MOST_MATRICES and all(
+        share_a_launch(x.shape[0], weight.shape[0], weight.shape[1], x.device) for weight in weights
+    )
+
+
+@linears.register_fake
+def _(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights]

@@ -18,7 +18,7 @@ from torch import fx
 from harness.kernels import dense, weight_only
 from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.stored import stored
-from harness.kernels.traced import example_of, operand_of
+from harness.kernels.traced import example_of, is_input, operand_of, source_of
 from harness.nn.packing import PackedWeight
 
 __all__ = ["rewrite_linears"]
@@ -67,7 +67,7 @@ def _is_replaceable(node: fx.Node) -> bool:
     x, weight, bias = _operands(node)
     # Only weights and biases that are inputs of the graph: a computed one may not exist yet where the
     # first of its group stands.
-    if not all(_is_input(each) for each in (weight, *([] if bias is None else [bias]))):
+    if not all(is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
     value, matrix = example_of(x), example_of(weight)
     if value is None or matrix is None:
@@ -78,19 +78,15 @@ def _is_replaceable(node: fx.Node) -> bool:
     return value.dtype == matrix.dtype and dense.fits(value.numel() // width, matrix)
 
 
-def _is_input(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op in ("placeholder", "get_attr")
-
-
 def _packed_groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Products with packed weights that one launch can take: the same rows, weights stored alike."""
     groups: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.harness.weight_only_linear.default:
             x, *tensors, bits, group_size, tile, in_features = node.args
-            if all(each is None or _is_input(each) for each in tensors) and _shares(node):
+            if all(each is None or is_input(each) for each in tensors) and _shares(node):
                 alike = tuple(None if each is None else _storage(each) for each in tensors[1:])
-                key = (_source(x), alike, bits, group_size, tile, in_features)
+                key = (source_of(x), alike, bits, group_size, tile, in_features)
                 groups.setdefault(key, []).append(node)
     yield from groups.values()
 
@@ -108,15 +104,6 @@ def _storage(node: fx.Node) -> tuple[Any, ...]:
     """What kernels tell scales, zero points and biases apart by: the type, and one for all rows or each."""
     value = example_of(node)
     return (None,) if value is None else (value.dtype, value.dim(), value.shape[-1] == 1)
-
-
-def _source(x: Any) -> tuple[Any, ...]:
-    """The tensor behind a reshaped one, with the shape it has got: layers flatten the same x each for
-    itself."""
-    value = example_of(x)
-    while isinstance(x, fx.Node) and x.op == "call_method" and x.target in ("reshape", "view"):
-        x = x.args[0]
-    return x, None if value is None else tuple(value.shape)
 
 
 def _join_packed(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
@@ -149,6 +136,7 @@ def _replace(graph: fx.Graph, calls: list[fx.Node]) -> None:
     biases = [] if first_bias is None else [_operands(call)[2] for call in calls]
     with graph.inserting_before(calls[0]):
         flat = graph.call_function(torch.reshape, (x, (-1, shape[-1])))
+        flat.meta["example_value"] = x.meta["example_value"].reshape(-1, shape[-1])
         products = graph.call_function(torch.ops.harness.linears.default, (flat, weights, biases))
         for position, call in enumerate(calls):
             product = graph.call_function(operator.getitem, (products, position))

@@ -25,7 +25,7 @@ __all__ = [
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "vector", "small", "fused"]
+Kernel = Literal["gemv", "wide", "vector", "few", "small", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Launch:
             wide and vector.
         words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
         programs: for each multiprocessor; the columns are split until there are so many.
-        stages: steps whose words are on their way at once; of *vector* for each warp, a power of two.
+        stages: steps whose words are on their way at once; of *vector* and *few* for each warp, a power of
+            two.
         sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
     """
 
@@ -80,7 +81,7 @@ class Writing:
 
 _ALL = tuple(PLANES)
 MOST_MATRICES = 3
-"""Matrices that share a launch of *vector*."""
+"""Matrices that share a launch of *vector* or *few*."""
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
@@ -91,6 +92,9 @@ RULES: tuple[Rule, ...] = (
     Rule((4,), 1, Launch("vector", block_n=16, stages=2), least_out=8192),
     Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
+    # A few rows: unpacked once for all of them, until reading x again for every 16 rows takes the time.
+    Rule((4,), 16, Launch("few", block_n=32, block_m=16, stages=2), least_out=8192),
+    Rule((4,), 8, Launch("few", block_n=16, block_m=16, stages=4)),
     Rule((3,), 16, Launch("fused", block_n=128, block_m=16, programs=2)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
@@ -116,7 +120,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
     """How to multiply so many rows with such a matrix; None: write it out in full precision first.
 
     Args:
-        vector: whether the device runs *vector*.
+        vector: whether the device runs *vector* and *few*.
     """
     if not form.fits:
         return None
@@ -129,7 +133,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
             and activation_bits in rule.activation_bits
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
-            and not (rule.launch.kernel == "vector" and not (vector and takes_vector(form)))
+            and not (rule.launch.kernel in ("vector", "few") and not (vector and takes_vector(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -137,8 +141,8 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
 
 
 def takes_vector(form: Form) -> bool:
-    """Whether *vector* reads such a matrix: a tile must fill an operand of a tensor core, with two fields of
-    every word, and a row of activations must fit into shared memory."""
+    """Whether *vector* and *few* read such a matrix: a tile must fill an operand of a tensor core, with two
+    fields of every word, and a row of activations must fit into shared memory."""
     words = form.tile * PLANES[form.bits][0] // 32
     return (
         form.bits in (2, 3, 4)

@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # mypy: disallow-untyped-calls=False
+# ruff: noqa: SIM102 (what is known when compiling is asked first, and leaves no code)
 """Triton kernel for one row times int8 weights (W8A8): a matrix-vector product.
 
 The row may be rounded to int8 on the way. The weights are read once, 16 bytes a thread, four products an
@@ -11,17 +12,20 @@ Scales are applied in the order of the plain form, without fused operations, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from harness.kernels.int8_launches import Launch, choose
+from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.triton_rows import ROUNDER, peak_of, round_int8, scale_of
 from harness.nn.quantizer import SMALLEST_SCALE
 
-__all__ = ["Outliers", "dot4", "gemv", "has_dp4a"]
+__all__ = ["Outliers", "dot4", "gemv", "gemv_several", "has_dp4a"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,26 @@ def dot4(words, q, acc, DP4A: tl.constexpr):
 
 @triton.jit
 def _gemv_kernel(
-    x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    outliers_ptr, columns_ptr, used_ptr, codes_ptr, kept_ptr, place_ptr, N, K, rounder,
+    x_ptr, scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr, N,
+    w_1, w_scale_1, bias_1, out_1, N_1, w_2, w_scale_2, bias_2, out_2, N_2,
+    outliers_ptr, columns_ptr, used_ptr, codes_ptr, kept_ptr, place_ptr, K, rounder, MATRICES: tl.constexpr,
     ROUND: tl.constexpr, FIND: tl.constexpr, SMALLEST: tl.constexpr, PER_CHANNEL: tl.constexpr,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, EVEN: tl.constexpr,
     HAS_OUTLIERS: tl.constexpr, HAS_KEPT: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Words are four codes. ROUND: x is floats, rounded here; FIND: to a scale that is found here, too."""
+    """Words are four codes. ROUND: x is floats, rounded here; FIND: to a scale that is found here, too.
+
+    A program's second index counts the matrices, which are stored alike but for their rows.
+    """
+    if MATRICES > 1:
+        if tl.program_id(1) == 1:
+            w_ptr, w_scale_ptr, bias_ptr, out_ptr, N = w_1, w_scale_1, bias_1, out_1, N_1
+    if MATRICES > 2:
+        if tl.program_id(1) == 2:
+            w_ptr, w_scale_ptr, bias_ptr, out_ptr, N = w_2, w_scale_2, bias_2, out_2, N_2
+    if MATRICES > 1:
+        if tl.program_id(0) * BLOCK_N >= N:  # of a matrix with fewer rows than another
+            return
     if FIND:
         offsets = tl.arange(0, 4 * WORDS)
         peaks = tl.zeros((4 * WORDS,), dtype=tl.float32)
@@ -146,28 +163,57 @@ def gemv(
         outliers: columns to be added in floating point; the weights are read from `weight`.
         launch: by default that of `choose`; `in` is a multiple of `ALIGNMENT`.
     """
-    columns, out = x.shape[1], weight.shape[0]
-    launch = launch or choose(1, out, columns)
+    biases = [] if bias is None else [bias]
+    [y] = gemv_several(x, scale, [weight], [weight_scale], biases, dtype, outliers=outliers, launch=launch)
+    return y
+
+
+def gemv_several(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    weight_scales: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    outliers: Outliers | None = None,
+    launch: Launch | None = None,
+) -> list[torch.Tensor]:
+    """As `gemv`, of matrices that read the same row, in one launch.
+
+    Args:
+        weights: at most `MOST_MATRICES`; one where there are outliers.
+        weight_scales: of each, all with one number for a row or all with one.
+        biases: one for each weight, or none at all.
+    """
+    columns = x.shape[1]
+    launch = launch or choose(1, max(weight.shape[0] for weight in weights), columns)
     is_rounded = x.dtype == torch.int8
     x = x.contiguous()
-    y = torch.empty(1, out, dtype=dtype, device=x.device)
-    absent = weight_scale
+    outputs = [torch.empty(1, weight.shape[0], dtype=dtype, device=x.device) for weight in weights]
+    matrices: list[Any] = []
+    for place in range(MOST_MATRICES):
+        index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
+        weight, weight_scale = weights[index], weight_scales[index]
+        bias = biases[index] if biases else weight_scale
+        matrices += [weight.view(torch.int32), weight_scale, bias, outputs[index], weight.shape[0]]
+    absent = weight_scales[0]
     slots: list[torch.Tensor | None] = [None] * 6
     if outliers is not None:
-        slots = [outliers.values, outliers.columns, outliers.used, weight, outliers.kept, outliers.place]
+        slots = [outliers.values, outliers.columns, outliers.used, weights[0], outliers.kept, outliers.place]
     words = min(launch.k, triton.next_power_of_2(columns)) // 4
+    blocks = triton.cdiv(max(weight.shape[0] for weight in weights), launch.n)
     with torch.cuda.device_of(x):
-        _gemv_kernel[(triton.cdiv(out, launch.n),)](
-            x.view(torch.int32) if is_rounded else x, absent if scale is None else scale,
-            weight.view(torch.int32), weight_scale, absent if bias is None else bias, y,
-            *(absent if each is None else each for each in slots),
-            out, columns, ROUNDER, ROUND=not is_rounded, FIND=scale is None, SMALLEST=SMALLEST_SCALE,
-            PER_CHANNEL=weight_scale.numel() > 1, HAS_BIAS=bias is not None, BLOCK_N=launch.n,
+        _gemv_kernel[(blocks, len(weights))](
+            x.view(torch.int32) if is_rounded else x, absent if scale is None else scale, *matrices,
+            *(absent if each is None else each for each in slots), columns, ROUNDER,
+            MATRICES=len(weights), ROUND=not is_rounded, FIND=scale is None, SMALLEST=SMALLEST_SCALE,
+            PER_CHANNEL=absent.numel() > 1, HAS_BIAS=bool(biases), BLOCK_N=launch.n,
             WORDS=words, EVEN=columns % (4 * words) == 0, HAS_OUTLIERS=outliers is not None,
             HAS_KEPT=slots[4] is not None, DP4A=has_dp4a(x.device), num_warps=launch.warps,
             num_stages=launch.stages, enable_fp_fusion=False,
         )  # fmt: skip
-    return y
+    return outputs
 
 
 def has_dp4a(device: torch.device) -> bool:

@@ -110,7 +110,7 @@ def prepare(
     x = _padded(x, weight)
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
-    if launch.kernel == "vector":
+    if launch.kernel in ("vector", "few"):
         call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
         return [call]
     rows, out, form = x.shape[0], weight.out_features, weight.form
@@ -188,9 +188,11 @@ def multiply_several(
     biases: Sequence[torch.Tensor],
     launch: Launch,
 ) -> list[torch.Tensor]:
-    """``[x @ W.T + b for W, b in zip(weights, biases)]`` in one launch of *vector*; x [1, in], W [out, in].
+    """``[x @ W.T + b for W, b in zip(weights, biases)]`` in one launch of *vector* or *few*; x [rows, in],
+    W [out, in].
 
     Args:
+        x: one row for *vector*, at most `launch.block_m` for *few*.
         weights: at most `MOST_MATRICES`, of one form but for their rows.
         biases: one for each weight, or none at all.
     """
@@ -203,12 +205,11 @@ def prepare_several(
     x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
 ) -> tuple[Call, list[torch.Tensor]]:
     """The one launch, and where its results are; every warp takes each `launch.warps`-th tile."""
-    # Of all kernels only this one is written in Gluon, which Triton may still change.
-    from harness.kernels import gluon_vector
+    # Of all kernels only these are written in Gluon, which Triton may still change.
+    from harness.kernels import gluon_few, gluon_tiles, gluon_vector
 
-    tiles = weights[0].codes.shape[0]
-    steps = max(1, triton.next_power_of_2(tiles) // launch.warps)
-    outputs = [torch.empty(1, weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
+    rows, tiles = x.shape[0], weights[0].codes.shape[0]
+    outputs = [torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
     matrices: list[Any] = []
     for place in range(MOST_MATRICES):
         index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
@@ -217,23 +218,36 @@ def prepare_several(
         codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
         bias = biases[index] if biases else codes
         matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
+    steps = max(1, triton.next_power_of_2(tiles) // launch.warps)
     constants = {name: shared.constants[name] for name in ("BITS", "TILE", "SCALES", "ZEROS")}
     constants |= {
         "MATRICES": len(weights),
         "ROWS": launch.block_n,
         "STAGES": min(launch.stages, steps),
-        "STEPS": steps,
         "HAS_BIAS": bool(biases),
         "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
         "EACH": shared.tiles_per_group == 1,
         "num_warps": launch.warps,
     }
     is_bfloat16 = x.dtype == torch.bfloat16
-    base = gluon_vector.BFLOAT16_BASE if is_bfloat16 else gluon_vector.FLOAT16_BASE
+    base = gluon_tiles.BFLOAT16_BASE if is_bfloat16 else gluon_tiles.FLOAT16_BASE
+    arguments = [x, *matrices, tiles, shared.tiles_per_group, base]
+    if launch.kernel == "vector":
+        kernel = gluon_vector.weight_only_vector_kernel
+        constants["STEPS"] = steps
+    else:
+        kernel = gluon_few.weight_only_few_kernel
+        constants["COUNT"] = max(8, triton.next_power_of_2(rows))
+        arguments[0] = x = _aligned(x)
+        arguments[-3:-3] = [rows, x.stride(0)]
     blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)
-    arguments = (x, *matrices, tiles, shared.tiles_per_group, base)
-    kernel = gluon_vector.weight_only_vector_kernel
-    return Call(kernel, (blocks, len(weights)), arguments, constants, outputs[0]), outputs
+    return Call(kernel, (blocks, len(weights)), tuple(arguments), constants, outputs[0]), outputs
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that begin at multiples of eight bytes, which is what a thread reads of them at once."""
+    is_aligned = x.stride(0) % 4 == 0 and x.storage_offset() % 4 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writing = WRITING) -> torch.Tensor:

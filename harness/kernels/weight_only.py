@@ -143,7 +143,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, *_rest: object) -> torch.Tensor:
 def share_a_launch(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices of this form that read the same rows can be multiplied in one launch."""
     launch = launch_for(form, rows, dtype, device)
-    return launch is not None and launch.kernel == "vector"
+    return launch is not None and launch.kernel in ("vector", "few")
 
 
 @torch.library.custom_op("harness::weight_only_linears", mutates_args=())

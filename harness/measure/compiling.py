@@ -8,7 +8,7 @@ in the way and are taken out of it:
   each block gets a cache of its own layer (`LayerCache`) instead;
 - libraries and the compiler's own kernels leave bandwidth unused at one row: the traced graph is
   rewritten to the harness's kernels for one row and for a decode step's attention
-  (`harness.kernels.rewriting`, `harness.kernels.rewriting_attention`) before it is compiled.
+  (`harness.kernels.rewriting` and the modules named after it) before it is compiled.
 
 Modules outside the blocks run as they are, but for the head, the largest matrix of all.
 """
@@ -130,8 +130,17 @@ def _rewritten_inductor(module: fx.GraphModule, inputs: list[Any]) -> Callable[.
 
     from harness.kernels.rewriting import rewrite_linears
     from harness.kernels.rewriting_attention import rewrite_decode_attention
+    from harness.kernels.rewriting_int8 import join_int8
+    from harness.kernels.rewriting_residual import fold_residuals
 
     rewrite_linears(module)
+    join_int8(module)
+    fold_residuals(module)
     rewrite_decode_attention(module)
-    made: Any = compile_fx(module, inputs)
+    made: Any = compile_fx(module, inputs, config_patches=_options(inputs))
     return made  # type: ignore[no-any-return]
+
+
+def _options(inputs: list[Any]) -> dict[str, Any]:
+    """Of the compiler: on CUDA small kernels that do not wait for each other share a launch."""
+    return {"combo_kernels": any(getattr(value, "is_cuda", False) for value in inputs)}

@@ -140,7 +140,8 @@ def test_the_launch_is_chosen_for_the_rows_of_all(monkeypatch):
 @needs_cuda
 @pytest.mark.parametrize("outs", [(4096, 4096, 4096), (2048, 256, 256), (100, 33), (11008, 11008)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_launch_gives_the_bits_of_several(outs, dtype):
+@pytest.mark.parametrize("rows", [1, 5, 16])
+def test_one_launch_gives_the_bits_of_several(rows, outs, dtype):
     from harness.kernels import triton_weight_only
 
     generator = torch.Generator("cuda").manual_seed(sum(outs))
@@ -149,13 +150,13 @@ def test_one_launch_gives_the_bits_of_several(outs, dtype):
         stored(pack_weight(quantize_weight(weight, bits=4, sym=False, group_size=128))) for weight in weights
     ]
     biases = [torch.randn(out, device="cuda", generator=generator).to(dtype) for out in outs]
-    x = torch.randn(1, 4096, device="cuda", generator=generator).to(dtype)
-    launch = Launch("vector", 16, stages=4)
+    x = torch.randn(rows, 4096, device="cuda", generator=generator).to(dtype)
+    launch = Launch("vector", 16, stages=4) if rows == 1 else Launch("few", 16, 16, stages=2)
     for given in (biases, []):
         found = triton_weight_only.multiply_several(x, matrices, given, launch)
         for index, (y, matrix) in enumerate(zip(found, matrices, strict=True)):
             bias = given[index] if given else None
-            assert y.shape == (1, outs[index])
+            assert y.shape == (rows, outs[index])
             assert torch.equal(y, triton_weight_only.multiply(x, matrix, bias, launch))
 
 

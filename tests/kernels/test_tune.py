@@ -40,6 +40,7 @@ def test_candidates(scheme, rows):
     assert not (form.has_outliers and kernels - {"gemv"})
     assert ("wide" in kernels) == (rows == 1 and not form.is_table)
     assert ("vector" in kernels) == (rows == 1 and takes_vector(form))
+    assert ("few" in kernels) == (1 < rows <= 32 and takes_vector(form))
     if form.is_table or form.has_float_zeros or form.bits == 3:
         assert "small" not in kernels
     if rows > MOST_FUSED_ROWS:

@@ -108,6 +108,13 @@ VECTORS = [
     Launch("vector", 32, warps=1, stages=1),
     Launch("vector", 16, warps=8, stages=2),
 ]
+FEW = [
+    (Launch("few", 16, 16, stages=2), 8),
+    (Launch("few", 32, 16, warps=1, stages=1), 2),
+    (Launch("few", 16, 16, warps=8, stages=4), 16),
+    (Launch("few", 16, 16, stages=2), 11),
+    (Launch("few", 16, 32, stages=1), 27),
+]
 FUSED = [
     Launch("fused", 64, 16, programs=1),
     Launch("fused", 64, 32, words=32, programs=8),
@@ -270,6 +277,32 @@ def test_one_row_on_tensor_cores(form):
     dtypes = (torch.bfloat16, torch.float16, torch.bfloat16, torch.float16)
     for launch, dtype in zip([*VECTORS, VECTORS[0]], dtypes, strict=True):
         check_product(matrix, launch, 1, dtype, has_bias=launch is not VECTORS[0])
+
+
+@pytest.mark.gpu  # Gluon has no interpreter
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", [*GRIDS, *WIDER], ids=str)
+def test_few_rows_on_tensor_cores(form):
+    matrix = on_grid(*form, device="cuda")
+    if not takes_vector(matrix.form):
+        pytest.skip("another kernel's")
+    for number, (launch, rows) in enumerate(FEW):
+        dtype = (torch.bfloat16, torch.float16)[number % 2]
+        check_product(matrix, launch, rows, dtype, has_bias=number > 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_few_rows_of_any_stride():
+    from harness.kernels import triton_weight_only
+
+    matrix = on_grid((48, 512), 4, 128, "packed", "cuda")
+    base = torch.randn(5, 515, device="cuda", dtype=torch.bfloat16)
+    for x in (base[:, 3:], base[:, :512], base[:, :512].contiguous()):
+        y = triton_weight_only.multiply(x, matrix, None, FEW[0][0])
+        assert torch.equal(y, triton_weight_only.multiply(x.clone(), matrix, None, FEW[0][0]))
+        expected = x.double() @ dense_of(matrix).double().T
+        assert float((y.double() - expected).norm() / expected.norm()) <= tolerance(x.dtype)
 
 
 @pytest.mark.gpu
