@@ -33,6 +33,7 @@ __all__ = [
     "forget_algorithms",
     "is_available",
     "linear",
+    "linear_8_bit",
     "name_of",
     "product",
     "product_8_bit",
@@ -117,8 +118,8 @@ def decompress(packed: torch.Tensor, out_features: int, in_features: int) -> tor
 
 
 def reads_rows(packed: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `linear` may multiply a few rows with this compressed matrix by the project's own kernel: it
-    runs here, and finds in these bytes what the 2:4 matrix [out, in] has.
+    """Whether `linear` and `linear_8_bit` may multiply a few rows with this compressed matrix by the
+    project's own kernel: it runs here, and finds in these bytes what the 2:4 matrix [out, in] has.
 
     Waits for the device.
     """
@@ -126,7 +127,7 @@ def reads_rows(packed: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def name_of(rows: int, reads_rows: bool) -> str:
-    """The name of the kernel that `linear` runs for so many rows."""
+    """The name of the kernel that `linear` and `linear_8_bit` run for so many rows."""
     return sparse_rows.NAME if _is_few(rows, reads_rows) else KERNEL
 
 
@@ -202,6 +203,56 @@ _operator_8_bit = torch.library.custom_op("harness::semi_structured_8_bit", _pro
 @_operator_8_bit.register_fake
 def _(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
     return codes.new_empty(codes.shape[0], out_features, dtype=torch.bfloat16)
+
+
+def linear_8_bit(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    tuned: bool,
+    reads_rows: bool,
+) -> torch.Tensor:
+    """``(codes @ W^T) * rows * columns + bias`` [rows, out] in `dtype` for 8-bit codes [rows, in]; no
+    gradients.
+
+    Args:
+        rows: float32 [rows, 1]. columns: float32 [out]. bias: [out].
+        tuned, reads_rows: as of `linear`.
+
+    The library rounds sums to bfloat16 before they are scaled; a few rows are rounded once.
+    """
+    if _is_few(codes.shape[0], reads_rows):
+        run = _operator_few_8_bit if torch.compiler.is_compiling() else sparse_rows.multiply_8_bit
+        return run(codes, packed, rows, columns, bias, dtype)
+    sums = product_8_bit(codes, packed, columns.shape[0], tuned)
+    return apply_scales(sums, rows, columns, bias, dtype)
+
+
+@torch.library.custom_op("harness::semi_structured_few_8_bit", mutates_args=())
+def _operator_few_8_bit(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return sparse_rows.multiply_8_bit(codes, packed, rows, columns, bias, dtype)
+
+
+@_operator_few_8_bit.register_fake
+def _(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], columns.shape[0], dtype=dtype)
 
 
 def apply_scales(

@@ -35,6 +35,7 @@ __all__ = [
     "is_readable",
     "launch_for",
     "multiply",
+    "multiply_8_bit",
     "places",
     "prepare",
     "unpack",
@@ -44,8 +45,10 @@ NAME = "triton 2:4 few"
 MOST_ROWS = 8
 """What an instruction multiplies at once; the library pads to as many."""
 
-_MULTIPLE = 64  # of both sizes: what the metadata is in blocks of, and what a warp reads at once
-_TYPES = (torch.bfloat16, torch.float16)
+_BLOCK_ROWS = 64  # what the metadata is in blocks of
+_UNIT_WORDS = 32  # of a row of x, 128 bytes: what a warp reads at once
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "s8", torch.float8_e4m3fn: "e4m3"}
+_OLDEST_FLOAT8 = (8, 9)  # compute capability
 _CHUNK = 1024  # rows that are decoded at once, so that a check takes little memory
 
 # By the bytes of a type: what the place of a nibble is made up of, the slowest first. A row is the `row`-th
@@ -79,11 +82,15 @@ class SparseLaunch:
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel runs on this device, for weights and activations of this type."""
-    return dtype in _TYPES and has_triton(device) and runs_vector(device)
+    if dtype not in _KINDS or not has_triton(device) or not runs_vector(device):
+        return False
+    return dtype != torch.float8_e4m3fn or torch.cuda.get_device_capability(device) >= _OLDEST_FLOAT8
 
 
-def launch_for(rows: int, out_features: int) -> SparseLaunch:
-    """How so many rows are multiplied with a matrix of so many."""
+def launch_for(rows: int, out_features: int, dtype: torch.dtype) -> SparseLaunch:
+    """How so many rows are multiplied with a matrix of so many, both of this type."""
+    if dtype == torch.float8_e4m3fn:  # made from products of float16, which takes registers
+        return SparseLaunch(blocks=1, warps=4, stages=2)
     if rows == 1 or out_features < 8192:
         return SparseLaunch(blocks=1, warps=4, stages=4)
     # Rows of x take time of the first-level cache, which more blocks share.
@@ -91,15 +98,16 @@ def launch_for(rows: int, out_features: int) -> SparseLaunch:
 
 
 def is_readable(packed: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the kernel reads the compressed form of this 2:4 matrix [out, in] as the matrix: its sizes are
-    multiples of 64, and the bytes decode to exactly this.
+    """Whether the kernel reads the compressed form of this 2:4 matrix [out, in] as the matrix: the rows are
+    a multiple of 64, a row is one of 128 bytes, and the bytes decode to exactly this.
 
     Waits for the device.
     """
     out_features, in_features = weight.shape
     size = weight.element_size()
     held = weight.numel() * size // 2 + weight.numel() // 8
-    if out_features % _MULTIPLE or in_features % _MULTIPLE or packed.numel() * size != held:
+    fits = not (out_features % _BLOCK_ROWS or in_features * size % (4 * _UNIT_WORDS))
+    if not fits or packed.numel() * size != held:
         return False
     found = places(packed, out_features, in_features)
     # What the instruction is promised: two places, the lower one first.
@@ -157,7 +165,26 @@ def multiply(
 ) -> torch.Tensor:
     """``x @ W^T + bias`` [rows, out] for x [rows, in] of the type of a matrix that `is_readable`; at most
     `MOST_ROWS` rows. Sums are float32."""
-    return prepare(x, packed, bias, out_features, launch_for(x.shape[0], out_features)).run()
+    return prepare(x, packed, bias, out_features, launch_for(x.shape[0], out_features, x.dtype)).run()
+
+
+def multiply_8_bit(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(codes @ W^T) * rows * columns + bias`` [rows, out] in `dtype`, for codes [rows, in] of the type of a
+    matrix that `is_readable`; at most `MOST_ROWS` rows. Sums are int32 or float32, and rounded once.
+
+    Args:
+        rows: float32 [rows, 1]. columns: float32 [out].
+    """
+    out_features = columns.shape[0]
+    launch = launch_for(codes.shape[0], out_features, codes.dtype)
+    return prepare(codes, packed, bias, out_features, launch, scales=(rows, columns), dtype=dtype).run()
 
 
 def prepare(
@@ -166,21 +193,26 @@ def prepare(
     bias: torch.Tensor | None,
     out_features: int,
     launch: SparseLaunch,
+    *,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Call:
-    """The launch of `multiply`; here up to 16 rows."""
+    """The launch of `multiply`, or with scales of `multiply_8_bit` (rows, columns); here up to 16 rows."""
     from harness.kernels.gluon_sparse_rows import sparse_few_kernel
     from harness.kernels.triton_weight_only import Call
 
-    x = _in_pairs(x)
-    rows, in_features = x.shape
-    y = x.new_empty(rows, out_features)
-    words = packed.reshape(-1).view(torch.int32)
+    y = torch.empty(x.shape[0], out_features, dtype=dtype or x.dtype, device=x.device)
+    words, x_words = packed.reshape(-1).view(torch.int32), _in_words(x)
+    absent = words  # of its own type, and not read
+    row_scales, column_scales = (absent, absent) if scales is None else (each.contiguous() for each in scales)
     arguments = (
-        x, words, words if bias is None else bias, y, rows, out_features, x.stride(0), in_features // 64,
+        x_words, words, absent if bias is None else bias, row_scales, column_scales, y,
+        x.shape[0], out_features, x_words.stride(0), x_words.shape[1] // _UNIT_WORDS,
     )  # fmt: skip
     constants = {
+        "KIND": _KINDS[x.dtype],
         "BLOCKS": launch.blocks,
-        "COUNT": 8 if rows <= 8 else 16,
+        "COUNT": 8 if x.shape[0] <= 8 else 16,
         "STAGES": launch.stages,
         "HAS_BIAS": bias is not None,
         "num_warps": launch.warps,
@@ -188,7 +220,8 @@ def prepare(
     return Call(sparse_few_kernel, (out_features // (16 * launch.blocks),), arguments, constants, y)
 
 
-def _in_pairs(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbours that a thread can read two at once."""
-    fits = x.stride(1) == 1 and x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def _in_words(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, in] as int32 words, which is what a thread reads."""
+    each = 4 // x.element_size()
+    fits = x.stride(1) == 1 and x.stride(0) % each == 0 and x.storage_offset() % each == 0
+    return (x if fits else x.clone(memory_format=torch.contiguous_format)).view(torch.int32)

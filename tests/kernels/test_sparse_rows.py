@@ -62,8 +62,9 @@ def library(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (128, 192)])
-def test_the_form_is_decoded(shape, dtype):
+@pytest.mark.parametrize("units", [1, 3])
+def test_the_form_is_decoded(units, dtype):
+    shape = (64 * units, units * 128 // dtype.itemsize)
     weight = matrix(*shape, dtype)
     packed = encoded(weight)
     assert packed.numel() * packed.element_size() * 8 == weight.numel() * (4 * weight.element_size() + 1)
@@ -192,8 +193,9 @@ def test_a_profile_counts_it_as_a_product():
 
 @pytest.mark.parametrize("rows", range(1, sparse_rows.MOST_ROWS + 1))
 @pytest.mark.parametrize("out", [64, 4096, 11008])
-def test_launches_fill_the_matrix(rows, out):
-    launch = sparse_rows.launch_for(rows, out)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_launches_fill_the_matrix(rows, out, dtype):
+    launch = sparse_rows.launch_for(rows, out, dtype)
     assert out % (16 * launch.blocks) == 0
     assert launch.warps.bit_count() == 1
     assert launch.stages >= 1
@@ -230,7 +232,7 @@ def test_the_librarys_form_is_what_is_decoded(shape, dtype):
     weight = matrix(*shape, dtype).cuda()
     packed = kernel.compress(weight)
     assert torch.equal(sparse_rows.unpack(packed, *shape).float(), weight.float())
-    assert sparse_rows.is_readable(packed, weight)
+    assert sparse_rows.is_readable(packed, weight) is (shape[1] * dtype.itemsize % 128 == 0)
 
 
 @pytest.mark.gpu
@@ -251,6 +253,28 @@ def test_products_are_those_of_the_dense_matrix(rows, shape, dtype):
 
 @pytest.mark.gpu
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (128, 384), (4096, 4096), (11008, 4096), (4096, 11008)])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_products_of_8_bits_are_scaled_and_rounded_once(rows, shape, dtype):
+    weight, packed = readable(*shape, dtype)
+    codes = (torch.randn(rows, shape[1], device="cuda") * 30).round().to(dtype)
+    scales = torch.rand(rows, 1, device="cuda") + 0.5, torch.rand(shape[0], device="cuda") + 0.5
+    exact = codes.double() @ weight.double().T * scales[0].double() * scales[1].double()
+    for bias in (None, torch.randn(shape[0], device="cuda")):
+        expected = exact if bias is None else exact + bias.double()
+        for out_dtype, most in (
+            (torch.float32, 1e-6 if dtype == torch.int8 else 1e-3),
+            (torch.bfloat16, 4e-3),
+        ):
+            y = sparse_rows.multiply_8_bit(codes, packed, *scales, bias, out_dtype)
+            assert (y.shape, y.dtype) == ((rows, shape[0]), out_dtype)
+            assert rel_error(y, expected) <= most
+            assert torch.equal(y, sparse_rows.multiply_8_bit(codes, packed, *scales, bias, out_dtype))
+
+
+@pytest.mark.gpu
+@needs_library
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -265,13 +289,19 @@ def test_every_launch_gives_the_product(rows, stages, warps, blocks):
 
 @pytest.mark.gpu
 @needs_library
-def test_every_value_is_where_it_belongs():
-    """Whole numbers, of which every sum is exact: a value in another place would show."""
-    weight, packed = readable(128, 128)
-    unit = torch.eye(128, device="cuda").bfloat16()
-    for start in range(0, 128, 8):
-        y = sparse_rows.multiply(unit[start : start + 8], packed, None, 128)
-        assert torch.equal(y, weight.T[start : start + 8])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_every_value_is_where_it_belongs(dtype):
+    """Products with the identity are exact: a value in another place would show."""
+    weight, packed = readable(128, 256, dtype)
+    unit = torch.eye(256, device="cuda").to(dtype)
+    ones = torch.ones(8, 1, device="cuda"), torch.ones(128, device="cuda")
+    for start in range(0, 256, 8):
+        x = unit[start : start + 8]
+        if dtype.itemsize == 2:
+            y = sparse_rows.multiply(x, packed, None, 128)
+        else:
+            y = sparse_rows.multiply_8_bit(x, packed, *ones, None, torch.float32)
+        assert torch.equal(y.float(), weight.T[start : start + 8].float())
 
 
 @pytest.mark.gpu
