@@ -121,28 +121,41 @@ def _load_weights(words_ptr, places, rows, unit, units, BLOCKS: gl.constexpr, BI
 
 
 @gluon.jit
-def _load_x(x_ptr, x_at, unit, own, units, COUNT: gl.constexpr, BITS: gl.constexpr):
+def _load_x(x_ptr, x_at, unit, own, odd, units, COUNT: gl.constexpr, BITS: gl.constexpr, WIDE: gl.constexpr):
     """The second operands for a unit of each warp: for each eight rows of x and each of the two instructions
     four words, [warps, 32] each."""
-    # Two threads have the two halves of a group of 16 bits, or two groups of 8, and groups follow.
-    NEXT: gl.constexpr = 2 if BITS == 16 else 4
-    inside = unit + own < units
     start = x_ptr + unit * 32
+    inside = unit + own < units
     found = ()
     for eight in gl.static_range(COUNT // 8):
         at = start + x_at[eight]
-        found = found + ((_load_operand(at, inside, 0, NEXT), _load_operand(at, inside, 6 - NEXT, NEXT)),)
+        if WIDE:
+            a, b = _every_other(at, inside, odd, 0)
+            c, d = _every_other(at, inside, odd, 4)
+            e, f = _every_other(at, inside, odd, 16)
+            g, h = _every_other(at, inside, odd, 20)
+        else:
+            a = gl.load(at, mask=inside, other=0)
+            b = gl.load(at + 2, mask=inside, other=0)
+            c = gl.load(at + 4, mask=inside, other=0)
+            d = gl.load(at + 6, mask=inside, other=0)
+            e = gl.load(at + 16, mask=inside, other=0)
+            f = gl.load(at + 18, mask=inside, other=0)
+            g = gl.load(at + 20, mask=inside, other=0)
+            h = gl.load(at + 22, mask=inside, other=0)
+        # Two threads have the two halves of a group of 16 bits, or two groups of 8, and groups follow.
+        if BITS == 16:
+            found = found + (((a, e, b, f), (c, g, d, h)),)
+        else:
+            found = found + (((a, e, c, g), (b, f, d, h)),)
     return found
 
 
 @gluon.jit
-def _load_operand(at, inside, FIRST: gl.constexpr, NEXT: gl.constexpr):
-    return (
-        gl.load(at + FIRST, mask=inside, other=0),
-        gl.load(at + (FIRST + 16), mask=inside, other=0),
-        gl.load(at + (FIRST + NEXT), mask=inside, other=0),
-        gl.load(at + (FIRST + NEXT + 16), mask=inside, other=0),
-    )
+def _every_other(at, inside, odd, WORD: gl.constexpr):
+    """Of four neighbours the even or the odd ones: two threads read the same four."""
+    first, second, third, fourth = _words_of(gl.load(at + WORD, mask=inside[:, :, None], other=0))
+    return gl.where(odd, second, first), gl.where(odd, fourth, third)
 
 
 @gluon.jit
@@ -230,13 +243,14 @@ def _total(a, b, c, d):
 def sparse_few_kernel(
     x_ptr, words_ptr, bias_ptr, x_scales_ptr, scales_ptr, out_ptr, M, N, x_stride, units,
     KIND: gl.constexpr, BLOCKS: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    WIDE: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``x W^T + bias`` [M, N] for x [M, 32 * units] and W [N, ...] in cuSPARSELt's form, both int32 words.
 
     A program has 16 * BLOCKS rows of W (1, 2 or 4 blocks; N a multiple of 64) and all columns. KIND: "bf16"
     or "f16"; "s8" or "e4m3", whose sums are multiplied with the scales, float32, of rows of x [M] and of W
-    [N]. COUNT: 8 or 16, at least M. STAGES: units that a warp has on their way. `x_stride`: in words.
+    [N]. COUNT: 8 or 16, at least M. STAGES: units that a warp has on their way. WIDE: x is read
+    16 bytes at once, half of them for nothing. `x_stride`: in words.
     """
     BITS: gl.constexpr = 8 if KIND == "s8" or KIND == "e4m3" else 16
     WORDS: gl.constexpr = 16 // BITS  # of metadata that a thread has of each part of a unit
@@ -246,11 +260,11 @@ def sparse_few_kernel(
 
     # A warp's units are neighbours: a line of memory is read by one warp, all of it at once.
     warp = gl.arange(0, num_warps, gl.SliceLayout(1, gl.SliceLayout(2, vectors)))
-    lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, vectors)))
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, vectors)))
-    own_values = (STAGES * warp)[:, None] + (lane * 0)[None, :]
-    values_at = own_values * 16 + (lane // 4 * (16 * units) + lane % 4 * 4)[None, :]
-    values_at = values_at[:, :, None] + word[None, None, :]
+    lane_values = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, vectors)))
+    word_values = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, vectors)))
+    own_values = (STAGES * warp)[:, None] + (lane_values * 0)[None, :]
+    values_at = own_values * 16 + (lane_values // 4 * (16 * units) + lane_values % 4 * 4)[None, :]
+    values_at = values_at[:, :, None] + word_values[None, None, :]
 
     warp = gl.arange(0, num_warps, gl.SliceLayout(1, gl.SliceLayout(2, pairs)))
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, pairs)))
@@ -267,11 +281,18 @@ def sparse_few_kernel(
         pick = own * 0 + gl.where(lane % 2 == 0, 0x5410, 0x7632)[None, :]
     else:  # every other byte
         pick = own * 0 + gl.where(lane % 2 == 0, 0x6420, 0x7531)[None, :]
+    odd = own * 0 + (lane % 2)[None, :] == 1
     x_at = ()
     for eight in gl.static_range(COUNT // 8):
         # Rows that are not there are the last one again, and not stored.
-        m = gl.minimum(lane // 4 + 8 * eight, M - 1)
-        x_at = x_at + (own * 32 + (m * x_stride + lane % 4 // 2 * 8 + lane % 2)[None, :],)
+        if WIDE:
+            m = gl.minimum(lane_values // 4 + 8 * eight, M - 1)
+            at = own_values * 32 + (m * x_stride + lane_values % 4 // 2 * 8)[None, :]
+            x_at = x_at + (at[:, :, None] + word_values[None, None, :],)
+        else:
+            m = gl.minimum(lane // 4 + 8 * eight, M - 1)
+            x_at = x_at + (own * 32 + (m * x_stride + lane % 4 // 2 * 8 + lane % 2)[None, :],)
+    own_x = own_values if WIDE else own
     rows = ()
     first_row = gl.program_id(0) * (16 * BLOCKS)
     for block in gl.static_range(BLOCKS):
@@ -283,13 +304,13 @@ def sparse_few_kernel(
     ahead = ()
     for stage in gl.static_range(STAGES):
         ahead = ahead + (_load_weights(words_ptr, places, rows, stage, units, BLOCKS, BITS),)
-    x = _load_x(x_ptr, x_at, 0, own, units, COUNT, BITS)
+    x = _load_x(x_ptr, x_at, 0, own_x, odd, units, COUNT, BITS, WIDE)
     acc = _zeros(KIND, BLOCKS, COUNT, num_warps)
     for first in range(0, units, num_warps * STAGES):
         later = ()
         for stage in gl.static_range(STAGES):
             coming = first + stage + 1 if stage + 1 < STAGES else first + num_warps * STAGES
-            x_later = _load_x(x_ptr, x_at, coming, own, units, COUNT, BITS)
+            x_later = _load_x(x_ptr, x_at, coming, own_x, odd, units, COUNT, BITS, WIDE)
             acc = _multiply(acc, ahead[stage], x, pick, KIND, BLOCKS, COUNT)
             unit = first + stage + num_warps * STAGES
             later = later + (_load_weights(words_ptr, places, rows, unit, units, BLOCKS, BITS),)

@@ -72,12 +72,14 @@ class SparseLaunch:
     Args:
         blocks: of 16 rows of the matrix, for each program; 1, 2 or 4.
         warps: of a program; a power of two.
-        stages: times 64 columns that a warp has on their way.
+        stages: times 128 bytes of a row of x, and the weights for them, that a warp has on their way.
+        wide: x is read 16 bytes at once, of which a thread needs half.
     """
 
     blocks: int
     warps: int
     stages: int
+    wide: bool = False
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -214,6 +216,7 @@ def prepare(
         "BLOCKS": launch.blocks,
         "COUNT": 8 if x.shape[0] <= 8 else 16,
         "STAGES": launch.stages,
+        "WIDE": launch.wide,
         "HAS_BIAS": bias is not None,
         "num_warps": launch.warps,
     }

@@ -278,11 +278,12 @@ def test_products_of_8_bits_are_scaled_and_rounded_once(rows, shape, dtype):
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("rows", [2, 11])
-def test_every_launch_gives_the_product(rows, stages, warps, blocks):
+def test_every_launch_gives_the_product(rows, wide, stages, warps, blocks):
     weight, packed = readable(128, 64 * 21)
     x = torch.randn(rows, weight.shape[1], device="cuda").bfloat16()
-    launch = sparse_rows.SparseLaunch(blocks, warps, stages)
+    launch = sparse_rows.SparseLaunch(blocks, warps, stages, wide)
     y = sparse_rows.prepare(x, packed, None, 128, launch).run()
     assert rel_error(y, x.float() @ weight.float().T) <= 4e-3
 
