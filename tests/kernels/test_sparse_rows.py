@@ -15,7 +15,9 @@ from torch.nn import functional
 from harness.kernels import semi_structured as kernel
 from harness.kernels import sparse_rows
 from harness.measure.kernel_names import family_of
+from harness.nn.quantizer import quantize_weight
 from harness.nn.semi_structured import SemiStructuredLinear, compress_2_of_4
+from harness.nn.sparse_8_bit import SparseFp8Linear, SparseInt8Linear
 from tests.nn.test_semi_structured import two_of_four
 
 TYPES = [torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
@@ -53,12 +55,17 @@ def matrix(out: int, width: int, dtype: torch.dtype = torch.bfloat16, seed: int 
     return (weight * 40).round().to(dtype) if dtype == torch.int8 else weight.to(dtype)
 
 
+def rel_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    assert bool(torch.isfinite(value).all())
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
 @pytest.fixture
 def library(monkeypatch):
     """A stand-in for cuSPARSELt's form on the CPU, and as if the kernel could run there."""
     monkeypatch.setattr(torch, "_cslt_compress", encoded)
     monkeypatch.setattr(kernel, "is_available", lambda device, dtype: device.type == "cpu")
-    monkeypatch.setattr(sparse_rows, "is_available", lambda device, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(sparse_rows, "is_available", lambda device, dtype: device.type == "cpu")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -170,6 +177,35 @@ def test_few_rows_go_to_the_kernel_and_more_to_the_library(library, monkeypatch)
     assert seen == [("few", 2, False), ("few", 2, True), ("few", 2, True)]
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_layers_of_8_bits_scale_what_the_kernel_adds_up(library, kind, monkeypatch):
+    weight, bias = two_of_four(64, 128), torch.randn(64)
+    if kind == "int8":
+        layer = SparseInt8Linear.from_weight(quantize_weight(weight, bits=8, sym=True), bias)
+    else:
+        layer = SparseFp8Linear.from_float(weight, bias)
+    assert layer.kernel_name == "decompress+" + layer._dense_kernel()  # in float32
+    assert layer.kernel_for(8, torch.bfloat16) == f"triton 2:4 few {kind}"
+    assert layer.kernel_for(9, torch.bfloat16) == f"cusparselt 2:4 {kind}"
+    seen = []
+
+    def few(codes, packed, rows, columns, bias, dtype):
+        seen.append(tuple(codes.shape))
+        dense = sparse_rows.unpack(packed, columns.shape[0], codes.shape[1]).float()
+        return (functional.linear(codes.float(), dense) * rows * columns + bias).to(dtype)
+
+    monkeypatch.setattr(sparse_rows, "multiply_8_bit", few)
+    monkeypatch.setattr(kernel, "decompress", sparse_rows.unpack)
+    x = torch.randn(2, 128).bfloat16()
+    expected = functional.linear(x.float(), layer.dense_weight(), bias)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        for y in (layer(x), compiled(x)):
+            assert y.dtype == torch.bfloat16
+            assert rel_error(y, expected) <= (2e-2 if kind == "int8" else 5e-2)
+    assert seen == [(2, 128), (2, 128)]
+
+
 def test_moving_and_casting_are_checked_anew(library, monkeypatch):
     layer = SemiStructuredLinear.from_dense(matrix(64, 128))
     monkeypatch.setattr(kernel, "decompress", sparse_rows.unpack)
@@ -209,11 +245,6 @@ needs_library = pytest.mark.skipif(
     reason="needs a CUDA device with cuSPARSELt and Triton",
 )
 SIZES = [(64, 64), (128, 192), (4096, 4096), (11008, 4096), (4096, 11008)]
-
-
-def rel_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    assert bool(torch.isfinite(value).all())
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 def readable(out: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
