@@ -81,7 +81,7 @@ class Writing:
 
 _ALL = tuple(PLANES)
 MOST_MATRICES = 3
-"""Matrices that share a launch of *vector*."""
+"""Matrices that share a launch of *vector* or *few*."""
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
@@ -92,6 +92,9 @@ RULES: tuple[Rule, ...] = (
     Rule((4,), 1, Launch("vector", block_n=16, stages=2), least_out=8192),
     Rule((2, 3, 4), 1, Launch("vector", block_n=16, stages=4)),
     Rule(_ALL, 1, Launch("wide", block_n=8, words=256, warps=2), activation_bits=(16, 32)),
+    # A few rows: unpacked once for all of them, until reading x again for every 16 rows takes the time.
+    Rule((4,), 16, Launch("few", block_n=32, block_m=16, stages=2), least_out=8192),
+    Rule((4,), 8, Launch("few", block_n=16, block_m=16, stages=4)),
     Rule((3,), 16, Launch("fused", block_n=128, block_m=16, programs=2)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),

@@ -137,5 +137,10 @@ def _rewritten_inductor(module: fx.GraphModule, inputs: list[Any]) -> Callable[.
     join_int8(module)
     fold_residuals(module)
     rewrite_decode_attention(module)
-    made: Any = compile_fx(module, inputs)
+    made: Any = compile_fx(module, inputs, config_patches=_options(inputs))
     return made  # type: ignore[no-any-return]
+
+
+def _options(inputs: list[Any]) -> dict[str, Any]:
+    """Of the compiler: on CUDA small kernels that do not wait for each other share a launch."""
+    return {"combo_kernels": any(getattr(value, "is_cuda", False) for value in inputs)}

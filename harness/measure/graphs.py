@@ -60,6 +60,7 @@ class Call:
             or ``cpu``.
         note: why it is not ``compiled``.
         keeps: what a replay reads and writes: a CUDA graph knows addresses only, so it must not be freed.
+        taken_bytes: what the first capture took of the device's memory.
         again: further captures of the same call, whose buffers lie elsewhere.
     """
 
@@ -67,6 +68,7 @@ class Call:
     mode: str
     note: str | None = None
     keeps: Any = field(default=None, repr=False, compare=False)
+    taken_bytes: int = field(default=0, compare=False)
     again: tuple[Callable[[], torch.Tensor], ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -183,8 +185,11 @@ def _compiled_calls(
 
 def _prepare_pair(generation: Generation, more: More) -> tuple[Call, Call]:
     device, problem = generation.prompt.device, generation.capture_problem
-    prefill = prepare_call(generation.prefill, device, generation.reset, problem, more)
-    step = prepare_call(generation.step, device, generation.rewind, problem, more)
+    # Of each first the one capture it cannot do without: the compiler needs room for the step, too.
+    prefill = prepare_call(generation.prefill, device, generation.reset, problem)
+    step = prepare_call(generation.step, device, generation.rewind, problem)
+    prefill = _captured_again(prefill, generation.prefill, generation.reset, device, more)
+    step = _captured_again(step, generation.step, generation.rewind, device, more)
     if prefill.is_captured:
         first, *again = (_telling(generation, replay) for replay in (prefill.run, *prefill.again))
         prefill = replace(prefill, run=first, again=tuple(again))
@@ -246,7 +251,7 @@ def prepare_call(
         problem = problem or _asks_the_host(function, before)
         if problem is not None:
             return Call(function, "eager", problem)
-        return _captured(function, before, stream, more)
+        return _captured_again(_captured(function, before, stream), function, before, device, more)
 
 
 @functools.cache
@@ -282,25 +287,51 @@ def _asks_the_host(function: Callable[[], Any], before: Callable[[], None]) -> s
 
 
 def _captured(
-    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream, more: More
+    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream
 ) -> Call:
-    held = torch.cuda.memory_reserved()
     try:
-        first = _capture(function, before, stream)
+        replay, taken = _capture_and_weigh(function, before, stream)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         _settle_after_failed_capture()
         return Call(function, "eager", f"capture failed: {first_line(_root(error))}")
+    return Call(replay, "graph", keeps=function, taken_bytes=taken)
+
+
+def _captured_again(
+    call: Call,
+    function: Callable[[], torch.Tensor],
+    before: Callable[[], None],
+    device: torch.device,
+    more: More,
+) -> Call:
+    """A captured call of this function with as many captures as there should be and is room for."""
+    if not call.is_captured:
+        return call
     again: list[Callable[[], torch.Tensor]] = []
-    while 1 + len(again) < CAPTURES and more(torch.cuda.memory_reserved() - held):
-        held = torch.cuda.memory_reserved()
-        try:
-            again.append(_capture(function, before, stream))
-        except torch.OutOfMemoryError:  # there was less room than it seemed: what there is must do
-            _settle_after_failed_capture()
-            break
-    return Call(first, "graph", keeps=function, again=tuple(again))
+    taken = call.taken_bytes
+    with torch.cuda.device(device):
+        stream = _side_stream(torch.cuda.current_device())
+        while 1 + len(again) < CAPTURES and more(taken):
+            try:
+                replay, taken = _capture_and_weigh(function, before, stream)
+            except torch.OutOfMemoryError:  # there was less room than it seemed: what there is must do
+                _settle_after_failed_capture()
+                break
+            again.append(replay)
+    return replace(call, again=tuple(again))
+
+
+def _capture_and_weigh(
+    function: Callable[[], torch.Tensor], before: Callable[[], None], stream: torch.cuda.Stream
+) -> tuple[Callable[[], torch.Tensor], int]:
+    """A capture, and what it took of the device's memory."""
+    # What earlier calls left behind is given back before a capture in any case, and would count as its own.
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    replay = _capture(function, before, stream)
+    return replay, torch.cuda.memory_reserved() - held
 
 
 def _capture(

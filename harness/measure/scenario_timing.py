@@ -115,13 +115,18 @@ def _room(measured: Measured, held_before: int) -> More:
     """Whether one more capture leaves room for the baseline and its own: a measure for the variant's lane."""
 
     def more(taken_bytes: int) -> bool:
-        needed = taken_bytes
+        needed = _once_more(taken_bytes)
         if measured.baseline is not None:
             working = _held_bytes(measured.device) - held_before + taken_bytes
             needed += _beside(measured, working)
         return _fits(needed, measured.device)
 
     return more
+
+
+def _once_more(taken_bytes: int) -> int:
+    """What a further capture needs: eager calls, with which captures are compared, take as much beside it."""
+    return 2 * taken_bytes
 
 
 def _beside(measured: Measured, working_bytes: int) -> int:
@@ -151,7 +156,7 @@ def _baseline_lane(
         return None, f"not in turn with the baseline, which does not fit beside it ({wanted})"
 
     def more(taken_bytes: int) -> bool:
-        return _fits(taken_bytes, measured.device)
+        return _fits(_once_more(taken_bytes), measured.device)
 
     try:
         return _lane(measured.baseline().eval(), prompt, measured, more), None

@@ -52,7 +52,8 @@ def test_without_cuda_weights_are_dequantized():
     ("bits", "rows", "kernel"),
     [
         (4, 1, "triton w4a16 vector"),
-        (4, 2, "triton w4a16 fused"),
+        (4, 2, "triton w4a16 few"),
+        (4, 9, "triton w4a16 fused"),
         (4, 128, "triton w4a16 fused"),
         (4, 129, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 wide"),
@@ -126,6 +127,9 @@ def test_rules_are_launches_that_a_kernel_takes(rule):
     assert all(size > 0 and size & (size - 1) == 0 for size in sizes)
     if launch.kernel in ("gemv", "wide", "vector"):
         assert launch.block_m == 1
+    elif launch.kernel == "few":  # a program's warps share its rows, sixteen of the matrix at once
+        assert launch.block_n % 16 == 0
+        assert rule.up_to <= launch.block_m <= 32
     else:  # what tensor cores multiply at once: 64 rows for every four warps
         assert launch.block_m >= 16
         assert launch.block_n * 4 % (64 * launch.warps) == 0
@@ -164,6 +168,14 @@ def test_what_the_kernel_for_vectors_takes(form, takes):
 def test_one_row_of_many_outputs_has_fewer_words_on_their_way():
     few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
     assert [select(form, 1, 16).stages for form in (few, many)] == [4, 2]
+
+
+def test_sixteen_rows_are_read_again_where_there_are_many_outputs():
+    few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
+    assert [select(form, 8, 16).kernel for form in (few, many)] == ["few", "few"]
+    assert [select(form, 16, 16).kernel for form in (few, many)] == ["fused", "few"]
+    assert select(many, 17, 16).kernel == "fused"
+    assert select(many, 8, 16, vector=False).kernel == "fused"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -14,7 +14,7 @@ from harness.kernels.rewriting import rewrite_linears
 from harness.kernels.rewriting_attention import rewrite_decode_attention
 from harness.measure import graphs
 from harness.measure.agreement import LARGEST, Agreement, distance, perturbed
-from harness.measure.compiling import compile_problem, compiled
+from harness.measure.compiling import _options, compile_problem, compiled
 from harness.measure.generation import Generation, forward_only, random_prompt
 from harness.nn.anatomy import blocks_of
 from harness.testing import make_context
@@ -196,3 +196,9 @@ def test_blocks_that_each_need_their_own_code_are_a_reason(tiny_llama, monkeypat
     calls, problem = graphs._compiled_calls(tiny_llama, prepare, lambda _: None)
     assert calls is None
     assert problem == "not compiled: more blocks than the compiler's limit need code of their own"
+
+
+def test_small_kernels_share_launches_on_cuda_only():
+    on_cuda = type("Value", (), {"is_cuda": True})()
+    assert _options([2, torch.ones(1)]) == {"combo_kernels": False}
+    assert _options([torch.ones(1), on_cuda]) == {"combo_kernels": True}

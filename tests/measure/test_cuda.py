@@ -10,6 +10,7 @@ import torch
 from harness_plugins.quantization.rtn import METHOD as RTN
 from torch import nn
 
+from harness.measure import graphs
 from harness.measure.bundled import register_meters
 from harness.measure.clock import DeviceClock
 from harness.measure.effect import measure_effect, snapshot
@@ -133,6 +134,26 @@ def test_what_is_compared_is_captured_several_times(decoder):
         runs.append(torch.cat(logits))
     assert len(places) == CAPTURES, "each has buffers of its own"
     assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def test_the_step_is_captured_before_the_prefill_is_captured_again(decoder, monkeypatch):
+    order, capture = [], graphs._capture
+
+    def noting(function, before, stream):
+        order.append(function.__name__)
+        return capture(function, before, stream)
+
+    monkeypatch.setattr(graphs, "_capture", noting)
+    prepare_generation(Generation(decoder, prompt_of(), 4), lambda taken: True)
+    assert order[:3] == ["prefill", "step", "prefill"]
+    assert order.count("step") == CAPTURES
+
+
+def test_a_capture_is_weighed_without_what_earlier_calls_left_behind():
+    tensor, left = torch.ones(1 << 20, device=CUDA), torch.empty(1 << 28, device=CUDA)
+    del left  # cached, and given back when the capture begins
+    call = prepare_call(lambda: tensor * 2, CUDA)
+    assert call.taken_bytes >= tensor.nbytes
 
 
 def test_without_room_one_capture_is_enough(decoder):
