@@ -45,6 +45,7 @@ NAME = "triton 2:4 few"
 MOST_ROWS = 8
 """What an instruction multiplies at once; the library pads to as many."""
 
+_MANY_ROWS = 8192  # of a matrix: enough programs that each needs less on its way
 _BLOCK_ROWS = 64  # what the metadata is in blocks of
 _UNIT_WORDS = 32  # of a row of x, 128 bytes: what a warp reads at once
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "s8", torch.float8_e4m3fn: "e4m3"}
@@ -91,12 +92,17 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def launch_for(rows: int, out_features: int, dtype: torch.dtype) -> SparseLaunch:
     """How so many rows are multiplied with a matrix of so many, both of this type."""
-    if dtype == torch.float8_e4m3fn:  # made from products of float16, which takes registers
+    many = out_features >= _MANY_ROWS
+    if dtype.itemsize == 1:
+        # Two blocks share what is read of x, which float8 also has to take apart: its products are float16's.
+        if many and (rows > 1 or dtype == torch.float8_e4m3fn):
+            return SparseLaunch(blocks=2, warps=4, stages=1)
         return SparseLaunch(blocks=1, warps=4, stages=2)
-    if rows == 1 or out_features < 8192:
-        return SparseLaunch(blocks=1, warps=4, stages=4)
-    # Rows of x take time of the first-level cache, which more blocks share.
-    return SparseLaunch(blocks=2, warps=4, stages=2)
+    if rows == 1:
+        return SparseLaunch(blocks=1, warps=4, stages=2 if many else 4)
+    if many:
+        return SparseLaunch(blocks=2, warps=4, stages=2)
+    return SparseLaunch(blocks=1, warps=4, stages=4, wide=True)
 
 
 def is_readable(packed: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -237,6 +237,16 @@ def test_launches_fill_the_matrix(rows, out, dtype):
     assert launch.stages >= 1
 
 
+def test_where_rows_are_many_a_program_has_less_on_its_way_or_shares_x():
+    few, many = (sparse_rows.launch_for(1, out, torch.bfloat16) for out in (4096, 11008))
+    assert (few.stages, many.stages) == (4, 2)
+    assert few.blocks == many.blocks == 1
+    assert sparse_rows.launch_for(8, 4096, torch.bfloat16).wide
+    assert [sparse_rows.launch_for(8, 11008, dtype).blocks for dtype in TYPES] == [2] * len(TYPES)
+    assert sparse_rows.launch_for(1, 11008, torch.int8).blocks == 1
+    assert sparse_rows.launch_for(1, 11008, torch.float8_e4m3fn).blocks == 2
+
+
 # --- on CUDA ------------------------------------------------------------------------------------------
 
 needs_library = pytest.mark.skipif(
