@@ -1,9 +1,10 @@
 """The choice of a kernel for 2:4 weights, and which of its algorithms runs.
 
-On CUDA cuSPARSELt multiplies the compressed matrix on sparse tensor cores, through torch's operators. The
-library has some tens of algorithms for a product and no good guess which is the fastest: `tune` times them
-once for each shape, outside a capture, and remembers the choice for the process. Elsewhere the weight is
-decompressed, which is exact, and multiplied.
+On CUDA cuSPARSELt multiplies the compressed matrix on sparse tensor cores, through torch's operators; a few
+rows are multiplied by a kernel that reads the library's form (`harness.kernels.sparse_rows`). The library has
+some tens of algorithms for a product and no good guess which is the fastest: `tune` times them once for each
+shape, outside a capture, and remembers the choice for the process. Elsewhere the weight is decompressed,
+which is exact, and multiplied.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.kernels import sparse_rows
 from harness.kernels.capturing import replay_us
 from harness.kernels.constants import constant_when_compiled
 from harness.kernels.weight_only import has_triton
@@ -31,8 +33,11 @@ __all__ = [
     "forget_algorithms",
     "is_available",
     "linear",
+    "linear_8_bit",
+    "name_of",
     "product",
     "product_8_bit",
+    "reads_rows",
     "tune",
 ]
 
@@ -78,7 +83,8 @@ def forget_algorithms() -> None:
 
 @constant_when_compiled
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the kernel that `linear` runs on this device for weights and activations of this type."""
+    """The name of the kernel that `linear` runs on this device for weights and activations of this type and
+    any number of rows."""
     return KERNEL if dtype in (torch.bfloat16, torch.float16) and is_available(device, dtype) else FALLBACK
 
 
@@ -111,23 +117,54 @@ def decompress(packed: torch.Tensor, out_features: int, in_features: int) -> tor
     return weight
 
 
+def reads_rows(packed: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `linear` and `linear_8_bit` may multiply a few rows with this compressed matrix by the
+    project's own kernel: it runs here, and finds in these bytes what the 2:4 matrix [out, in] has.
+
+    Waits for the device.
+    """
+    return sparse_rows.is_available(packed.device, packed.dtype) and sparse_rows.is_readable(packed, weight)
+
+
+def name_of(rows: int, reads_rows: bool) -> str:
+    """The name of the kernel that `linear` and `linear_8_bit` run for so many rows."""
+    return sparse_rows.NAME if _is_few(rows, reads_rows) else KERNEL
+
+
+def _is_few(rows: int, reads_rows: bool) -> bool:
+    return reads_rows and rows <= sparse_rows.MOST_ROWS
+
+
 def linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    tuned: bool,
+    reads_rows: bool = False,
 ) -> torch.Tensor:
     """``x @ W^T + bias`` for x [rows, in] and a matrix that `compress` made; no gradients.
 
     Args:
         tuned: search for the fastest algorithm where this number of rows is new and nothing is captured.
+        reads_rows: what the function `reads_rows` found for this matrix.
 
     For torch.compile the whole is one operator, ``torch.ops.harness.semi_structured_linear``.
     """
     run = _operator if torch.compiler.is_compiling() else _linear
-    return run(x, packed, bias, out_features, tuned)
+    return run(x, packed, bias, out_features, tuned, reads_rows)
 
 
 def _linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    tuned: bool,
+    reads_rows: bool,
 ) -> torch.Tensor:
+    if _is_few(x.shape[0], reads_rows):
+        return sparse_rows.multiply(x, packed, bias, out_features)
     return product(packed, x, out_features, bias=bias, tuned=tuned)
 
 
@@ -136,7 +173,12 @@ _operator = torch.library.custom_op("harness::semi_structured_linear", _linear, 
 
 @_operator.register_fake
 def _(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int, tuned: bool
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    tuned: bool,
+    reads_rows: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], out_features)
 
@@ -161,6 +203,56 @@ _operator_8_bit = torch.library.custom_op("harness::semi_structured_8_bit", _pro
 @_operator_8_bit.register_fake
 def _(codes: torch.Tensor, packed: torch.Tensor, out_features: int, tuned: bool) -> torch.Tensor:
     return codes.new_empty(codes.shape[0], out_features, dtype=torch.bfloat16)
+
+
+def linear_8_bit(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    tuned: bool,
+    reads_rows: bool,
+) -> torch.Tensor:
+    """``(codes @ W^T) * rows * columns + bias`` [rows, out] in `dtype` for 8-bit codes [rows, in]; no
+    gradients.
+
+    Args:
+        rows: float32 [rows, 1]. columns: float32 [out]. bias: [out].
+        tuned, reads_rows: as of `linear`.
+
+    The library rounds sums to bfloat16 before they are scaled; a few rows are rounded once.
+    """
+    if _is_few(codes.shape[0], reads_rows):
+        run = _operator_few_8_bit if torch.compiler.is_compiling() else sparse_rows.multiply_8_bit
+        return run(codes, packed, rows, columns, bias, dtype)
+    sums = product_8_bit(codes, packed, columns.shape[0], tuned)
+    return apply_scales(sums, rows, columns, bias, dtype)
+
+
+@torch.library.custom_op("harness::semi_structured_few_8_bit", mutates_args=())
+def _operator_few_8_bit(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return sparse_rows.multiply_8_bit(codes, packed, rows, columns, bias, dtype)
+
+
+@_operator_few_8_bit.register_fake
+def _(
+    codes: torch.Tensor,
+    packed: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], columns.shape[0], dtype=dtype)
 
 
 def apply_scales(

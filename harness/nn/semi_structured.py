@@ -88,6 +88,8 @@ class SemiStructuredLinear(PackedLinear):
     values: torch.Tensor | None
     meta: torch.Tensor | None
     packed: torch.Tensor | None
+    reads_rows = False
+    """Whether `packed` is read without the library for a few rows."""
     bias: nn.Parameter | None
 
     def __init__(
@@ -150,12 +152,14 @@ class SemiStructuredLinear(PackedLinear):
         return 8.0 * self.dtype.itemsize
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """The kernel that the forward pass runs for activations of this type, for any number of rows."""
-        return kernel.KERNEL if self.packed is not None and dtype == self.dtype else kernel.FALLBACK
+        """The kernel that the forward pass runs for so many rows of this type."""
+        if self.packed is None or dtype != self.dtype:
+            return kernel.FALLBACK
+        return kernel.name_of(rows, self.reads_rows)
 
     @property
     def kernel_name(self) -> str:
-        """The kernel for activations of the weights' type."""
+        """The kernel for one row of the weights' type."""
         return self.kernel_for(1, self.dtype)
 
     def dense_weight(self) -> torch.Tensor:
@@ -182,10 +186,10 @@ class SemiStructuredLinear(PackedLinear):
         if self.packed is None or x.dtype != self.dtype or wants_gradient:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return functional.linear(x, self.dense_weight().to(x.dtype), bias)
-        if self.bias is None or self.bias.dtype == x.dtype:
-            return kernel.linear(x, self.packed, self.bias, self.out_features, self.tuned)
-        y = kernel.linear(x, self.packed, None, self.out_features, self.tuned)
-        return (y + self.bias).to(x.dtype)
+        fits = self.bias is None or self.bias.dtype == x.dtype
+        bias = self.bias if fits else None
+        y = kernel.linear(x, self.packed, bias, self.out_features, self.tuned, self.reads_rows)
+        return y if self.bias is None or fits else (y + self.bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -202,7 +206,9 @@ class SemiStructuredLinear(PackedLinear):
     def _prefer_packed(self) -> None:
         """Hold the library's form where it runs here, and nothing beside it."""
         if self._runs_packed():
-            self.packed = kernel.compress(self._stored())
+            weight = self._stored()
+            self.packed = kernel.compress(weight)
+            self.reads_rows = kernel.reads_rows(self.packed, weight)
             self.values = self.meta = None
 
     def _unpack(self) -> None:
@@ -210,6 +216,7 @@ class SemiStructuredLinear(PackedLinear):
         if self.packed is not None:
             values, meta = compress_2_of_4(self._stored())
             self.values, self.meta, self.packed = values, meta, None
+            self.reads_rows = False
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> Self:
         # The library's form belongs to one device and one type, and a cast would spoil its metadata.

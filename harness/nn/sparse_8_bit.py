@@ -4,7 +4,8 @@ Codes and scales are those of `harness.nn.quantized.Int8Linear` and `harness.nn.
 each row of the matrix, one for each token. Off CUDA, and for activations in float32, the codes are
 decompressed and multiplied as there, with its bits. On CUDA cuSPARSELt multiplies them on sparse tensor cores
 and writes the sums in bfloat16, to which the scales are applied: one inside the library would have to be
-known to the host, which no captured graph can wait for.
+known to the host, which no captured graph can wait for. Of a few rows the project's own kernel applies them
+to sums that are not rounded.
 
 Source: Mishra et al. 2021, "Accelerating Sparse Deep Neural Networks" (arXiv:2104.08378), section 2.
 """
@@ -67,9 +68,9 @@ class _Sparse8BitLinear(SemiStructuredLinear, ABC):
         return 8
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
-        """The kernel that the forward pass runs for activations of this type, for any number of rows."""
+        """The kernel that the forward pass runs for so many rows of this type."""
         if self.packed is not None and dtype in (torch.bfloat16, torch.float16):
-            return f"{kernel.KERNEL} {self._name}"
+            return f"{kernel.name_of(rows, self.reads_rows)} {self._name}"
         return f"decompress+{self._dense_kernel()}"
 
     @property
@@ -93,8 +94,9 @@ class _Sparse8BitLinear(SemiStructuredLinear, ABC):
         if self.packed is None or x.dtype == torch.float32:
             return self._multiply_dense(x)
         codes, scale = self._round(x)
-        sums = kernel.product_8_bit(codes, self.packed, self.out_features, self.tuned)
-        return kernel.apply_scales(sums, scale, self.scales, self.bias, x.dtype)
+        return kernel.linear_8_bit(
+            codes, self.packed, scale, self.scales, self.bias, x.dtype, self.tuned, self.reads_rows
+        )
 
     @abstractmethod
     def _multiply_dense(self, x: torch.Tensor) -> torch.Tensor:

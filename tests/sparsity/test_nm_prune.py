@@ -9,6 +9,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.kernels import semi_structured as kernel
+from harness.kernels import sparse_rows
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
 from harness.nn.n_of_m import keep_n_of_m
@@ -347,7 +348,8 @@ def test_on_cuda_the_librarys_kernel_runs_what_the_dense_model_computes(family, 
     effects = [e for e in measure_effect(before, model).effects if e.kind == "SemiStructuredLinear"]
     assert len(effects) == sum(1 for _ in block_linears(original))
     for effect in effects:
-        assert (effect.kernel, effect.nm_pattern, effect.sparsity) == ("cusparselt 2:4", "2:4", 0.5)
+        assert effect.kernel in (kernel.KERNEL, sparse_rows.NAME)  # of one row
+        assert (effect.nm_pattern, effect.sparsity) == ("2:4", 0.5)
         assert effect.stored_bits_per_weight <= 0.6 * 16
     tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
