@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.claims.tables import update_claims_page
 from harness.quality_tables import update_quality_page
+from harness.reference_page import update_reference_page
 from harness.reference_tables import update_readme
 
 __all__ = ["cli_page", "methods_page", "write_pages"]
@@ -86,5 +87,6 @@ if __name__ == "__main__":
     pages = Path(sys.argv[1] if len(sys.argv) > 1 else "docs")
     write_pages(pages)
     update_readme(pages.resolve().parent)
+    update_reference_page(pages.resolve().parent)
     update_quality_page(pages.resolve().parent)
     update_claims_page(pages.resolve().parent)

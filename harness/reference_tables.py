@@ -1,18 +1,24 @@
 """The README's tables, generated from the rows in `reference/` by ``python -m harness.docs docs``.
 
 They stand between two markers, and a test compares them with what the files say now. Every number in
-them is a stored record; what could not be measured is listed below with its reason.
+them is a stored record. One table a file: the model that most is known of, at its shortest prompt;
+`harness.reference_page` has everything.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from harness.comparing.growth import shape_of
 from harness.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harness.store.store import Store
 
 __all__ = [
     "BEGIN",
@@ -21,13 +27,20 @@ __all__ = [
     "CLAIMS_END",
     "END",
     "QUALITY",
+    "TIMES",
+    "escaped",
     "heading",
     "imported_rows",
+    "imported_store",
     "markdown_table",
+    "methods_of",
     "not_measured",
     "reference_files",
     "reference_section",
+    "rows_in",
+    "timed_files",
     "update_readme",
+    "value_of",
     "with_section",
 ]
 
@@ -40,23 +53,11 @@ QUALITY = "quality-"
 CLAIMS = "claims-"
 """The same of the rows that decide the claims of `docs/claims.md`."""
 
-_TIMES = (
+TIMES = (
     ("decode_latency", "decode_speedup", "One decode step"),
     ("prefill_latency", "prefill_speedup", "Prefill"),
 )
-_FACTS = (
-    ("weight_bytes", "weights"),
-    ("kv_cache_bytes_per_token", "KV/token"),
-    ("bits_per_byte", "bits/byte"),
-    ("token_perplexity", "perplexity"),
-    ("acc", "accuracy"),
-    ("spearman", "Spearman"),
-    ("mean_kl", "KL"),
-    ("embedding_distance", "embedding distance"),
-    ("flips", "flips"),
-)
-
-_MOST_ACROSS = 5  # methods beside each other, where a page still shows them
+"""What is timed: its metric, that of its ratio to the baseline, and what it is called."""
 
 Row = Mapping[str, Any]
 
@@ -64,6 +65,11 @@ Row = Mapping[str, Any]
 def reference_files(root: Path) -> list[Path]:
     """The files of rows in the checkout's `reference/`, by name."""
     return sorted([*root.glob("reference/*.jsonl"), *root.glob("reference/*.jsonl.gz")])
+
+
+def timed_files(root: Path) -> list[Path]:
+    """Those of times on a device, which stand in the README."""
+    return [file for file in reference_files(root) if not file.name.startswith((QUALITY, CLAIMS))]
 
 
 def update_readme(root: Path) -> None:
@@ -74,8 +80,7 @@ def update_readme(root: Path) -> None:
     """
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8")
-    files = [file for file in reference_files(root) if not file.name.startswith((QUALITY, CLAIMS))]
-    readme.write_text(with_section(text, reference_section(files)), encoding="utf-8")
+    readme.write_text(with_section(text, reference_section(timed_files(root))), encoding="utf-8")
 
 
 def with_section(
@@ -98,31 +103,43 @@ def reference_section(files: Sequence[Path]) -> str:
     if not files:
         how = "[reference/README.md](reference/README.md) says how to add some"
         return f"No rows are in `reference/` yet; {how}."
-    return "\n\n".join(_of_file(file) for file in files)
+    everything = (
+        "[docs/reference.md](docs/reference.md) has all models, methods and shapes, where methods break"
+    )
+    everything += " even, and why one is slower."
+    return "\n\n".join([*(_of_file(file) for file in files), everything])
 
 
-def imported_rows(file: Path) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
-    """The rows of a file as a store gives them, and the manifests of its sweeps."""
-    from harness.cli.results import rows_of
-    from harness.store import queries
+@contextmanager
+def imported_store(file: Path) -> Iterator[Store]:
+    """A store, for as long as the context lasts, with the rows of a file."""
     from harness.store.exchange_import import import_results
     from harness.store.exchange_read import read_results
     from harness.store.store import Store
 
     with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder, "rows.db")) as store:
         import_results(store, [read_results(file)])
-        rows = rows_of(queries.results(store))
-        return rows, queries.sweeps(store)["manifest"].tolist()
+        yield store
+
+
+def rows_in(store: Store) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The rows of a store, and the manifests of its sweeps."""
+    from harness.cli.results import rows_of
+    from harness.store import queries
+
+    return rows_of(queries.results(store)), queries.sweeps(store)["manifest"].tolist()
+
+
+def imported_rows(file: Path) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+    """The rows of a file as a store gives them, and the manifests of its sweeps."""
+    with imported_store(file) as store:
+        return rows_in(store)
 
 
 def _of_file(file: Path) -> str:
     rows, manifests = imported_rows(file)
-    methods = _methods(rows)
-    parts = [heading(file, rows, manifests)]
-    for metric, speedup, title in _TIMES:
-        parts += _time_table(rows, methods, metric, speedup, title)
-    parts += [_fact_table(rows), *not_measured(rows)]
-    return "\n\n".join(parts)
+    model, prompt = _most_known(rows)
+    return "\n\n".join([heading(file, rows, manifests), *_summary(rows, model, prompt)])
 
 
 def heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, Any]], prefix: str = "") -> str:
@@ -137,7 +154,8 @@ def heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, An
     days = sorted({str(manifest["time_utc"])[:10] for manifest in manifests if manifest.get("time_utc")})
     measuring = _listed(manifest.get("measuring_version") for manifest in manifests)
     when = f", {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "") if days else ""
-    modes = {str(row["mode"]).partition(",")[0] for row in rows if row["metric"] in dict(_times_only())}
+    times = {metric for metric, _, _ in TIMES}
+    modes = {str(row["mode"]).partition(",")[0] for row in rows if row["metric"] in times}
     synthetic = sorted({row["model"] for row in rows if row["synthetic"]})
     note = f" {', '.join(synthetic)}: random weights, so speed and memory only." if synthetic else ""
     timed = f"timed as {_listed(sorted(modes))}" if (modes := modes - {"None"}) else "nothing timed"
@@ -145,10 +163,6 @@ def heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, An
         f"**{devices}**, {dtypes}, torch {torch}{when} (measuring version {measuring}, {timed}; "
         f"[`reference/{file.name}`]({prefix}reference/{file.name})).{note}"
     )
-
-
-def _times_only() -> list[tuple[str, str]]:
-    return [(metric, title) for metric, _, title in _TIMES]
 
 
 def _listed(values: Iterable[Any]) -> str:
@@ -159,63 +173,63 @@ def _listed(values: Iterable[Any]) -> str:
 # --- tables -----------------------------------------------------------------------------------
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
+def methods_of(rows: Sequence[Row]) -> list[str]:
     """The baseline first."""
     names = dict.fromkeys(row["method"] for row in sorted(rows, key=lambda row: row["family"] != "baseline"))
     return list(names)
 
 
-def _time_table(
-    rows: Sequence[Row], methods: Sequence[str], metric: str, speedup: str, title: str
-) -> list[str]:
-    """Models and shapes down, methods across, or the other way where the methods are many.
+def _most_known(rows: Sequence[Row]) -> tuple[str | None, int]:
+    """The model of which most methods were timed with more than one batch size, and its shortest prompt."""
+    batches: dict[tuple[str, int], dict[str, set[int]]] = {}
+    for row in rows:
+        shape = shape_of(row["scenario"] or "") if row["kind"] == "scenario" else None
+        if shape is not None and row["metric"] == TIMES[0][0]:
+            of_prompt = batches.setdefault((row["model"], shape[1]), {})
+            of_prompt.setdefault(row["method"], set()).add(shape[0])
+    if not batches:
+        return None, 0
 
-    A shape that no method could run is left to the list, a method of which nothing was timed to other tables.
-    """
-    found = {
-        (r["model"], r["scenario"], r["method"], r["metric"]): r for r in rows if r["kind"] == "scenario"
-    }
-    states = {(r["model"], r["scenario"], r["method"]): r["status"] for r in rows if r["kind"] == "scenario"}
-    methods = [method for method in methods if any(method == key[2] for key in states)]
+    def known(key: tuple[str, int]) -> tuple[int, int, int, str]:
+        methods = batches[key].values()
+        return sum(len(found) > 1 for found in methods), len(methods), -key[1], key[0]
+
+    return max(batches, key=known)
+
+
+def _summary(rows: Sequence[Row], model: str | None, prompt: int) -> list[str]:
+    """Bytes and times of the methods that were timed with more than one batch size (of all where none was):
+    the baseline's as they are, and of the others how much faster they are."""
+    cells: dict[tuple[str, str, int], Row] = {}
+    weights: dict[str, Row] = {}
+    for row in rows:
+        if row["model"] != model:
+            continue
+        shape = shape_of(row["scenario"] or "") if row["kind"] == "scenario" else None
+        if shape is not None and shape[1] == prompt:
+            cells[row["method"], row["metric"], shape[0]] = row
+        elif row["metric"] == "weight_bytes":
+            weights.setdefault(row["method"], row)
+    batches = sorted({batch for _, metric, batch in cells if metric == TIMES[0][0]})
+    timed = {method: sum((method, TIMES[0][0], batch) in cells for batch in batches) for method in weights}
+    least = 2 if any(count > 1 for count in timed.values()) else 1
+    of_model = [row for row in rows if row["model"] == model]
     lines = []
-    for model, shape in sorted({key[:2] for key in states}, key=_by_size):
-        cells = []
-        for method in methods:
-            record = found.get((model, shape, method, metric))
-            ratio = found.get((model, shape, method, speedup))
-            cells.append(_time(record, ratio, states.get((model, shape, method), "")))
-        if any((model, shape, method, metric) in found for method in methods):
-            lines.append([model, shape, *cells])
+    for method in methods_of(of_model):
+        if timed.get(method, 0) < least:
+            continue
+        line = [method, value_of(weights[method])]
+        for metric, speedup, _ in TIMES:
+            for batch in batches:
+                found = cells.get((method, speedup, batch)) or cells.get((method, metric, batch))
+                line.append("" if found is None else value_of(found))
+        lines.append(line)
     if not lines:
         return []
-    head = ["model", "shape", *methods]
-    if len(methods) > _MOST_ACROSS:
-        head, *lines = [list(line) for line in zip(head, *lines, strict=True)]
-        head, lines = ["", *head[1:]], [["shape", *lines[0][1:]], *lines[1:]]
-    return [f"{title}, with the speed-up over the baseline:", markdown_table(head, lines)]
-
-
-def _time(record: Row | None, ratio: Row | None, status: str) -> str:
-    if record is None:
-        return status.replace("_", " ")
-    text = _value(record)
-    return f"{text} ({_value(ratio)})" if ratio is not None else text
-
-
-def _fact_table(rows: Sequence[Row]) -> str:
-    """One row a variant: what it weighs, then task by task how good it is."""
-    variants: dict[tuple[str, str], dict[str, str]] = {}
-    columns: dict[str, tuple[str, int]] = {}  # its label, and where it belongs
-    for row in sorted(rows, key=lambda row: (row["model"], row["family"] != "baseline")):
-        line = variants.setdefault((row["model"], row["method"]), {})
-        for place, (metric, label) in enumerate(_FACTS):
-            if row["metric"] == metric:
-                name = f"{row['task']} {label}" if row["task"] else label
-                columns[name] = (row["task"] or "", place)
-                line.setdefault(name, _value(row))
-    names = sorted(columns, key=lambda name: columns[name])
-    lines = [[model, method, *(line.get(n, "") for n in names)] for (model, method), line in variants.items()]
-    return "Size and quality:\n\n" + markdown_table(["model", "method", *names], lines)
+    head = ["method", "weights"]
+    head += [f"{name}, batch {batch}" for name in ("decode", "prefill") for batch in batches]
+    about = f"{model}, prompts of {prompt} tokens; of the methods the speed-up over the baseline:"
+    return [about, markdown_table(head, lines)]
 
 
 def not_measured(rows: Sequence[Row]) -> list[str]:
@@ -229,16 +243,11 @@ def not_measured(rows: Sequence[Row]) -> list[str]:
     if not reasons:
         return []
     lines = [
-        f"- {_escaped(model)} {_escaped(where)}: {status.replace('_', ' ')}"
-        f"{f' ({_escaped(reason)})' if reason else ''}: {_escaped(', '.join(dict.fromkeys(methods)))}"
+        f"- {escaped(model)} {escaped(where)}: {status.replace('_', ' ')}"
+        f"{f' ({escaped(reason)})' if reason else ''}: {escaped(', '.join(dict.fromkeys(methods)))}"
         for (model, where, status, reason), methods in sorted(reasons.items())
     ]
     return ["Not measured:\n\n" + "\n".join(lines)]
-
-
-def _by_size(key: tuple[str, str]) -> tuple[Any, ...]:
-    model, shape = key
-    return model, [int(number) for number in re.findall(r"\d+", shape)], shape
 
 
 def _short(reason: str) -> str:
@@ -246,7 +255,8 @@ def _short(reason: str) -> str:
     return re.split(r"(?<=[a-z])\. ", reason, maxsplit=1)[0][:200]
 
 
-def _value(record: Row) -> str:
+def value_of(record: Row) -> str:
+    """With its interval."""
     from harness.cli.summary import value_with_interval
 
     return value_with_interval(record)
@@ -259,10 +269,10 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> st
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """What was stored by others draws nothing here."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", " ".join(text.split())) if _ODD.search(text) else text
 

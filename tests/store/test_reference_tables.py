@@ -10,14 +10,14 @@ import pytest
 from harness.config import load_config
 from harness.errors import ConfigError
 from harness.records import CellKind, Record, Scenario, Status
+from harness.reference_page import PAGE, reference_page_section, update_reference_page
 from harness.reference_tables import (
     BEGIN,
     CLAIMS,
     END,
-    QUALITY,
-    _time_table,
     reference_files,
     reference_section,
+    timed_files,
     update_readme,
     with_section,
 )
@@ -36,7 +36,6 @@ MANIFEST = {
     "versions": {"torch": "2.11"},
     "sweep_uid": "one",
 }
-METHODS = list("abcdef")
 SHAPES = [Scenario(batch, 512, 64).label for batch in (1, 8, 64)]
 
 
@@ -69,7 +68,10 @@ def checkout(tmp_path):
         for key, speed in (("base", 1.0), ("gptq", 2.0)):
             for shape in SHAPES[:2]:
                 ratio = None if key == "base" else speed
-                records = (*timed("decode", 8 / speed, ratio), *timed("prefill", 16, ratio and 0.5))
+                records = (*timed("decode", 8 / speed, ratio), *timed("prefill", 16 * speed, ratio and 0.5))
+                if ratio:
+                    why = Record("verdict", 1.0, "count", note="Prefill takes twice as long.")
+                    records += (why,)
                 result = make_result(f"{key}-{shape}", key, records=records, items=())
                 store.write_cell(sweep, result, kind=CellKind.SCENARIO, task=None, scenario=shape)
             failed = make_result(
@@ -86,28 +88,70 @@ def checkout(tmp_path):
         store.write_cell(sweep, scored, kind=CellKind.TASK, task="grammar", scenario=None)
         (tmp_path / "reference").mkdir()
         export_results(store, tmp_path / "reference" / "gpu.jsonl", Wanted(), leave_out=("samples", "items"))
-    (tmp_path / "README.md").write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", PAGE):
+        (tmp_path / page).write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n")
     return tmp_path
 
 
-def test_tables_of_rows(checkout):
-    update_readme(checkout)
-    text = (checkout / "README.md").read_text()
+def tables_of(page: Path) -> list[str]:
+    text = page.read_text()
     assert text.startswith(f"# Title\n\n{BEGIN}\n")
     assert text.endswith(f"{END}\n\nThe end.\n")
-    section = text.split(BEGIN)[1].split(END)[0]
-    assert "**a GPU**, bfloat16, torch 2.11, 2026-01-02 (measuring version 2, timed as compiled" in section
-    assert "shape:llama-7b: random weights, so speed and memory only" in section
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert rows[0] == "| model | shape | baseline | gptq |"
-    assert rows[2] == (
-        "| shape:llama-7b | b1-p512-g64 | 8 [7.92, 8.08] ms | 4 [3.96, 4.04] ms (2 [1.99, 2.01] x) |"
-    )
-    assert not any("b64-p512" in row for row in rows), "no method could run it, so the list says why"
-    assert "| shape:llama-7b | gptq | 6.74 GB | 0.75 [0.7, 0.8] |" in rows
-    assert "- shape:llama-7b b64-p512-g64: oom (CUDA out of memory): baseline, gptq" in section
+    return text.split(BEGIN)[1].split(END)[0].splitlines()
+
+
+def test_the_readme_has_one_table_of_the_model_that_most_is_known_of(checkout):
     update_readme(checkout)
-    assert (checkout / "README.md").read_text() == text
+    readme = checkout / "README.md"
+    lines = tables_of(readme)
+    assert "**a GPU**, bfloat16, torch 2.11, 2026-01-02 (measuring version 2, timed as compiled" in lines[1]
+    assert "shape:llama-7b: random weights, so speed and memory only" in lines[1]
+    assert "shape:llama-7b, prompts of 512 tokens; of the methods the speed-up over the baseline:" in lines
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows[0] == (
+        "| method | weights | decode, batch 1 | decode, batch 8 | prefill, batch 1 | prefill, batch 8 |"
+    )
+    decode, prefill = "8 [7.92, 8.08] ms", "16 [15.84, 16.16] ms"
+    assert rows[2] == f"| baseline | 13.48 GB | {decode} | {decode} | {prefill} | {prefill} |"
+    faster, slower = "2 [1.99, 2.01] x", "0.5 [0.49, 0.51] x"
+    assert rows[3] == f"| gptq | 6.74 GB | {faster} | {faster} | {slower} | {slower} |"
+    assert len(rows) == 4
+    assert "(docs/reference.md)" in lines[-1]
+    text = readme.read_text()
+    update_readme(checkout)
+    assert readme.read_text() == text
+
+
+def test_the_page_has_everything(checkout):
+    update_reference_page(checkout)
+    lines = tables_of(checkout / PAGE)
+    assert "## a GPU" in lines
+    assert "### shape:llama-7b" in lines
+    rows = [line for line in lines if line.startswith("|")]
+    assert rows[0] == "| method | b1-p512-g64 | b8-p512-g64 |", "no method could run the third shape"
+    timed = "4 [3.96, 4.04] ms (2 [1.99, 2.01] x)"
+    assert rows[3] == f"| gptq | {timed} | {timed} |"
+    assert "| gptq | 6.74 GB | 0.75 [0.7, 0.8] |" in rows
+    assert "| gptq | decode | 512 | none | gptq is faster at every measured batch size (1 to 8) |" in rows
+    assert lines.index("- gptq, b1-p512-g64: Prefill takes twice as long.") < lines.index("Not measured:")
+    assert "- shape:llama-7b b64-p512-g64: oom (CUDA out of memory): baseline, gptq" in lines
+
+
+def test_a_page_without_rows_of_a_device_is_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n")
+    update_reference_page(tmp_path)
+    assert not (tmp_path / "docs").exists()
+
+
+def test_one_batch_size_is_shown_where_there_is_no_other(checkout):
+    file = checkout / "reference" / "gpu.jsonl"
+    lines = [line for line in file.read_text().splitlines() if "b8-p512" not in line]
+    file.write_text("\n".join(lines) + "\n")
+    rows = [line for line in reference_section([file]).splitlines() if line.startswith("|")]
+    assert rows[0] == "| method | weights | decode, batch 1 | prefill, batch 1 |"
+    assert rows[3] == "| gptq | 6.74 GB | 2 [1.99, 2.01] x | 0.5 [0.49, 0.51] x |"
+    assert "break-even" not in reference_page_section([file])
 
 
 def test_without_any_file_the_readme_says_so(tmp_path):
@@ -125,12 +169,14 @@ def test_stored_texts_draw_nothing(checkout):
     file = checkout / "reference" / "gpu.jsonl"
     hostile = "<img src=x> | [a](javascript:b) `c` *d*"
     file.write_text(file.read_text().replace('"gptq", [', f'"{hostile}", ['))
-    section = reference_section([file])
-    assert hostile not in section
-    assert "<img" not in section.replace("\\<", "")
-    for row in section.splitlines():
-        if row.startswith("| shape"):
-            assert len(re.findall(r"(?<!\\)\|", row)) in (5, 6), "no column was added"
+    for section, least in ((reference_section([file]), 1), (reference_page_section([file]), 4)):
+        assert hostile not in section
+        assert "<img" not in section.replace("\\<", "")
+        tables = re.findall(r"(?:^\|.*\n?)+", section, flags=re.M)
+        assert len(tables) >= least
+        for table in tables:
+            columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(columns) == 1, "no column was added"
 
 
 # --- what is committed ----------------------------------------------------------------------------------
@@ -138,10 +184,13 @@ def test_stored_texts_draw_nothing(checkout):
 
 def test_the_readme_shows_the_rows_that_are_committed():
     readme = (ROOT / "README.md").read_text()
-    files = [file for file in reference_files(ROOT) if not file.name.startswith((QUALITY, CLAIMS))]
+    files = timed_files(ROOT)
     assert with_section(readme, reference_section(files)) == readme, "run: make docs"
+    page = (ROOT / PAGE).read_text()
+    assert with_section(page, reference_page_section(files), PAGE) == page, "run: make docs"
     for file in files:
         assert f"reference/{file.name}" in readme
+        assert f"../reference/{file.name}" in page
 
 
 def test_committed_rows_can_be_imported_and_name_nobody(tmp_path):
@@ -198,7 +247,7 @@ def test_commands_of_the_reference_page_are_understood():
 
     page = (ROOT / "reference" / "README.md").read_text()
     commands = re.findall(r"^harness (.+)$", page.replace("\\\n", ""), flags=re.M)
-    assert len(commands) == 15
+    assert len(commands) == 19
     for command in commands:
         name, *arguments = shlex.split(command)
         found = typer.main.get_command(app).commands[name]
@@ -208,24 +257,3 @@ def test_commands_of_the_reference_page_are_understood():
             assert context.params
     for file in re.findall(r"--config (\S+)", page):
         assert (ROOT / file).is_file()
-
-
-def test_many_methods_stand_below_each_other():
-    """A page has room for five columns of times; a sixth method turns the table round."""
-    rows = [
-        {
-            "model": "m", "scenario": shape, "method": method, "metric": "decode_latency", "kind": "scenario",
-            "status": "ok", "value": 0.001, "unit": "s", "lower": None, "upper": None,
-        }
-        for method in METHODS
-        for shape in SHAPES[:2]
-    ]  # fmt: skip
-    few = _time_table(rows, METHODS[:5], "decode_latency", "decode_speedup", "Decode")[1].splitlines()
-    many = _time_table(rows, METHODS, "decode_latency", "decode_speedup", "Decode")[1].splitlines()
-    assert few[0] == "| model | shape | a | b | c | d | e |"
-    assert len(few) == 2 + 2
-    assert many[0] == "|  | m | m |"
-    assert many[2] == f"| shape | {SHAPES[0]} | {SHAPES[1]} |"
-    assert [line.split("|")[1].strip() for line in many[3:]] == METHODS
-    untimed = _time_table(rows, [*METHODS, "made only"], "decode_latency", "decode_speedup", "Decode")[1]
-    assert untimed.splitlines() == many
