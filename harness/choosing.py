@@ -37,6 +37,11 @@ class Goal:
     about: tuple[str, ...]
     reasons: Mapping[str, str]
 
+    @property
+    def is_of_shapes(self) -> bool:
+        """Whether it is known for each timed shape, not for a variant as such."""
+        return self.metric != "weight_bytes"
+
 
 _READ = {"compression_ratio": "weights {:.3g}x smaller", "decode_mbu": "{:.0%} of the memory's ceiling"}
 _COMPUTED = {"prefill_mfu": "{:.0%} of the arithmetic's ceiling"}

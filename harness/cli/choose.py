@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from harness.choosing import Candidate, Choice, Goal, Loss
     from harness.comparing import Compared
 
-__all__ = ["choose"]
+__all__ = ["choose", "parse_goal", "print_choices"]
 
 _COLUMNS = ["model", "shape", "", "method", "gain", "loses", "why"]
 
@@ -46,36 +46,72 @@ def choose(
     not be within it is not taken: more items would show (`harness sweep --limit`).
     """
     from harness.chain import split_list
-    from harness.choosing import GOALS, choices, parse_limit
     from harness.cli.sweep import database
-    from harness.errors import ConfigError, UnknownName
+
+    what, most = parse_goal(goal, lose)
+    only = split_list(models) if models else None
+    print_choices(database(db), what, most, lose, only, tasks=tasks, shapes=shapes, output=output)
+    return 0
+
+
+def parse_goal(goal: str, lose: str) -> tuple[Goal, float]:
+    """What `--for` and `--lose` ask for.
+
+    Raises:
+        UnknownName: no such goal.
+        ConfigError: no such limit.
+    """
+    from harness.choosing import GOALS, parse_limit
+    from harness.errors import UnknownName
 
     if goal not in GOALS:
         raise UnknownName("goal", goal, GOALS)
-    most = parse_limit(lose)
-    only = split_list(models) if models else None
-    found, whys = _measured(database(db), only, GOALS[goal])
+    return GOALS[goal], parse_limit(lose)
+
+
+def print_choices(
+    where: str,
+    goal: Goal,
+    most: float,
+    lose: str,
+    models: Sequence[str] | None,
+    *,
+    tasks: str | None = None,
+    shapes: str | None = None,
+    output: Format = Format.TABLE,
+) -> None:
+    """Choose from the store at `where`, and print the answer with what it rests on.
+
+    Args:
+        most, lose: how much may be lost, as a number and as it was written.
+
+    Raises:
+        ConfigError: nothing to choose from.
+    """
+    from harness.choosing import choices
+    from harness.errors import ConfigError
+
+    found, whys = _measured(where, models, goal)
     wanted_tasks = _known(
         tasks, {row.cell for row in found.rows if row.kind == "task"}, "task in this store:"
     )
     wanted_shapes = _known(
         shapes, {r.cell for r in found.rows if r.kind == "scenario"}, "shape in this store:"
     )
-    made = choices(found.rows, GOALS[goal], most, tasks=wanted_tasks, shapes=wanted_shapes, whys=whys)
+    made = choices(found.rows, goal, most, tasks=wanted_tasks, shapes=wanted_shapes, whys=whys)
     refused = [row for row in found.rows if not row.is_comparable]
     if not made:
         why = f"; {len(refused)} rows were measured under other conditions" if refused else ""
-        raise ConfigError(f"no method's {GOALS[goal].metric} was compared with the baseline's{why}")
+        raise ConfigError(f"no method's {goal.metric} was compared with the baseline's{why}")
     if output is Format.JSON:
         print(json.dumps([asdict(each) for each in made], indent=2, allow_nan=False))
     else:
-        rows = [row for each in made for row in _rows(each, GOALS[goal])]
+        rows = [row for each in made for row in _rows(each, goal)]
         print_rows(rows, _COLUMNS, output)
     for each in made:
-        say(_sentence(each, GOALS[goal], lose), err=output is not Format.TABLE)
+        say(_sentence(each, goal, lose), err=output is not Format.TABLE)
     if refused:
         say(f"{len(refused)} rows of other conditions than the baseline's do not count", err=True)
-    return 0
 
 
 def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Compared, dict[Any, str]]:
@@ -98,7 +134,9 @@ def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Com
             raise ConfigError("nothing but the baseline is in the store: sweep some methods first")
         first, *others = (load_side(name, stores, models) for name in (baseline, *methods))
         found = compare_sides(first, others)
-        told = explanations(stores.of(baseline), models=models)
+        # Verdicts are of timed cells, and weights can be weighed without any.
+        is_timed = any(row.kind == "scenario" for row in found.rows)
+        told = explanations(stores.of(baseline), models=models) if is_timed else []
     whys: dict[Any, str] = {}
     for each in told:
         why = reason(goal, each.verdict or "", each.records)

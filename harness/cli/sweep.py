@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +15,13 @@ import typer
 from harness.cli.output import say
 
 if TYPE_CHECKING:
+    from harness.config import SweepConfig
     from harness.interrupts import Interrupts
 
 __all__ = ["sweep"]
 
 DEFAULT_DB = "results.db"
+_LOSE = "1%"
 
 
 def sweep(
@@ -84,6 +88,17 @@ def sweep(
         bool | None, typer.Option("--retry-failed", help="Measure failed cells again.")
     ] = None,
     executor: Annotated[str | None, typer.Option(help="Where variants run: local.")] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="End with which method to take, as `harness choose`: for decode, prefill, end-to-end, "
+            "weights, memory or energy.",
+        ),
+    ] = None,
+    lose: Annotated[
+        str | None, typer.Option(help="With --for: the most that a task's score may lose.  [default: 1%]")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show the matrix and what each cell needs; run nothing."),
@@ -127,8 +142,7 @@ def sweep(
         config,
         {name: value for name, value in given.items() if value is not None},
         db,
-        dry_run,
-        quiet,
+        _Ending(dry_run, quiet, goal, lose),
         strict,
     )
 
@@ -138,19 +152,52 @@ def database(db: str | None) -> str:
     return db or os.environ.get("HARNESS_DB") or DEFAULT_DB
 
 
-def _sweep(
-    file: Path | None,
-    given: dict[str, Any],
-    db: str | None,
-    dry_run: bool,
-    quiet: bool,
-    strict: bool,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """What is shown: the matrix alone; progress and the table; which method to take."""
+
+    dry_run: bool
+    quiet: bool
+    goal: str | None
+    lose: str | None
+
+    def check(self, config: SweepConfig) -> None:
+        """Refuse, before anything is measured, what could not be answered afterwards.
+
+        Raises:
+            ConfigError: no such goal or limit, or a goal that this sweep measures nothing of.
+        """
+        from harness.cli.choose import parse_goal
+        from harness.errors import ConfigError
+
+        if self.goal is None:
+            if self.lose is not None:
+                raise ConfigError("--lose goes with --for: add, for instance, --for decode")
+            return
+        goal, _ = parse_goal(self.goal, self.lose or _LOSE)
+        if goal.is_of_shapes and config.prompt_lens == ():
+            raise ConfigError(f"--for {self.goal} needs a timed shape: leave out --prompt-lens none")
+
+    def choose(self, target: str, models: Sequence[str]) -> None:
+        """Say which method to take, where that was asked. Without an answer the sweep is a success still."""
+        from harness.cli.choose import parse_goal, print_choices
+        from harness.errors import ConfigError
+
+        if self.goal is None:
+            return
+        lose = self.lose or _LOSE
+        try:
+            print_choices(target, *parse_goal(self.goal, lose), lose, models)
+        except ConfigError as error:
+            say(f"nothing to choose: {error}", err=True)
+
+
+def _sweep(file: Path | None, given: dict[str, Any], db: str | None, ending: _Ending, strict: bool) -> int:
     from harness.interrupts import Interrupted, Interrupts
 
     with Interrupts() as interrupts:
         try:
-            return _run(file, given, db, dry_run, quiet, strict, interrupts)
+            return _run(file, given, db, ending, strict, interrupts)
         except Interrupted as stopped:
             say(f"interrupted ({stopped}); the same command goes on where this stopped", err=True)
             return stopped.exit_code
@@ -160,15 +207,15 @@ def _run(
     file: Path | None,
     given: dict[str, Any],
     db: str | None,
-    dry_run: bool,
-    quiet: bool,
+    ending: _Ending,
     strict: bool,
     interrupts: Interrupts,
 ) -> int:
     from harness.config import load_config
 
     config = load_config(file, given)
-    if not dry_run:
+    ending.check(config)
+    if not ending.dry_run:
         # The server's imports take seconds: they run beside the parent's own.
         from harness.executors.server import start_fork_server
 
@@ -180,7 +227,7 @@ def _run(
         where = f"{report.name} ({report.location})"
         say(f"warning: plugin {where} could not be loaded: {report.error}", err=True)
     target = database(db)
-    if dry_run:
+    if ending.dry_run:
         from harness.cli.matrix import print_matrix
 
         print_matrix(plan, target)
@@ -192,13 +239,15 @@ def _run(
     from harness.sweep import run_sweep
 
     command = without_passwords(shlex.join(["harness", *sys.argv[1:]]))
-    with Store.open(target) as store, make_reporter(quiet=quiet) as reporter:
+    with Store.open(target) as store, make_reporter(quiet=ending.quiet) as reporter:
         outcome = run_sweep(plan, store, reporter, command, interrupts)
         reporter.close()
-        if not quiet:
-            try:
+        models = list(dict.fromkeys(variant.model.info.label for variant in plan.grid.variants))
+        try:
+            if not ending.quiet:
                 print_summary(store, outcome)
-                sys.stdout.flush()
-            except BrokenPipeError:  # nobody reads the table; the exit code still says how it went
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ending.choose(target, models)
+            sys.stdout.flush()
+        except BrokenPipeError:  # nobody reads the tables; the exit code still says how it went
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return outcome.exit_code

@@ -56,6 +56,18 @@ def test_more_may_be_lost(path, capsys):
     assert "take bad: decoding 4x [" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_weights_are_chosen_by_where_nothing_was_timed(tmp_path, capsys):
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = add_sweep(store)
+        for method, weights in (("baseline", 8.0), ("small", 2.0)):
+            add_cell(store, sweep, method, Record("weight_bytes", weights, "B"))
+            scored = Record("acc", 1.0, "fraction", n=400)
+            add_cell(store, sweep, method, scored, task="grammar", items=items([1] * 400))
+    assert run(["choose", "--for", "weights", "--db", str(tmp_path / "results.db")]) == 0
+    answer = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "take small: the weights 4x smaller" in answer
+
+
 def test_nothing_better_keeps_the_baseline(path, capsys):
     assert run(["choose", "--db", path, "--for", "prefill"]) == 0
     answer = capsys.readouterr().out.splitlines()[-1]

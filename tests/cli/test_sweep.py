@@ -184,6 +184,46 @@ def test_dry_run_shows_the_matrix_and_writes_nothing(harness, checkpoint, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_a_sweep_ends_with_which_method_to_take(harness):
+    arguments = ("sweep", "--methods", "rtn", "--models", "zoo:opt-4m", "--device", "cpu", "--for", "weights")
+    arguments += ("--tasks", "grammar", "--limit", "200", "--prompt-lens", "none")
+    done = harness(*arguments, "--lose", "50%")
+    assert done.code == 0, done.err
+    answer = done.out.strip().splitlines()[-1]
+    assert answer.startswith("zoo:opt-4m on "), answer
+    assert ": take rtn: the weights " in answer
+    assert "grammar" in answer
+    asked = harness("choose", "--for", "weights", "--lose", "50%")
+    assert asked.out.strip().splitlines()[-1] == answer
+    again = harness(*arguments, "-q")
+    assert again.out.strip().splitlines()[-1] != answer, "1 % may be lost where nothing else is said"
+    assert "take rtn" not in again.out
+
+
+def test_a_sweep_without_an_answer_is_a_success(harness, checkpoint):
+    arguments = ("--methods", "baseline", "--models", checkpoint, *FAST)
+    done = harness("sweep", *arguments, "--for", "decode")
+    assert done.code == 0, done.err
+    assert "nothing to choose: nothing but the baseline is in the store" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--for", "speed"), "goal"),
+        (("--for", "decode", "--lose", "much"), "--lose 'much'"),
+        (("--lose", "1%"), "--lose goes with --for"),
+        (("--for", "decode", "--prompt-lens", "none"), "--for decode needs a timed shape"),
+    ],
+    ids=str,
+)
+def test_a_question_that_cannot_be_answered_ends_before_the_sweep(harness, tmp_path, arguments, says):
+    ran = harness("sweep", "--methods", "rtn", "--models", "zoo:opt-4m", *arguments)
+    assert ran.code == 2
+    assert says in ran.err
+    assert not (tmp_path / "results.db").exists()
+
+
 def test_a_synthetic_model_is_timed_and_its_accuracy_refused(harness):
     ran = harness(
         "sweep", "--methods", "magnitude-prune", "--models", "shape:llama-15m", "--prompt-lens", "4",
