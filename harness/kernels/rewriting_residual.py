@@ -29,6 +29,9 @@ _BIASES = {
 """Which argument of a product is its bias."""
 
 
+_IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"))
+
+
 def fold_residuals(module: fx.GraphModule) -> int:
     """Give products of one row what is added to them as a bias; how many sums are gone.
 
@@ -41,7 +44,9 @@ def fold_residuals(module: fx.GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
             continue
-        for product, residual in (node.args, reversed(node.args)):
+        # In place the first one is changed, which others may read.
+        orders = [node.args] if node.target is operator.iadd else [node.args, node.args[::-1]]
+        for product, residual in orders:
             found = _product_of(product)
             if found is not None and _can_be_bias(found, product, residual, node, place):
                 _fold(module.graph, found, product, residual, node)
@@ -82,8 +87,17 @@ def _can_be_bias(
         return False
     assert value is not None and added is not None and result is not None and x is not None  # noqa: PT018
     is_one_row = isinstance(x.shape[0], int) and x.shape[0] == 1 and value.numel() == value.shape[-1]
+    if any(_changes(user) for user in residual.users if user is not total):
+        return False
     is_like_it = value.shape == added.shape == result.shape and value.dtype == added.dtype == result.dtype
     return is_one_row and is_like_it and residual in place and place[residual] < place.get(found, -1)
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether a node may change its first argument: after the product, which would read it too early."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _IN_PLACE
 
 
 def _fold(graph: fx.Graph, found: fx.Node, product: Any, residual: fx.Node, total: fx.Node) -> None:

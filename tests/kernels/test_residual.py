@@ -101,7 +101,20 @@ def test_what_is_more_than_a_sum_of_one_row_stays(kind):
     def with_a_bias(x):
         return biased(x) + x
 
-    for function in (used_twice, of_another_shape, of_another_type, made_afterwards, scaled, with_a_bias):
+    def changed_and_read(x):
+        kept = x * 2
+        y = plain(torch.tanh(x))
+        kept += y
+        return kept * kept
+
+    def changed_meanwhile(x):
+        kept = x * 2
+        y = plain(torch.tanh(x))
+        kept.mul_(3)
+        return y + kept
+
+    functions = (used_twice, of_another_shape, of_another_type, made_afterwards, scaled, with_a_bias)
+    for function in (*functions, changed_and_read, changed_meanwhile):
         folded, left, y = traced(function, x)
         assert (folded, left) == (0, 1), function.__name__
         with torch.no_grad():
