@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: sweep test test-slow dashboard lint format docs wheelhouse clean
 
 sweep: $(VENV)/.core
-	$(BIN)/harness sweep --methods gptq,smoothquant
+	$(BIN)/harness sweep --methods gptq,smoothquant --for weights --lose 3%
 
 test: $(VENV)/.all debian-services
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup

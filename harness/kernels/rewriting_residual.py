@@ -102,7 +102,8 @@ def _changes(node: fx.Node) -> bool:
 
 def _fold(graph: fx.Graph, found: fx.Node, product: Any, residual: fx.Node, total: fx.Node) -> None:
     with graph.inserting_before(found):
-        bias = graph.call_function(torch.reshape, (residual, (-1,)))
+        # Kernels read neighbours; where these are, nothing is copied.
+        bias = graph.call_method("contiguous", (graph.call_function(torch.reshape, (residual, (-1,))),))
     if found.target is _DENSE:
         found.args = (*found.args[:2], [bias])
     else:

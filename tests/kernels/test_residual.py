@@ -124,6 +124,31 @@ def test_what_is_more_than_a_sum_of_one_row_stays(kind):
 
 
 @KINDS
+def test_a_bias_lies_side_by_side(kind):
+    module, seen = layer(kind), []
+
+    def backend(graph, _inputs):
+        rewrite_linears(graph)
+        assert fold_residuals(graph) == 1
+        for node in graph.graph.nodes:
+            if node.op == "call_method" and node.target == "contiguous":
+                seen.append(node)
+        return graph.forward
+
+    wide = torch.randn(1, 1, 256)
+
+    def block(x, apart):
+        return apart[..., ::2] + module(torch.tanh(x))
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 1, 128)
+    with torch.no_grad():
+        y = torch.compile(block, backend=backend, dynamic=False)(x, wide)
+        torch.testing.assert_close(y, block(x, wide))
+    assert len(seen) == 1
+
+
+@KINDS
 def test_two_products_are_not_each_others_bias_twice(kind):
     one, other = layer(kind), layer(kind)
 
