@@ -7,6 +7,7 @@ Integers on a grid here; places in a table in `harness.kernels.table`. Both choo
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,8 +70,21 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
 
 
 def runs_vector(device: torch.device) -> bool:
-    """Whether *vector* runs on a CUDA device: NVIDIA's tensor cores since compute capability 8.0."""
-    return torch.version.hip is None and _capability(device) >= (8, 0)
+    """Whether the kernels written in Gluon run on a CUDA device: NVIDIA's tensor cores since compute
+    capability 8.0, and a Triton whose Gluon is the one they were written in."""
+    return torch.version.hip is None and _capability(device) >= (8, 0) and _has_gluon()
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    # An experimental part of Triton, of which another version may lack names or have others.
+    modules = ("gluon_few", "gluon_sparse_rows", "gluon_vector")
+    try:
+        for name in modules:
+            importlib.import_module(f"harness.kernels.{name}")
+    except ImportError:
+        return False
+    return True
 
 
 @functools.cache

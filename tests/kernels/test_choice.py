@@ -178,6 +178,23 @@ def test_sixteen_rows_are_read_again_where_there_are_many_outputs():
     assert select(many, 8, 16, vector=False).kernel == "fused"
 
 
+@pytest.mark.parametrize("missing", [None, "gluon_few", "gluon_sparse_rows", "gluon_vector"])
+def test_a_triton_without_gluon_has_other_kernels(monkeypatch, missing):
+    """It is an experimental part: what is imported may be gone in another version."""
+
+    def found(name):
+        if name.endswith(f".{missing}"):
+            raise ImportError("cannot import name 'mma_v2'")
+
+    monkeypatch.setattr(weight_only, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(weight_only.importlib, "import_module", found)
+    weight_only._has_gluon.cache_clear()
+    try:
+        assert weight_only.runs_vector(torch.device("cuda")) == (missing is None)
+    finally:
+        weight_only._has_gluon.cache_clear()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_table", [False, True])
 def test_one_choice_for_all_rows(bits, is_table):
