@@ -7,9 +7,7 @@ it, so a killed process leaves no half entry.
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from harness.errors import ConfigError
-from harness.folders import raise_if_full
+from harness.folders import raise_if_full, replacing
 from harness.keys import content_key
 
 __all__ = ["ContentCache"]
@@ -52,17 +50,11 @@ class ContentCache:
         return value
 
     def _write(self, path: Path, value: Any) -> None:
-        temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                temporary = file.name
-                with _without_checksums():
-                    torch.save(value, file)
-            os.replace(temporary, path)
+            with replacing(path) as file, _without_checksums():
+                torch.save(value, file)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise_if_full(error, self.directory)
             if not isinstance(error, OSError):
                 raise

@@ -49,10 +49,14 @@ def raise_if_full(error: BaseException, folder: Path) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file beside this one that takes its place at the end; where that fails all is as it was."""
+    """A file beside this one that takes its place at the end; where that fails all is as it was.
+
+    It may be written through its ``name`` instead.
+    """
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as opened:
+        with open(name, "wb") as opened:
             yield opened
         umask = os.umask(0)
         os.umask(umask)

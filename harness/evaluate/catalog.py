@@ -11,8 +11,8 @@ import hashlib
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.errors import ConfigError
 from harness.evaluate.yaml_files import YamlReader
-from harness.folders import default_cache_dir
+from harness.folders import default_cache_dir, replacing
 
 __all__ = ["Catalog", "Entry", "folder_catalog", "lm_eval_catalog", "lm_eval_folder"]
 
@@ -191,14 +191,8 @@ def _store(path: Path, folder: Path, entries: Catalog) -> None:
         row = asdict(entry)
         row["yaml_path"] = entry.yaml_path and entry.yaml_path.relative_to(folder).as_posix()
         rows.append(row)
-    temporary: str | None = None
-    try:
+    # Nothing depends on this file but the time to read 14,000 others again.
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            temporary = file.name
-            json.dump({"format": FORMAT, "entries": rows}, file)
-        os.replace(temporary, path)
-    except OSError:
-        # Nothing depends on this file but the time to read 14,000 others again.
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps({"format": FORMAT, "entries": rows}).encode())

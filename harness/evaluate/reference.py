@@ -7,8 +7,6 @@ float32 (the baseline is then at distance 0 from itself), large ones in float16.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
 from harness.evaluate.windows import TokenWindows, each_window
-from harness.folders import raise_if_full
+from harness.folders import raise_if_full, replacing
 
 __all__ = ["ReferenceLogits", "compute_reference", "load_reference", "save_reference", "write_tensors"]
 
@@ -161,16 +159,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     Raises:
         ConfigError: the folder cannot be written.
     """
-    temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            save_file(tensors, file.name, metadata)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise_if_full(error, path.parent)
         raise ConfigError(
             f"the cache {path.parent} cannot be written ({error}); set HARNESS_CACHE to a writable folder"
