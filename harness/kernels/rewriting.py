@@ -18,7 +18,7 @@ from torch import fx
 from harness.kernels import dense, weight_only
 from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.stored import stored
-from harness.kernels.traced import example_of, is_input, operand_of, source_of
+from harness.kernels.traced import example_of, is_input, join, operand_of, several, source_of
 from harness.nn.packing import PackedWeight
 
 __all__ = ["rewrite_linears"]
@@ -38,11 +38,9 @@ def rewrite_linears(module: fx.GraphModule) -> int:
         for start in range(0, len(calls), dense.MOST_MATRICES):
             _replace(module.graph, calls[start : start + dense.MOST_MATRICES])
         replaced += len(calls)
-    for calls in list(_packed_groups(module.graph)):
-        for start in range(0, len(calls), MOST_MATRICES):
-            if len(some := calls[start : start + MOST_MATRICES]) > 1:
-                _join_packed(module.graph, some)
-                replaced += len(some)
+    for some in several(_packed_groups(module.graph), MOST_MATRICES):
+        _join_packed(module.graph, some)
+        replaced += len(some)
     if replaced:
         module.graph.lint()
         module.recompile()
@@ -109,24 +107,10 @@ def _storage(node: fx.Node) -> tuple[Any, ...]:
 def _join_packed(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
     x, _, _, first_zeros, first_bias, *form = calls[0].args
     codes, scales, zeros, biases = ([call.args[place] for call in calls] for place in (1, 2, 3, 4))
-    with graph.inserting_before(calls[0]):
-        products = graph.call_function(
-            torch.ops.harness.weight_only_linears.default,
-            (
-                x,
-                codes,
-                scales,
-                [] if first_zeros is None else zeros,
-                [] if first_bias is None else biases,
-                *form,
-            ),
-        )
-        for position, call in enumerate(calls):
-            product = graph.call_function(operator.getitem, (products, position))
-            product.meta["example_value"] = call.meta["example_value"]
-            call.replace_all_uses_with(product)
-    for call in calls:
-        graph.erase_node(call)
+    zeros, biases = [] if first_zeros is None else zeros, [] if first_bias is None else biases
+    join(
+        graph, calls, torch.ops.harness.weight_only_linears.default, (x, codes, scales, zeros, biases, *form)
+    )
 
 
 def _replace(graph: fx.Graph, calls: list[fx.Node]) -> None:

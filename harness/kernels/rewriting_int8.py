@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import fx
 
 from harness.kernels import int8
 from harness.kernels.selection import MOST_MATRICES
-from harness.kernels.traced import example_of, is_input, source_of
+from harness.kernels.traced import example_of, is_input, join, several, source_of
 
 __all__ = ["join_int8"]
 
@@ -26,11 +25,9 @@ def join_int8(module: fx.GraphModule) -> int:
         module: as dynamo traces it, with an ``example_value`` at every node.
     """
     joined = 0
-    for calls in list(_groups(module.graph)):
-        for start in range(0, len(calls), MOST_MATRICES):
-            if len(some := calls[start : start + MOST_MATRICES]) > 1:
-                _join(module.graph, some)
-                joined += len(some)
+    for calls in several(_groups(module.graph), MOST_MATRICES):
+        _join(module.graph, calls)
+        joined += len(calls)
     if joined:
         module.graph.lint()
         module.recompile()
@@ -74,14 +71,5 @@ def _join(graph: fx.Graph, calls: Sequence[fx.Node]) -> None:
     parts = [_parts(call) for call in calls]
     x, scale, _, _, first_bias, dtype = parts[0]
     weights, weight_scales, biases = ([each[place] for each in parts] for place in (2, 3, 4))
-    with graph.inserting_before(calls[0]):
-        products = graph.call_function(
-            torch.ops.harness.int8_linears.default,
-            (x, scale, weights, weight_scales, [] if first_bias is None else biases, dtype),
-        )
-        for position, call in enumerate(calls):
-            product = graph.call_function(operator.getitem, (products, position))
-            product.meta["example_value"] = call.meta["example_value"]
-            call.replace_all_uses_with(product)
-    for call in calls:
-        graph.erase_node(call)
+    arguments = (x, scale, weights, weight_scales, [] if first_bias is None else biases, dtype)
+    join(graph, calls, torch.ops.harness.int8_linears.default, arguments)

@@ -14,6 +14,7 @@ from harness.nn.packing import PLANES
 __all__ = [
     "MOST_MATRICES",
     "RULES",
+    "SHARING",
     "WRITING",
     "Launch",
     "Rule",
@@ -82,6 +83,8 @@ class Writing:
 _ALL = tuple(PLANES)
 MOST_MATRICES = 3
 """Matrices that share a launch of *vector* or *few*."""
+SHARING = ("vector", "few")
+"""Kernels that multiply several matrices in one launch, and take what `takes_vector` says."""
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
@@ -133,7 +136,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
             and activation_bits in rule.activation_bits
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
-            and not (rule.launch.kernel in ("vector", "few") and not (vector and takes_vector(form)))
+            and not (rule.launch.kernel in SHARING and not (vector and takes_vector(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch

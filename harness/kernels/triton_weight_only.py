@@ -20,6 +20,7 @@ import triton.language as tl
 
 from harness.kernels.selection import (
     MOST_MATRICES,
+    SHARING,
     WRITING,
     Launch,
     Writing,
@@ -110,7 +111,7 @@ def prepare(
     x = _padded(x, weight)
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
-    if launch.kernel in ("vector", "few"):
+    if launch.kernel in SHARING:
         call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
         return [call]
     rows, out, form = x.shape[0], weight.out_features, weight.form

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from harness.kernels import reference
-from harness.kernels.selection import MOST_MATRICES, Launch, select
+from harness.kernels.selection import MOST_MATRICES, SHARING, Launch, select
 from harness.kernels.stored import Form, StoredMatrix, stored
 from harness.nn.packing import PackedWeight
 
@@ -157,7 +157,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, *_rest: object) -> torch.Tensor:
 def share_a_launch(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices of this form that read the same rows can be multiplied in one launch."""
     launch = launch_for(form, rows, dtype, device)
-    return launch is not None and launch.kernel in ("vector", "few")
+    return launch is not None and launch.kernel in SHARING
 
 
 @torch.library.custom_op("harness::weight_only_linears", mutates_args=())

@@ -15,6 +15,7 @@ from harness.nn.quantized import Int8Linear
 from harness.nn.quantized_tokens import QuantizingNorm
 from harness.nn.quantizer import quantize_weight
 from tests.kernels.interpreting import DEVICES, DTYPES, OLD_NUMPY
+from tests.kernels.joining import Beside, products_of_calls
 
 JOINED = torch.ops.harness.int8_linears.default
 ALONE = (torch.ops.harness.int8_linear.default, torch.ops.harness.int8_linear_of_codes.default)
@@ -99,32 +100,7 @@ def layer(out: int, *, bias: bool = False) -> Int8Linear:
 
 
 def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
-    """How many products each call of the traced module has; its result must not change."""
-    found: list[int] = []
-
-    def backend(graph, _inputs):
-        join_int8(graph)
-        for node in graph.graph.nodes:
-            if node.target is JOINED:
-                found.append(len(node.args[2]))
-            elif node.target in ALONE:
-                found.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        y = torch.compile(module, backend=backend, dynamic=False)(x)
-        assert torch.equal(y, module(x))
-    return found
-
-
-class Beside(nn.Module):
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(x) for layer in self.layers], -1)
+    return products_of_calls(module, x, join_int8, JOINED, 2, ALONE)
 
 
 @pytest.mark.usefixtures("joined")

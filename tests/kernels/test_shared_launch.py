@@ -17,6 +17,7 @@ from harness.kernels.stored import stored
 from harness.nn.packing import pack_weight
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import quantize_weight
+from tests.kernels.joining import Beside, products_of_calls
 
 JOINED = torch.ops.harness.weight_only_linears.default
 ALONE = torch.ops.harness.weight_only_linear.default
@@ -38,34 +39,7 @@ def layer(out: int, columns: int = 256, *, bias: bool = False, **options) -> Qua
 
 
 def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
-    """How many products each joined call of the traced module has; its result must not change."""
-    found: list[int] = []
-
-    def backend(graph, _inputs):
-        rewrite_linears(graph)
-        for node in graph.graph.nodes:
-            if node.target is JOINED:
-                found.append(len(node.args[1]))
-            elif node.target is ALONE:
-                found.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        y = torch.compile(module, backend=backend, dynamic=False)(x)
-        assert torch.equal(y, module(x))
-    return found
-
-
-class Beside(nn.Module):
-    """Layers that read the same x."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x):
-        return torch.cat([each(x) for each in self.layers], -1)
+    return products_of_calls(module, x, rewrite_linears, JOINED, 1, (ALONE,))
 
 
 @pytest.mark.usefixtures("joined")
