@@ -81,7 +81,7 @@ def _of_model(store: Store, model: str, rows: Sequence[Row]) -> list[str]:
     parts = []
     for metric, speedup, title in TIMES:
         parts += _time_table(rows, metric, speedup, title)
-    return [*parts, _fact_table(rows), *_break_even(store, model, methods_of(rows)), *_verdicts(rows)]
+    return [*parts, _fact_table(rows), *_break_even(store, model, rows), *_verdicts(rows)]
 
 
 def _time_table(rows: Sequence[Row], metric: str, speedup: str, title: str) -> list[str]:
@@ -127,32 +127,30 @@ def _fact_table(rows: Sequence[Row]) -> str:
     return f"{title}:\n\n" + markdown_table(["method", *names], lines)
 
 
-def _break_even(store: Store, model: str, methods: Sequence[str]) -> list[str]:
+def _break_even(store: Store, model: str, rows: Sequence[Row]) -> list[str]:
     """Up to which batch size each method is faster than the baseline, or from which on; nothing where no two
     batch sizes were timed."""
     from harness.comparing.break_even import break_even_batches
 
-    lines = []
-    for method in methods[1:]:
-        try:
-            found = break_even_batches(store, methods[0], [method], [model])
-        except ConfigError:  # not timed at two batch sizes
-            continue
-        for row in found:
-            what = row.metric.removesuffix("_latency").replace("_", " ")
-            lines.append([method, what, str(row.prompt_len), str(row.found), row.says])
-    if not lines:
+    timed = {row["method"] for row in rows if row["kind"] == "scenario"}
+    baseline, *others = methods_of(rows)
+    try:
+        found = break_even_batches(store, baseline, [name for name in others if name in timed], [model])
+    except ConfigError:  # not timed at two batch sizes
         return []
+    lines = []
+    for row in found:
+        what = row.metric.removesuffix("_latency").replace("_", " ")
+        lines.append([row.method_b, what, str(row.prompt_len), str(row.found), row.says])
     head = ["method", "what", "prompt", "break-even", "in words"]
     return ["Batch size at which a method breaks even with the baseline:", markdown_table(head, lines)]
 
 
 def _verdicts(rows: Sequence[Row]) -> list[str]:
     """Why a method is slower than the baseline or no smaller, as was stored with its times."""
-    found = [row for row in rows if row["metric"] == "verdict" and row["value"]]
-    found.sort(key=lambda row: _by_size(row["scenario"] or ""))
     order = {method: place for place, method in enumerate(methods_of(rows))}
-    found.sort(key=lambda row: order[row["method"]])
+    found = [row for row in rows if row["metric"] == "verdict" and row["value"]]
+    found.sort(key=lambda row: (order[row["method"]], _by_size(row["scenario"] or "")))
     lines = [f"- {escaped(row['method'])}, {row['scenario']}: {escaped(row['note'] or '')}" for row in found]
     return ["Why slower, or no smaller:\n\n" + "\n".join(lines)] if lines else []
 

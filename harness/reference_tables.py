@@ -104,9 +104,9 @@ def reference_section(files: Sequence[Path]) -> str:
         how = "[reference/README.md](reference/README.md) says how to add some"
         return f"No rows are in `reference/` yet; {how}."
     everything = (
-        "[docs/reference.md](docs/reference.md) has all models, methods and shapes, where methods break"
+        "[docs/reference.md](docs/reference.md) has all models, methods and shapes, "
+        "where methods break even, and why one is slower."
     )
-    everything += " even, and why one is slower."
     return "\n\n".join([*(_of_file(file) for file in files), everything])
 
 
@@ -139,7 +139,8 @@ def imported_rows(file: Path) -> tuple[list[dict[str, Any]], list[Mapping[str, A
 def _of_file(file: Path) -> str:
     rows, manifests = imported_rows(file)
     model, prompt = _most_known(rows)
-    return "\n\n".join([heading(file, rows, manifests), *_summary(rows, model, prompt)])
+    of_model = [row for row in rows if row["model"] == model]
+    return "\n\n".join([heading(file, rows, manifests), *_summary(of_model, prompt)])
 
 
 def heading(file: Path, rows: Sequence[Row], manifests: Sequence[Mapping[str, Any]], prefix: str = "") -> str:
@@ -183,10 +184,10 @@ def _most_known(rows: Sequence[Row]) -> tuple[str | None, int]:
     """The model of which most methods were timed with more than one batch size, and its shortest prompt."""
     batches: dict[tuple[str, int], dict[str, set[int]]] = {}
     for row in rows:
-        shape = shape_of(row["scenario"] or "") if row["kind"] == "scenario" else None
-        if shape is not None and row["metric"] == TIMES[0][0]:
-            of_prompt = batches.setdefault((row["model"], shape[1]), {})
-            of_prompt.setdefault(row["method"], set()).add(shape[0])
+        if row["metric"] == TIMES[0][0] and (shape := shape_of(row["scenario"] or "")):
+            batch, prompt, _ = shape
+            of_prompt = batches.setdefault((row["model"], prompt), {})
+            of_prompt.setdefault(row["method"], set()).add(batch)
     if not batches:
         return None, 0
 
@@ -197,15 +198,17 @@ def _most_known(rows: Sequence[Row]) -> tuple[str | None, int]:
     return max(batches, key=known)
 
 
-def _summary(rows: Sequence[Row], model: str | None, prompt: int) -> list[str]:
+def _summary(rows: Sequence[Row], prompt: int) -> list[str]:
     """Bytes and times of the methods that were timed with more than one batch size (of all where none was):
-    the baseline's as they are, and of the others how much faster they are."""
+    the baseline's as they are, and of the others how much faster they are.
+
+    Args:
+        rows: of one model.
+    """
     cells: dict[tuple[str, str, int], Row] = {}
     weights: dict[str, Row] = {}
     for row in rows:
-        if row["model"] != model:
-            continue
-        shape = shape_of(row["scenario"] or "") if row["kind"] == "scenario" else None
+        shape = shape_of(row["scenario"] or "")
         if shape is not None and shape[1] == prompt:
             cells[row["method"], row["metric"], shape[0]] = row
         elif row["metric"] == "weight_bytes":
@@ -213,9 +216,8 @@ def _summary(rows: Sequence[Row], model: str | None, prompt: int) -> list[str]:
     batches = sorted({batch for _, metric, batch in cells if metric == TIMES[0][0]})
     timed = {method: sum((method, TIMES[0][0], batch) in cells for batch in batches) for method in weights}
     least = 2 if any(count > 1 for count in timed.values()) else 1
-    of_model = [row for row in rows if row["model"] == model]
     lines = []
-    for method in methods_of(of_model):
+    for method in methods_of(rows):
         if timed.get(method, 0) < least:
             continue
         line = [method, value_of(weights[method])]
@@ -228,6 +230,7 @@ def _summary(rows: Sequence[Row], model: str | None, prompt: int) -> list[str]:
         return []
     head = ["method", "weights"]
     head += [f"{name}, batch {batch}" for name in ("decode", "prefill") for batch in batches]
+    model = rows[0]["model"]
     about = f"{model}, prompts of {prompt} tokens; of the methods the speed-up over the baseline:"
     return [about, markdown_table(head, lines)]
 
