@@ -15,8 +15,7 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,12 +25,12 @@ from torch import nn
 from harness.errors import NotApplicable, first_line
 from harness.measure.agreement import Agreement
 from harness.measure.generation import Generation, forward_only
+from harness.measure.known_masks import masks_known_on_host
 
 __all__ = [
     "CAPTURES",
     "Call",
     "More",
-    "masks_known_on_host",
     "no_more",
     "prepare_call",
     "prepare_forward",
@@ -361,51 +360,6 @@ def _settle_after_failed_capture() -> None:
     with torch.cuda.graph(graph):
         scratch.add_(1)
     torch.cuda.synchronize()
-
-
-@contextmanager
-def masks_known_on_host() -> Iterator[None]:
-    """Let transformers leave out attention masks without reading them, because nothing is padded.
-
-    transformers drops the mask where it hides nothing, so that attention takes its fast causal path.
-    To know that, it reads the padding mask, which a capture forbids; and while a stream is captured
-    it keeps every mask. Timed batches have no padding: the answer is known without looking.
-    """
-    from transformers import masking_utils
-
-    answers: dict[str, Callable[..., bool]] = {
-        "_ignore_causal_mask_sdpa": _causal_mask_hides_nothing,
-        "_ignore_bidirectional_mask_sdpa": _bidirectional_mask_hides_nothing,
-    }
-    originals = {name: getattr(masking_utils, name, None) for name in answers}
-    known = {name: original for name, original in originals.items() if original is not None}
-    try:
-        for name in known:
-            setattr(masking_utils, name, answers[name])
-        yield
-    finally:
-        for name, original in known.items():
-            setattr(masking_utils, name, original)
-
-
-def _causal_mask_hides_nothing(
-    _padding_mask: Any,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any,
-    _kv_offset: Any = 0,
-    local_attention_size: int | None = None,
-) -> bool:
-    if local_attention_size is not None and kv_length >= local_attention_size:
-        return False
-    empty_cache = isinstance(q_offset, int) and q_offset == 0
-    return q_length == 1 or kv_length == q_length or empty_cache
-
-
-def _bidirectional_mask_hides_nothing(
-    _padding_mask: Any, kv_length: int, local_attention_size: int | None = None
-) -> bool:
-    return local_attention_size is None or kv_length < local_attention_size
 
 
 def _root(error: BaseException) -> BaseException:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.errors import ConfigError
 from harness.measure.generation import Generation, decode_logits_match, forward_only, random_prompt
-from harness.measure.graphs import masks_known_on_host, prepare_call, prepare_generation
+from harness.measure.graphs import prepare_call, prepare_generation
+from harness.measure.known_masks import masks_known_on_host
 from harness.measure.static_cache import FixedCache, WindowLayer, cache_problem
 from tests.measure.models import tiny_grouped, tiny_mistral, vivid
 
