@@ -30,6 +30,7 @@ __all__ = ["BUSY_TIMEOUT_S", "RECONNECT_TIMEOUT_S", "label", "locate", "open_rea
 
 BUSY_TIMEOUT_S = 30.0
 _WAIT_S = 0.5  # of these, at a time
+_REFUSED_PAUSE_S = 0.005  # where SQLite does not wait at all
 RECONNECT_TIMEOUT_S = 30.0
 _RECONNECT_PAUSE_S = 0.5
 _SQLITE_HEADER = b"SQLite format 3\0"
@@ -251,7 +252,7 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
         connection = sqlite3.connect(
             _uri(path, mode),
             uri=True,
-            timeout=BUSY_TIMEOUT_S,
+            timeout=BUSY_TIMEOUT_S if mode == "ro" else min(_WAIT_S, BUSY_TIMEOUT_S),
             check_same_thread=False,  # the pool hands a connection to one thread at a time
             isolation_level=None,  # transactions are begun below, not guessed by the driver
         )
@@ -259,11 +260,12 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             if mode == "ro":
                 connection.execute("PRAGMA query_only = ON")
             else:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
-                connection.execute(f"PRAGMA busy_timeout = {int(min(_WAIT_S, BUSY_TIMEOUT_S) * 1000)}")
+                # Two that make the log of a new file wait for each other, and SQLite refuses one at
+                # once, whatever its timeout.
+                _once_free(lambda: connection.execute("PRAGMA journal_mode = WAL"))
+                _once_free(lambda: connection.execute("PRAGMA synchronous = FULL"))
                 connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
-        except sqlite3.Error:
+        except BaseException:
             connection.close()
             raise
         return connection
@@ -275,23 +277,32 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
         # A transaction that turns from reading to writing is refused at once when another process
         # has written in between; one that says so from the start waits for its turn.
         writes = connection.get_execution_options().get("harness_write", False)
-        if not writes:
+        if writes:
+            _once_free(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        else:
             connection.exec_driver_sql("BEGIN")
-            return
-        # SQLite waits inside one call, in which no signal is handled: so in many short waits, that
-        # Ctrl-C need not wait for another writer.
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            except OperationalError as error:
-                busy = getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY")
-                if not busy or time.monotonic() >= deadline:
-                    raise
-            else:
-                return
 
     return engine
+
+
+def _once_free(statement: Callable[[], object]) -> None:
+    """Run a statement, once no other connection is in its way.
+
+    SQLite waits inside one call, in which no signal is handled: so in many short waits, that Ctrl-C need
+    not wait for another writer.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            statement()
+        except (sqlite3.OperationalError, OperationalError) as error:
+            cause = error.orig if isinstance(error, OperationalError) else error
+            busy = getattr(cause, "sqlite_errorname", "").startswith("SQLITE_BUSY")
+            if not busy or time.monotonic() >= deadline:
+                raise
+            time.sleep(_REFUSED_PAUSE_S)
+        else:
+            return
 
 
 def _server_engine(url: URL, *, read_only: bool) -> Engine:

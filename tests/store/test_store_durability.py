@@ -7,7 +7,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,21 @@ def test_opening_a_store_that_another_process_holds(path, monkeypatch):
     for opener in (Store.open, Store.open_readonly):
         with pytest.raises(StoreError, match="locked by another process"):
             opener(path)
+    other.close()
+
+
+def test_a_file_whose_first_page_another_process_is_writing(path):
+    """SQLite waits for no one who makes the log of a new file; opening it does."""
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("PRAGMA user_version = 1")  # a first page, and no log yet
+    other.execute("BEGIN IMMEDIATE")
+    impatient = sqlite3.connect(path, timeout=30)
+    with closing(impatient), pytest.raises(sqlite3.OperationalError, match="locked"):
+        impatient.execute("PRAGMA journal_mode = WAL")
+    end = threading.Timer(0.5, other.execute, ["ROLLBACK"])
+    end.start()
+    Store.open(path).close()
+    end.join()
     other.close()
 
 
