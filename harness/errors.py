@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+_LISTED_BY = {"method": "harness methods", "task": "harness tasks --all"}
+
+
 class HarnessError(Exception):
     """Base of all errors raised on purpose; its text is one clear line for the user."""
 
@@ -61,6 +64,8 @@ class UnknownName(ConfigError):
             advice = "known: " + (", ".join(known) or "none")
         else:
             advice = f"{len(known)} are known"
+            if kind in _LISTED_BY:
+                advice += f" (list them: {_LISTED_BY[kind]})"
         super().__init__(f"unknown {kind} {name!r}; {advice}" + (f" {hint}" if hint else ""))
         self.kind, self.name, self.near = kind, name, tuple(near)
 

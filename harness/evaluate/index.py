@@ -144,9 +144,7 @@ class _Finder:
             return [leaf for match in matches for leaf in self._leaves(match, ())]
         entry = self.find(name)
         if entry is None:
-            raise UnknownName(
-                "task", name, {**self.lm_eval, **self.local}, hint="(list them: harness tasks --all)"
-            )
+            raise UnknownName("task", name, {**self.lm_eval, **self.local})
         return self._leaves(entry, ())
 
     def _leaves(self, entry: Entry, above: tuple[str, ...]) -> list[Entry]:

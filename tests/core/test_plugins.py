@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 
@@ -95,3 +96,17 @@ def test_an_unknown_method_has_near_matches():
 
 def test_the_manager_is_no_singleton():
     assert load_plugins().manager is not load_plugins().manager
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "advice"),
+    [
+        ("method", 2, "known: m0, m1"),
+        ("method", 21, r"21 are known \(list them: harness methods\)"),
+        ("task", 21, r"21 are known \(list them: harness tasks --all\)"),
+        ("shape", 21, "21 are known"),
+    ],
+)
+def test_a_name_like_no_other_says_where_the_names_are(kind, count, advice):
+    error = UnknownName(kind, "zzz", [f"m{number}" for number in range(count)])
+    assert re.fullmatch(f"unknown {kind} 'zzz'; {advice}", str(error))
