@@ -138,7 +138,8 @@ def choose_way(
     """The first way that gives, on these rows, what plain calls give; and why better ones do not.
 
     Args:
-        rows: forking rows, longest first, or none; the longest and one of middle size are tried.
+        rows: longest first; of those that fork the longest and one of middle size are tried, and with them
+            the deepest of all: a mask is given to whatever shares their batch.
         chains: makes plain rows of the same requests; asked only where no tree will do.
         crew: tries with several calls at once. What fails so is tried again with one after the other.
 
@@ -153,6 +154,9 @@ def choose_way(
         if not of_kind or (way.tail and _scored_share(of_kind) > _LARGEST_TAIL):
             continue
         tried = _extremes(of_kind)
+        if way.tree:
+            deepest = max(rows, key=_depth)
+            tried += [deepest] if _depth(deepest) > max(map(_depth, tried)) else []
         wrong = _wrong(model, way, tried, crew)
         if wrong is not None and crew.workers > 1:
             wrong = _wrong(model, way, tried, ALONE)
@@ -216,11 +220,17 @@ _REFUSALS = (
 
 
 def _extremes(rows: Sequence[Row]) -> list[Row]:
-    """The largest row and one of middle size: a window or a limit shows in the first."""
+    """The largest row and one of middle size: a limit shows in the first."""
     if not rows:
         return []
     chosen = [rows[0], rows[len(rows) // 2]]
     return list({id(row): row for row in chosen}.values())
+
+
+def _depth(row: Row) -> int:
+    """The longest path of a row. A window of the attention shows there alone, and a row of many short
+    branches is larger than one of few long ones."""
+    return max(row.depths)
 
 
 def _scored_share(rows: Sequence[Row]) -> float:
@@ -260,10 +270,13 @@ def _numbered(rows: Sequence[Row]) -> Iterator[tuple[int, list[int]]]:
 
 
 def _branches(row: Row) -> list[tuple[Row, list[int]]]:
-    """A few branches of a row as chains, with their nodes in the row."""
+    """A few branches of a row as chains, the deepest among them, with their nodes in the row."""
     ends = [end - 1 for _, end, _ in row.segments]
     step = max(1, len(ends) // _PROBED_BRANCHES)
     chosen = ends[::step][: _PROBED_BRANCHES - 1] + ends[-1:]
+    deepest = max(ends, key=lambda node: row.depths[node])
+    if row.depths[deepest] > max(row.depths[node] for node in chosen):
+        chosen.append(deepest)
     scored = set(row.scored_nodes)
     found = []
     for last in dict.fromkeys(chosen):

@@ -14,7 +14,7 @@ from torch import nn
 
 from harness.evaluate import scorer
 from harness.evaluate.forward import PLAIN, Way
-from harness.evaluate.plan import Query
+from harness.evaluate.plan import Limits, Query, plan_rows
 from harness.evaluate.scorer import limits_for, score_queries
 from harness.models.info import info_from_config
 
@@ -137,6 +137,46 @@ def test_attention_that_does_not_honour_a_tree_is_found_out(kind):
     assert "shared prefixes are computed again for each request" in scores.note
     assert ("only padding masks, please" in scores.note) == (kind == "refuses")
     check(model, choices(), scores)
+
+
+@pytest.mark.parametrize("far", ["rows of their own", "one branch of the largest", "a row without a fork"])
+def test_a_window_that_only_the_deepest_sequences_reach_is_found_out(far):
+    """Given a mask, transformers leaves a model's own window out; the largest row, of many short branches,
+    lies within it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = make_llama().config
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    windowed = MistralConfig(
+        **sizes, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2, sliding_window=16,
+        max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(windowed).eval()
+    rng = random.Random(0)
+
+    def tokens(count):
+        return tuple(rng.randrange(100, 200) for _ in range(count))
+
+    def forked(start, longest, branches):
+        return [Query((*start, *tokens(longest - len(start))), 2) for _ in range(branches)]
+
+    queries = forked((1, *tokens(7)), 11, 60)
+    if far == "one branch of the largest":
+        queries += [Query((*queries[30].tokens[:9], *tokens(50)), 2)]
+    elif far == "rows of their own":
+        for first in (2, 3):
+            queries += forked((first, *tokens(40)), 43, 2)
+    else:
+        queries += forked((2,), 60, 1)
+    for first in range(4, 12):
+        queries += forked((first, *tokens(9)), 12, 2)
+    limits = Limits(row_tokens=256, batch_tokens=1024)
+    assert max(plan_rows(queries, limits, share=True)[0].depths) == (57 if far.startswith("one") else 9)
+    scores = score_queries(model, queries, limits)
+    assert not scores.way.tree
+    assert "differ by" in scores.note
+    check(model, queries, scores)
 
 
 def test_a_head_that_mixes_places_gets_them_all(model):
