@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import nn
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
@@ -137,7 +138,9 @@ class InMemoryLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """As `HFLM`; refuses a task that asks for more tokens than the model has positions."""
-        wanted = max(int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests)
+        # A task may say it by any of several names.
+        asked = (normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests)
+        wanted = max(arguments["max_gen_toks"] for arguments in asked)
         if wanted >= self.max_length:
             raise NotApplicable(
                 f"the task generates up to {wanted} tokens; the model has {self.max_length} positions"

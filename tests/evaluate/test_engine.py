@@ -413,6 +413,17 @@ def test_a_text_longer_than_the_model_is_refused(model, tokenizer, folder):
         evaluate("write_long", model, tokenizer, folder)
 
 
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_how_many_tokens_a_task_asks_for_may_be_said_by_any_name(name, model, tokenizer, folder):
+    asked = (folder / "write.yaml").read_text().replace("max_gen_toks: 5", f"{name}: 4")
+    (folder / "write.yaml").write_text(asked)
+    found = evaluate("write", model, tokenizer, folder, limit=2)
+    assert len(found.items) == 2
+    (folder / "write.yaml").write_text(asked.replace(f"{name}: 4", f"{name}: {POSITIONS}"))
+    with pytest.raises(NotApplicable, match=f"up to {POSITIONS} tokens; the model has {POSITIONS}"):
+        evaluate("write", model, tokenizer, folder, limit=2)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
