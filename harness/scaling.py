@@ -216,9 +216,9 @@ def _without_crossing(x: Floats, y: Floats, drawn: Floats | None, sizes: Sequenc
     if drawn is not None:
         share = float(np.mean(np.sign(centred @ drawn) == np.sign(trend)))
         is_clear = is_clear and share >= CLEAR_SHARE
-    is_better = bool(y[-1] < 0)
     if not is_clear:
         return BreakEven("none", sizes[0], sizes[-1])
+    is_better = bool(y[y != 0][-1] < 0)  # a trend that is clear leaves 1 somewhere
     # Faster and losing ground, or slower and gaining it: the crossing could only lie at larger batches.
     beyond = (trend > 0) == is_better
     better_below = is_better if beyond else not is_better

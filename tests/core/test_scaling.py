@@ -95,6 +95,9 @@ def test_the_crossing_is_interpolated_in_logarithms():
         ((0.9, 0.7, 0.5, 0.4), "below", "below 1"),  # faster, and gaining: it was slower earlier
         ((1.1, 1.3, 1.6, 2.0), "below", "below 1"),  # slower, and getting worse
         ((2.0, 1.6, 1.3, 1.1), "above", "above 64"),  # slower, and catching up
+        ((0.5, 0.7, 0.9, 1.0), "above", "above 64"),  # faster, until it is just as fast
+        ((1.0, 0.9, 0.7, 0.5), "below", "below 1"),
+        ((2.0, 1.6, 1.3, 1.0), "above", "above 64"),
         ((0.5, 0.5, 0.5, 0.5), "none", "none"),
     ],
 )
