@@ -150,8 +150,10 @@ def _break_even(
 def _print_break_even(rows: Sequence[BreakEvenRow], allow_different: bool, output: Format) -> int:
     refused = [row for row in rows if row.differences]
     shown = rows if allow_different else [row for row in rows if not row.differences]
+    # What all rows have in common need not be said to people.
+    telling = [name for name in ("seed", "dtype", "device") if len({getattr(row, name) for row in shown}) > 1]
     columns = [
-        "model", "method_a", "method_b", "metric", "prompt_len", "new_tokens", "break_even", "says",
+        "model", "method_a", "method_b", *telling, "metric", "prompt_len", "new_tokens", "break_even", "says",
         "ratios", "basis", "flags",
     ]  # fmt: skip
     print_rows([_break_even_row(row, output) for row in shown], columns, output)
@@ -171,6 +173,9 @@ def _break_even_row(row: BreakEvenRow, output: Format) -> dict[str, Any]:
         "metric": row.metric,
         "prompt_len": row.prompt_len,
         "new_tokens": row.new_tokens,
+        "seed": row.seed,
+        "dtype": row.dtype,
+        "device": row.device,
         "break_even": str(row.found),
         "says": row.says,
     }

@@ -18,7 +18,7 @@ __all__ = ["BreakEvenRow", "break_even_batches"]
 
 @dataclass(frozen=True)
 class BreakEvenRow:
-    """One crossing, or its absence, of one metric of two methods at one prompt length.
+    """One crossing, or its absence, of one metric of two methods at one prompt length, on one device.
 
     `ratios` are the measured b/a by batch size (below 1: b is faster) and `bases` what each rests on.
     """
@@ -29,6 +29,9 @@ class BreakEvenRow:
     metric: str
     prompt_len: int
     new_tokens: int
+    seed: int
+    dtype: str
+    device: str
     found: BreakEven
     ratios: dict[int, float]
     bases: dict[int, str]
@@ -44,7 +47,8 @@ class BreakEvenRow:
 def break_even_batches(
     store: Store, a: str, others: Sequence[str], models: Sequence[str] | None = None
 ) -> list[BreakEvenRow]:
-    """Where each of the others stops or starts being faster than `a`, for every model and prompt length.
+    """Where each of the others stops or starts being faster than `a`, for every model, prompt length, seed,
+    type and device.
 
     Raises:
         UnknownName: a method that the store has no rows of.
@@ -59,8 +63,9 @@ def break_even_batches(
     rows = [
         BreakEvenRow(
             model=each.model, method_a=a, method_b=b, metric=each.metric, prompt_len=each.fixed,
-            new_tokens=each.new_tokens, found=each.found, ratios=each.ratios, bases=each.bases,
-            flags=each.flags, differences=each.differences,
+            new_tokens=each.new_tokens, seed=each.seed, dtype=each.dtype, device=each.device,
+            found=each.found, ratios=each.ratios, bases=each.bases, flags=each.flags,
+            differences=each.differences,
         )
         for b in others
         for each in crossings(mine, [cell for cell in cells if cell.method == b], Axis.BATCH_SIZE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from harness.comparability import Difference, Scope
+from harness.comparability import Conditions, Difference, Scope, differences
 from harness.comparing.cells import Cell
 from harness.comparing.growth import Axis, shape_of
 from harness.comparing.matching import pairs_of
@@ -21,7 +21,7 @@ _NAMES = {Axis.PROMPT_LEN: "prompt length", Axis.BATCH_SIZE: "batch size"}
 
 @dataclass(frozen=True)
 class Crossing:
-    """One crossing, or its absence, of one metric of two variants along one axis.
+    """One crossing, or its absence, of one metric of two variants along one axis, on one device.
 
     `fixed` is the batch size where prompt lengths vary, and the prompt length where batch sizes do.
     `ratios` are the measured b/a by size (below 1: b is faster) with their `intervals` (95 %, None where
@@ -31,6 +31,8 @@ class Crossing:
     axis: Axis
     model: str
     seed: int
+    dtype: str
+    device: str
     fixed: int
     new_tokens: int
     metric: str
@@ -79,6 +81,8 @@ class _Series(NamedTuple):
 
     model: str
     seed: int
+    dtype: str
+    device: str
     fixed: int
     new_tokens: int
     metric: str
@@ -89,6 +93,7 @@ class _Measured(NamedTuple):
 
     size: int
     ratio: TimingRatio
+    conditions: Conditions
     differences: tuple[Difference, ...]
     passed_over: str | None
 
@@ -104,16 +109,17 @@ def _ratios(mine: Sequence[Cell], theirs: Sequence[Cell], axis: Axis) -> Iterato
             )
             if not (of_a and of_b):
                 continue
-            first, second, found, passed = next(pairs_of(of_a, of_b, Scope.TIMING, metric))
-            ratio = timing_ratio(
-                metric,
-                first.records,
-                second.records,
-                a_is_baseline=first.is_baseline,
-                b_is_baseline=second.is_baseline,
-            )
-            series = _Series(str(place[0]), int(place[1]), *axis.fixed(shape), metric)
-            yield series, _Measured(axis.size(shape), ratio, found, passed)
+            for first, second, found, passed in pairs_of(of_a, of_b, Scope.TIMING, metric):
+                ratio = timing_ratio(
+                    metric,
+                    first.records,
+                    second.records,
+                    a_is_baseline=first.is_baseline,
+                    b_is_baseline=second.is_baseline,
+                )
+                setting = str(second.dtype), str(second.device)
+                series = _Series(str(place[0]), int(place[1]), *setting, *axis.fixed(shape), metric)
+                yield series, _Measured(axis.size(shape), ratio, second.conditions, found, passed)
 
 
 def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Crossing]:
@@ -121,7 +127,7 @@ def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Cross
     flags = [
         f"{mark}{each.size}: {flag}"
         for each in measured
-        for flag in (*each.ratio.flags, *filter(None, [each.passed_over]))
+        for flag in (*each.ratio.flags, *filter(None, [each.passed_over]), *_apart(each, measured[-1]))
     ]
     points = [Point(each.size, each.ratio.value, each.ratio.draws) for each in measured]
     return [
@@ -129,6 +135,8 @@ def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Cross
             axis=axis,
             model=key.model,
             seed=key.seed,
+            dtype=key.dtype,
+            device=key.device,
             fixed=key.fixed,
             new_tokens=key.new_tokens,
             metric=key.metric,
@@ -141,3 +149,10 @@ def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Cross
         )
         for found in break_even(points)
     ]
+
+
+def _apart(one: _Measured, last: _Measured) -> list[str]:
+    """Where a size was measured under other conditions than the largest one, which each ratio by itself
+    does not show."""
+    found = differences(one.conditions, last.conditions, Scope.TIMING)
+    return [f"{each} at {last.size}" for each in found if not each.is_passing]

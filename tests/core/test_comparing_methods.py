@@ -333,6 +333,40 @@ def test_a_break_even_across_drivers_is_refused(store, compare):
     assert compare("baseline", "new", "--break-even", "--allow-different")[0] == 0
 
 
+def test_a_break_even_is_of_one_device(store, compare):
+    """A newer reading on another device is no point of the first one's line."""
+    for device, ratios in (("a GPU", {1: 0.5, 8: 0.8, 64: 0.9}), ("a CPU", {1: 3.0, 8: 2.0})):
+        sweep = add_sweep(store, device_name=device)
+        for batch, ratio in ratios.items():
+            for method, seconds in (("baseline", 0.01), ("new", 0.01 * ratio)):
+                record = timed("decode_latency", around(seconds))
+                add_cell(store, sweep, method, record, scenario=f"b{batch}-p8-g2", device_name=device)
+    code, out, _ = compare("baseline", "new", "--break-even", "--format", "json")
+    rows = {row["device"]: row for row in json.loads(out)}
+    assert code == 0
+    assert {name: row["break_even"] for name, row in rows.items()} == {
+        "a GPU": "above 64",
+        "a CPU": "above 8",
+    }
+    assert list(rows["a GPU"]["ratios"]) == ["b1", "b8", "b64"]
+    assert rows["a GPU"]["says"] == "new is faster at every measured batch size (1 to 64)"
+    assert rows["a CPU"]["says"] == "new is slower at every measured batch size (1 to 8)"
+    _, table, _ = compare("baseline", "new", "--break-even")
+    assert "a GPU" in table
+    assert "bfloat16" not in table
+
+
+def test_sizes_of_a_break_even_under_other_conditions_are_flagged(store, compare):
+    for batch, driver in ((1, "580"), (4, "590")):
+        sweep = add_sweep(store, gpu={"driver": driver})
+        for method in ("baseline", "new"):
+            record = timed("decode_latency", around(0.01))
+            add_cell(store, sweep, method, record, scenario=f"b{batch}-p8-g2")
+    code, out, _ = compare("baseline", "new", "--break-even", "--format", "json")
+    (row,) = json.loads(out)
+    assert (code, row["flags"]) == (0, ["b1: driver: 580 and 590 at 4"])
+
+
 def test_a_break_even_needs_two_batch_sizes(store, compare):
     sweep = add_sweep(store)
     for method in ("baseline", "new"):
