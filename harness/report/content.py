@@ -11,10 +11,12 @@ from harness.cli.output import clean
 from harness.cli.summary import VariantTable, variant_table
 from harness.display import LEADING, better
 from harness.errors import ConfigError
+from harness.evaluate.definitions import Score, definitions
 from harness.pareto import on_front
 from harness.privacy import in_texts, without_identity
 
 if TYPE_CHECKING:
+    from harness.comparability import Conditions
     from harness.store.store import Store
 
 __all__ = ["Front", "Machine", "Point", "Report", "make_report"]
@@ -106,11 +108,12 @@ def make_report(
         rows = [row for row in rows if row["task"] is None or row["task"] in wanted]
     if not rows:
         raise ConfigError("nothing is stored there that a report could show; run: harness sweep")
+    conditions = conditions_by_cell(store, rows)
     return Report(
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=harness.__version__,
-        table=variant_table(rows, conditions_by_cell(store, rows)),
-        fronts=tuple(_fronts(rows)),
+        table=variant_table(rows, conditions),
+        fronts=tuple(_fronts(rows, conditions)),
         verdicts=tuple(_verdicts(rows)),
         problems=tuple(_problems(rows)),
         machines=tuple(_machines(queries.sweeps(store), {row["sweep"] for row in rows})),
@@ -120,20 +123,30 @@ def make_report(
 # --- figures ------------------------------------------------------------------------------------------
 
 
-def _fronts(rows: Sequence[Row]) -> list[Front]:
-    """For each model and device every task's main score against weights and times of the first shape."""
+def _fronts(rows: Sequence[Row], conditions: Mapping[int, Conditions]) -> list[Front]:
+    """For each model and device every task's main score against weights and times of the first shape.
+
+    Scores that mean different things, as those of the first few items, are in different figures.
+    """
     fronts = []
+    scores = [Score(row["task"], row["metric"], row["note"], conditions[row["cell"]].limit) for row in rows]
+    meanings = {id(row): text for row, text in zip(rows, definitions(scores), strict=True)}
     for model, device in dict.fromkeys((row["model"], row["device_name"]) for row in rows):
         here = [row for row in rows if (row["model"], row["device_name"]) == (model, device)]
         measured = [row for row in here if row["metric"] is not None and row["value"] is not None]
+        costs = [row for row in measured if row["kind"] != "task"]
         for task in sorted({row["task"] for row in measured if row["task"]}):
-            quality = _first({row["metric"]: row for row in measured if row["task"] == task}, _QUALITIES)
-            if quality is None:
+            of_task = [row for row in measured if row["task"] == task]
+            main = _first({row["metric"]: row for row in of_task}, _QUALITIES)
+            if main is None:
                 continue
-            for cost in _costs(measured):
-                front = _front(model, device, measured, cost, quality)
-                if front is not None:
-                    fronts.append(front)
+            scored = [row for row in of_task if row["metric"] == main["metric"]]
+            for meaning in sorted({meanings[id(row)] for row in scored}):
+                qualities = [row for row in scored if meanings[id(row)] == meaning]
+                for cost in _costs(costs):
+                    front = _front(model, device, [*costs, *qualities], cost, qualities[-1], meaning)
+                    if front is not None:
+                        fronts.append(front)
     return fronts
 
 
@@ -150,7 +163,9 @@ def _costs(rows: Sequence[Row]) -> list[Row]:
     return [found[name] for name in _COSTS if name in found]
 
 
-def _front(model: str, device: str, rows: Sequence[Row], cost: Row, quality: Row) -> Front | None:
+def _front(
+    model: str, device: str, rows: Sequence[Row], cost: Row, quality: Row, meaning: str
+) -> Front | None:
     sides = [_by_variant(rows, cost), _by_variant(rows, quality)]
     variants = [variant for variant in sides[0] if variant in sides[1]]
     directions = [better(row["metric"], row["unit"] or "", row["kind"]) for row in (cost, quality)]
@@ -178,7 +193,7 @@ def _front(model: str, device: str, rows: Sequence[Row], cost: Row, quality: Row
         x=_named(cost),
         x_unit=cost["unit"] or "",
         x_better=x_better,
-        y=_named(quality),
+        y=clean(f"{_named(quality)} ({meaning})") if meaning else _named(quality),
         y_unit=quality["unit"] or "",
         y_better=y_better,
         points=tuple(points),

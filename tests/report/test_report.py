@@ -140,6 +140,27 @@ def test_fronts_hold_what_nothing_beats(report):
     assert f"- {MODEL}, token\\_perplexity · wikitext against" in to_markdown(report)
 
 
+def test_scores_of_the_first_few_items_are_in_a_figure_of_their_own(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        for limit, acc in ((None, {"baseline": 0.6, "rtn": 0.5}), (10, {"baseline": 0.7, "rtn": 0.9})):
+            sweep = store.open_sweep(command="c", config={"limit": limit}, manifest={}, cells_planned=4)
+            for method, value in acc.items():
+                row = variant_row(method, ((method, {}),), "quantization")
+                store.write_variant(sweep, row)
+                weights = Record("weight_bytes", 9.0 if method == "baseline" else 3.0, "B")
+                for key, kind, task, record in (
+                    ("t", CellKind.TRANSFORM, None, weights),
+                    (f"q{limit}", CellKind.TASK, "grammar", Record("acc", value, "fraction", n=limit or 99)),
+                ):
+                    result = CellResult(f"{row.key}/{key}", row.key, Status.OK, records=(record,))
+                    store.write_cell(sweep, result, kind=kind, task=task, scenario=None)
+        fronts = make_report(store).fronts
+    assert {front.y: {point.method: point.y for point in front.points} for front in fronts} == {
+        "acc · grammar": {"baseline": 0.6, "rtn": 0.5},
+        "acc · grammar (limit 10)": {"baseline": 0.7, "rtn": 0.9},
+    }
+
+
 def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
     for front in report.fronts:
         drawn = scatter(front)
