@@ -7,10 +7,11 @@ order, so that every comparison is paired.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from harness.comparing.quality import weights_that_explain
 from harness.errors import ConfigError
 from harness.evaluate.correlation import compare_correlations
 from harness.evaluate.metrics import metric_of
@@ -27,13 +28,22 @@ _SHARES = frozenset({"acc", "acc_norm", "exact_match"})
 log = logging.getLogger("harness.derive")
 
 
-def baseline_records(baseline: Sequence[Item], variant: Sequence[Item]) -> tuple[Record, ...]:
+def baseline_records(
+    baseline: Sequence[Item],
+    variant: Sequence[Item],
+    scores: tuple[Mapping[str, Record], Mapping[str, Record]] = ({}, {}),
+) -> tuple[Record, ...]:
     """What the same items say about two variants: paired differences, flips, divergence of choices.
 
     The difference is variant minus baseline, with its paired bootstrap interval, so `nll_rise` above
     zero is a loss of quality and `acc_difference` below zero too. Beside each stand `…_p`, the raw
     p-value of the paired test, for tables to adjust over all that they show, and `…_detectable`, the
     smallest true difference that these items would show four times in five.
+
+    Args:
+        scores: the records of the baseline's and the variant's cell, by metric. Items are weighted so that
+            they make up these: members of a group may count the same, whatever their size. Without them an
+            item counts for its tokens.
 
     Raises:
         ConfigError: the two were not scored on the same items.
@@ -42,12 +52,13 @@ def baseline_records(baseline: Sequence[Item], variant: Sequence[Item]) -> tuple
     metrics = {item.metric for item in baseline} & {item.metric for item in variant}
     for metric in sorted(metrics):
         if (name := difference_name(metric)) is not None:
-            records += _differences(name, match_items(baseline, variant, metric))
+            pairs = match_items(baseline, variant, metric)
+            records += _differences(name, pairs, [of_side.get(metric) for of_side in scores])
     if "cosine" in metrics:
         pairs = match_items(baseline, variant, "cosine")
         a, b = [first.outcome for first, _ in pairs], [second.outcome for _, second in pairs]
-        scores = [float(second.detail["target"]) for _, second in pairs]
-        records += _told("spearman_difference", compare_correlations("spearman", a, b, scores))
+        targets = [float(second.detail["target"]) for _, second in pairs]
+        records += _told("spearman_difference", compare_correlations("spearman", a, b, targets))
     if "acc" in metrics:
         records.append(replace(flips(baseline, variant, "acc"), metric="flips"))
         if all("loglikelihoods" in item.detail for item in baseline if item.metric == "acc"):
@@ -69,9 +80,18 @@ def difference_name(metric: str) -> str | None:
     return f"{name}_difference{comma}{filter_name}"
 
 
-def _differences(name: str, pairs: Sequence[tuple[Item, Item]]) -> list[Record]:
-    a, b = [first.outcome for first, _ in pairs], [second.outcome for _, second in pairs]
-    return _told(name, compare_paired(a, b, [float(second.detail.get("tokens", 1)) for _, second in pairs]))
+def _differences(
+    name: str, pairs: Sequence[tuple[Item, Item]], scores: Sequence[Record | None]
+) -> list[Record]:
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    weights = None
+    values = [score.value for score in scores if score is not None]
+    if len(values) == 2:
+        weights = weights_that_explain(first, second, *values)
+    if weights is None:
+        weights = [float(item.detail.get("tokens", 1)) for item in second]
+    a, b = ([item.outcome for item in side] for side in (first, second))
+    return _told(name, compare_paired(a, b, weights))
 
 
 def _told(name: str, found: PairedOutcome) -> list[Record]:
@@ -132,7 +152,11 @@ class Derivation:
 
     def _write(self, cell_id: int, baseline_id: int) -> None:
         try:
-            records = baseline_records(self._store.items(baseline_id), self._store.items(cell_id))
+            records = baseline_records(
+                self._store.items(baseline_id),
+                self._store.items(cell_id),
+                (self._store.records(baseline_id), self._store.records(cell_id)),
+            )
         except ConfigError as error:
             # The data of a task changed without its revision: the cells stand, the comparison does not.
             log.warning("cell %d is not compared with the baseline: %s", cell_id, error)

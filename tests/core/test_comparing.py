@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from harness.comparing import (
     parse_gate,
     parse_side,
 )
-from harness.derive import baseline_records
+from harness.derive import Derivation, baseline_records
 from harness.errors import ConfigError, UnknownName
 from harness.records import CellKind, CellResult, Item, Record, Status
 from harness.store.store import Store, VariantRow
@@ -182,6 +183,43 @@ def test_what_is_stored_beside_the_baseline():
     assert (rise.metric, rise.unit) == ("nll_rise", "nats/token")
     assert rise.value == pytest.approx(0.2)
     assert 0 < rise.lower <= 0.2 <= rise.upper
+
+
+def test_a_group_whose_members_count_the_same_is_stored_so_too(tmp_path):
+    """Its score is the mean of its members' shares, and its difference is that of the scores."""
+    sizes = {"small": 10, "large": 90}
+
+    def scored(small, large):
+        rights = [*((1.0,) * small + (0.0,) * (10 - small)), *((1.0,) * large + (0.0,) * (90 - large))]
+        tasks = [task for task, size in sizes.items() for _ in range(size)]
+        found = [Item(i, "acc", value, {"task": tasks[i]}) for i, value in enumerate(rights)]
+        return found, Record("acc", (small / 10 + large / 90) / 2, "fraction", n=100)
+
+    sides = {"baseline": scored(8, 45), "other": scored(3, 54)}
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = store.open_sweep(command="c", config={}, manifest={}, cells_planned=2)
+        variants, ids = [], {}
+        for method, (items, score) in sides.items():
+            store.write_variant(sweep, _variant(method))
+            result = CellResult(method, _variant(method).key, Status.OK, records=(score,), items=tuple(items))
+            ids[method] = store.write_cell(sweep, result, kind=CellKind.TASK, task="group", scenario=None)
+            cell = SimpleNamespace(kind=CellKind.TASK, key=method, task=SimpleNamespace(name="group"))
+            variants.append(
+                SimpleNamespace(
+                    cells=[cell],
+                    model=SimpleNamespace(info=SimpleNamespace(label="m")),
+                    seed=0,
+                    chain=SimpleNamespace(is_baseline=method == "baseline"),
+                )
+            )
+        derivation = Derivation(store, SimpleNamespace(variants=variants))
+        for method, cell_id in ids.items():
+            derivation.stored(method, cell_id, Status.OK)
+        records = store.records(ids["other"])
+    difference = records["acc_difference"]
+    assert difference.value == pytest.approx((3 / 10 + 54 / 90 - 8 / 10 - 45 / 90) / 2)  # not (57 - 53) / 100
+    assert difference.lower < difference.value < difference.upper
+    assert records["acc_difference_p"].note == "sign flips, not adjusted"
 
 
 def test_other_items_are_not_compared():
