@@ -14,6 +14,7 @@ import numpy.typing as npt
 __all__ = [
     "CONFIDENCE",
     "RESAMPLES",
+    "bootstrap_ratio",
     "bootstrap_statistic",
     "bootstrap_weighted_mean",
     "generator",
@@ -81,13 +82,29 @@ def bootstrap_weighted_mean(
     """
     array = np.asarray(values, dtype=np.float64)
     weight = np.ones_like(array) if weights is None else np.asarray(weights, dtype=np.float64)
-    products = array * weight
-    draws = np.empty(resamples)
-    step = max(1, _DRAWS_AT_ONCE // len(array))
+    return bootstrap_ratio(array * weight, weight, rng, resamples)
+
+
+def bootstrap_ratio(
+    numerators: Sequence[float] | Floats,
+    denominators: Sequence[float] | Floats,
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+) -> Floats:
+    """Bootstrap draws of ``sum(numerators) / sum(denominators)``, float64 [resamples].
+
+    An item may count for nothing (an empty document). A resample of such items alone has no ratio and is
+    left out, so that there are fewer draws.
+    """
+    upper, lower = (np.asarray(each, dtype=np.float64) for each in (numerators, denominators))
+    sums = np.empty((2, resamples))
+    step = max(1, _DRAWS_AT_ONCE // len(upper))
     for first in range(0, resamples, step):
         count = min(step, resamples - first)
-        chosen = rng.integers(0, len(array), size=(count, len(array)))
-        draws[first : first + count] = products[chosen].sum(axis=1) / weight[chosen].sum(axis=1)
+        chosen = rng.integers(0, len(upper), size=(count, len(upper)))
+        sums[:, first : first + count] = upper[chosen].sum(axis=1), lower[chosen].sum(axis=1)
+    there = sums[1] != 0
+    draws: Floats = sums[0, there] / sums[1, there]
     return draws
 
 

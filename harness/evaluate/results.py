@@ -15,6 +15,7 @@ from lm_eval.utils import handle_non_serializable
 from harness.errors import NumericalFailure
 from harness.evaluate.intervals import (
     RESAMPLES,
+    bootstrap_ratio,
     bootstrap_statistic,
     bootstrap_weighted_mean,
     generator,
@@ -52,6 +53,8 @@ class _Scores:
             value = float(self.aggregate(list(self.values)))
         except OverflowError:
             value = math.inf
+        except ZeroDivisionError:  # nothing but empty documents
+            value = math.nan
         if not math.isfinite(value) and self.aggregation != "nanmean":
             raise NumericalFailure(f"{self.metric} of {self.task} is {value}")
         return value
@@ -62,12 +65,11 @@ class _Scores:
         rng = generator(seed, name)
         if self.aggregation in ("mean", "perplexity") and _are_numbers(self.values):
             means = bootstrap_weighted_mean([float(value) for value in self.values], rng)
-            return means if self.aggregation == "mean" else np.exp(-means)
+            return means if self.aggregation == "mean" else _exp(-means)
         if self.aggregation in ("weighted_perplexity", "bits_per_byte"):
-            weights = [float(weight) for _, weight in self.values]
-            ratios = [float(score) / float(weight) for score, weight in self.values]
-            means = bootstrap_weighted_mean(ratios, rng, weights)
-            return np.exp(-means) if self.aggregation == "weighted_perplexity" else -means / math.log(2)
+            scores, weights = ([float(value[place]) for value in self.values] for place in (0, 1))
+            means = bootstrap_ratio(scores, weights, rng)
+            return _exp(-means) if self.aggregation == "weighted_perplexity" else -means / math.log(2)
         return bootstrap_statistic(self.values, self.aggregate, rng, CORPUS_RESAMPLES)
 
     def interval(self, seed: int) -> tuple[float, float] | tuple[None, None]:
@@ -75,7 +77,10 @@ class _Scores:
             return None, None
         if self.aggregation == "mean" and _are_binary(self.values):
             return wilson(round(sum(self.values)), len(self.values))
-        return percentile_interval(self.draws(seed))
+        with np.errstate(invalid="ignore"):  # between a number and infinity lies nothing
+            lower, upper = percentile_interval(self.draws(seed))
+        # One document may hold nearly all the loss: without it, or with it twice, there is no such number.
+        return (lower, upper) if math.isfinite(lower) and math.isfinite(upper) else (None, None)
 
     @property
     def item_metric(self) -> str:
@@ -83,19 +88,28 @@ class _Scores:
         name = "target_nll" if self.aggregation == "perplexity" else self.metric
         return record_name(name, self.filter_name)
 
-    def outcomes(self) -> list[float] | None:
+    def outcomes(self) -> list[float | None] | None:
         """One number per item, or None where the metric exists of the whole only (F1, BLEU).
 
-        For running text it is the metric of the one document; for a perplexity of targets, whose value
-        for one item may be astronomical, the target's loss in nats (`item_metric`).
+        For running text it is the metric of the one document: None for an empty one, infinite where a
+        perplexity is beyond all numbers. For a perplexity of targets, whose value for one item may be
+        astronomical, it is the target's loss in nats (`item_metric`).
         """
         if self.aggregation == "perplexity":
             return [-float(value) for value in self.values]
         if _are_numbers(self.values):
             return [float(value) for value in self.values]
         if self.aggregation in ("weighted_perplexity", "bits_per_byte", "brier_score"):
-            return [float(self.aggregate([value])) for value in self.values]
+            return [self._alone(value) for value in self.values]
         return None
+
+    def _alone(self, value: Any) -> float | None:
+        try:
+            return float(self.aggregate([value]))
+        except OverflowError:
+            return math.inf
+        except ZeroDivisionError:
+            return None
 
 
 def records_of(
@@ -134,6 +148,8 @@ def items_of(loaded: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any
                 continue
             metric = one.item_metric
             for index, outcome in zip(one.indices, outcomes, strict=True):
+                if outcome is None:
+                    continue
                 detail = details.pop((index, one.filter_name), {})
                 if loaded.is_group:
                     detail = {"task": name, **detail}
@@ -204,8 +220,9 @@ def _document_hash(document: Any) -> str:
 def _record(one: _Scores, seed: int, note: str | None, subtask: str = "") -> Record:
     metric = record_name(one.metric, one.filter_name, subtask)
     unit = metric_of(metric).unit
+    value = one.value()
     lower, upper = one.interval(seed)
-    return Record(metric, one.value(), unit, lower, upper, len(one.values), note=note)
+    return Record(metric, value, unit, lower, upper, len(one.values), note=note)
 
 
 def _group_records(
@@ -242,6 +259,13 @@ def _mean(values: Sequence[Any]) -> float:
 
 
 _mean.__name__ = "mean"
+
+
+def _exp(nats: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Infinite where it is beyond all numbers."""
+    with np.errstate(over="ignore"):
+        result: np.ndarray[Any, Any] = np.exp(nats)
+    return result
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:

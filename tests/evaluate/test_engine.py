@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
 import random
@@ -364,6 +365,50 @@ def test_a_broken_model_is_not_scored_as_perfect(model, tokenizer, folder):
     for name in ("pick_again", "grammar", "kjv", "finish"):
         with pytest.raises(NumericalFailure, match="NaN"):
             evaluate(name, model, tokenizer, folder, limit=2)
+
+
+ROLLING = """
+task: roll
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
+"""
+
+
+def running_text(folder, texts):
+    data = folder / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "roll.yaml").write_text(ROLLING.format(data=data))
+
+
+def test_an_empty_document_counts_for_nothing(model, tokenizer, folder):
+    running_text(folder, ["In the beginning God created the heaven", "", "And the earth was without form"])
+    found = evaluate("roll", model, tokenizer, folder)
+    expected = lm_evals_own("roll", model, tokenizer, folder)["roll"]
+    for record in found.records[:3]:
+        assert record.value == pytest.approx(expected[f"{record.metric},none"], rel=1e-5)
+        assert record.lower < record.value < record.upper
+    assert [item.index for item in found.items if item.metric == "bits_per_byte"] == [0, 2]
+    running_text(folder, ["", ""])
+    with pytest.raises(NumericalFailure, match="byte_perplexity of roll is nan"):
+        evaluate("roll", model, tokenizer, folder)
+
+
+def test_a_document_whose_own_perplexity_is_beyond_all_numbers(model, tokenizer, folder):
+    """One long word without a space, among many of ordinary length."""
+    letters = random.Random(0)
+    word = "".join(letters.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(300))
+    running_text(folder, ["In the beginning God created the heaven and the earth. " * 300, word])
+    found = evaluate("roll", model, tokenizer, folder)
+    record, outcomes = found.records[0], [i.outcome for i in found.items if i.metric == "word_perplexity"]
+    assert (record.metric, record.lower, record.upper) == ("word_perplexity", None, None)
+    assert math.isfinite(record.value)
+    assert outcomes[1] == math.inf
 
 
 def test_a_perplexity_beyond_all_numbers_is_a_numerical_failure(model, tokenizer):
