@@ -23,7 +23,7 @@ from harness.evaluate.plan import Query
 
 __all__ = ["Encoder", "tokenizer_identity"]
 
-FORMAT = 1  # of what is kept; also changes when the rules here do
+FORMAT = 2  # of what is kept; also changes when the rules here do
 
 
 def tokenizer_identity(tokenizer: Any) -> str | None:
@@ -80,8 +80,11 @@ class Encoder:
         queries = []
         for context, rest in moved:
             if context:
-                tokens = whole[context + rest]
-                scored = len(tokens) - len(contexts[context])
+                # Where a token lies across the border, lm-eval keeps the context's own tokens before what is
+                # left of the whole.
+                start = contexts[context]
+                scored = len(whole[context + rest]) - len(start)
+                tokens = [*start, *whole[context + rest][len(start) :]]
             else:
                 own = free[rest]
                 starts = bool(own) and own[0] == self.prefix_token

@@ -21,6 +21,7 @@ PAIRS = [
     ("the waters " * 200, "under the heaven"),  # longer than the model
     ("<end>In the beginning", " God"),
     ("", "<end>In the beginning"),
+    ("In the b", "eginning God created the heaven"),  # a token lies across the border
 ]
 TEXTS = ["And the evening and the morning were the first day. " * 30, "And God", ""]
 
@@ -58,6 +59,9 @@ def test_pairs_are_lm_evals(tokenizer, theirs, adds_start, monkeypatch):
     expected = [(tuple(c + rest)[-(POSITIONS + 1) :], len(rest)) for _, c, rest in asked]
     found = encoder(tokenizer).pairs(PAIRS)
     assert [(query.tokens, query.scored) for query in found] == expected
+    across = list(found[-1].tokens)
+    assert across != tokenizer("".join(PAIRS[-1]))["input_ids"][-len(across) :]
+    assert tokenizer.decode(across[: -found[-1].scored]).endswith(PAIRS[-1][0])
 
 
 def test_windows_of_texts_are_lm_evals(tokenizer, theirs, monkeypatch):
