@@ -81,6 +81,7 @@ def open_writer(place: Path | URL) -> Engine:
                     _migrate(engine, place)
             return engine
         _check_writable(place)
+        _undo_half_written(place)
         if _file_revision(place) != REVISION:
             # Rebuilding a table, as migrations on SQLite do, must not cascade over foreign keys.
             migrating = _file_engine(place, "rwc", foreign_keys=False)
@@ -134,6 +135,17 @@ def _check_writable(path: Path) -> None:
         raise StoreError(f"results store {path}: the directory {parent} is read-only")
     if path.exists() and not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"results store {path} is read-only")
+
+
+def _undo_half_written(path: Path) -> None:
+    """Undo what a process was writing into a SQLite file when it was killed, as SQLite itself does.
+
+    A file has no write-ahead log before its first page is written, so its first process may leave a
+    rollback journal, before whose end nobody can read the file, and which no reader may end.
+    """
+    if path.exists() and Path(f"{path}-journal").exists():
+        with closing(sqlite3.connect(_uri(path, "rw"), uri=True, timeout=BUSY_TIMEOUT_S)) as connection:
+            connection.execute("SELECT name FROM sqlite_master")
 
 
 def _file_revision(path: Path) -> str | None:
