@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from harness.errors import MissingExtra, StoreError
 from harness.privacy import without_passwords
@@ -282,7 +282,12 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             raise
         return connection
 
-    engine = _engine(URL.create("sqlite", database=str(path)), creator=connect, poolclass=QueuePool)
+    unwritable = mode == "ro" and not os.access(path.parent, os.W_OK)
+    # There each look at the file decides anew how it may be read, so no connection is kept.
+    pool = NullPool if unwritable else QueuePool
+    engine = _engine(URL.create("sqlite", database=str(path)), creator=connect, poolclass=pool)
+    if unwritable:
+        _refuse_changes(engine, path)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -295,6 +300,24 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             connection.exec_driver_sql("BEGIN")
 
     return engine
+
+
+def _refuse_changes(engine: Engine, path: Path) -> None:
+    """Have each look at a file that was taken for one that nobody writes fail where somebody did."""
+
+    def state() -> tuple[int, ...]:
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # With a log beside it, it is read as any other file, and may change.
+        connection.info["state"] = None if Path(f"{path}-wal").exists() else state()
+
+    @event.listens_for(engine, "rollback")
+    def rollback(connection: Connection) -> None:
+        if connection.info["state"] not in (None, state()):
+            raise StoreError(f"results store {path}: changed while it was read; run the same command again")
 
 
 def _once_free(statement: Callable[[], object]) -> None:
