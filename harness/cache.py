@@ -7,7 +7,6 @@ it, so a killed process leaves no half entry.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,14 +35,21 @@ class ContentCache:
         return self.directory / digest[:2] / f"{digest}.pt"
 
     def get_or_compute(self, key: Mapping[str, Any], compute: Callable[[], T]) -> T:
-        """The stored value, or ``compute()``, stored. An unreadable entry is computed again."""
+        """The stored value, or ``compute()``, stored. A damaged entry is computed again.
+
+        Raises:
+            MemoryError, RuntimeError: there is no memory for a stored value; it stays stored.
+            ConfigError, DiskFull: the value cannot be stored.
+        """
         path = self.path(key)
         if path.exists():
             try:
                 # Mapped, not read: a large entry on its way to a GPU is not copied once more.
                 stored: T = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 return stored
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            except Exception as error:  # what is raised depends on which of the bytes are damaged
+                if isinstance(error, MemoryError) or "Cannot allocate memory" in str(error):
+                    raise  # nothing is wrong with the entry
                 path.unlink(missing_ok=True)
         value = compute()
         self._write(path, value)

@@ -51,8 +51,14 @@ def raise_if_full(error: BaseException, folder: Path) -> None:
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A file beside this one that takes its place at the end; where that fails all is as it was.
 
-    It may be written through its ``name`` instead.
+    It may be written through its ``name`` instead. A link stays: the file that it leads to is replaced.
+
+    Raises:
+        OSError: it cannot be written, or is a pipe or a device, whose place no file may take.
     """
+    file = Path(os.path.realpath(file))
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "it is not an ordinary file")
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:

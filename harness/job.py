@@ -60,7 +60,8 @@ class CellJob:
 class VariantJob:
     """Everything a fresh process needs to make a variant and measure its cells.
 
-    The chain travels as names and options, not as functions: the worker loads the plugins itself.
+    The chain travels as names and options, not as functions: the worker loads the plugins itself. `sources`
+    are the hashes of its methods' sources, by which it knows that they are those that the keys count.
     """
 
     variant_key: str
@@ -79,6 +80,7 @@ class VariantJob:
     threads: int
     environment: Mapping[str, Any]
     together: bool = True  # score the task cells in one pass; off after a worker died doing so
+    sources: tuple[str, ...] = ()
     ceilings: Mapping[str, Any] | None = None  # of the device, as the sweep's manifest stores them
 
 

@@ -129,6 +129,7 @@ def variant_job(plan: SweepPlan, variant: VariantPlan, keys: frozenset[str]) -> 
         cache_dir=plan.cache_dir.resolve(),
         threads=threads_per_worker(config.jobs),
         environment=plan.environment,
+        sources=tuple(step.method.source_hash for step in variant.chain.steps),
     )
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.errors import ConfigError
 from harness.keys import file_hash
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ class _LazyText:
 
                 return text_tokens(kjv_training_text(), self._tokenizer, name="KJV").ids
             text = read_text(self._budget.text)
+            if file_hash(self._budget.text) != self._budget.text_hash:
+                raise ConfigError(
+                    f"the text file {self._budget.text} was changed since the sweep began; "
+                    "run the same command again"
+                )
             return text_tokens(text, self._tokenizer, name=str(self._budget.text)).ids
 
         ids = self._cache.get_or_compute({"tokens": self.identity}, tokenize)

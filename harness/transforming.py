@@ -59,6 +59,7 @@ def make_variant(
             for name, options in job.chain
         )
     )
+    _require_sources(chain, job)
     report_progress("load", 0, 1)
     with PhaseCost(device) as load_cost:
         loaded = load_original(job, plugins)
@@ -102,6 +103,19 @@ def make_variant(
         is_baseline=chain.is_baseline,
         original_bytes=original_bytes,
     )
+
+
+def _require_sources(chain: Chain, job: VariantJob) -> None:
+    """Raise `PluginError` where a method was edited since the sweep was planned: what it gives now would be
+    stored under the key of what it was. Bundled methods are imported once, before."""
+    for step, planned in zip(chain.steps, job.sources, strict=False):
+        method = step.method
+        if method.transform.__module__.startswith("harness_plugins."):
+            continue
+        if method.source_hash != planned:
+            raise PluginError(
+                f"{method.name}: its source was edited since the sweep began; run the same command again"
+            )
 
 
 def load_original(job: VariantJob, plugins: LoadedPlugins) -> LoadedModel:

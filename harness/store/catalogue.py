@@ -31,15 +31,19 @@ class Entry(NamedTuple):
 def add_to_catalogue(connection: Connection, cell_ids: Iterable[int] | None) -> None:
     """Enter what the records of these cells are about, inside the transaction that wrote them.
 
+    Once in a transaction: on a server another that enters the same waits for its end, so two that enter
+    things in different orders would wait for each other.
+
     Args:
         cell_ids: None means all cells (after rows were inserted in bulk).
     """
     if cell_ids is None:
         _enter(connection, measured_in(connection, true()))
         return
-    wanted = sorted(set(cell_ids))
-    for chunk in chunks(wanted):
-        _enter(connection, measured_in(connection, cells.c.id.in_(chunk)))
+    entries: set[Entry] = set()
+    for chunk in chunks(sorted(set(cell_ids))):
+        entries |= measured_in(connection, cells.c.id.in_(chunk))
+    _enter(connection, entries)
 
 
 def measured_in(connection: Connection, of_cells: ColumnElement[bool]) -> set[Entry]:

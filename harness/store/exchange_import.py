@@ -49,10 +49,14 @@ def import_results(store: Store, read: Iterable[Contents], origin: str | None = 
     with store.writing() as connection:
         if connection.dialect.name == "postgresql":  # SQLite has one writer at a time anyway
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('harness import'))"))
-        return [_add(connection, contents, origin or contents.file.name) for contents in read]
+        cell_ids: list[int] = []
+        done = [_add(connection, contents, origin or contents.file.name, cell_ids) for contents in read]
+        add_to_catalogue(connection, cell_ids)
+        return done
 
 
-def _add(connection: Connection, contents: Contents, origin: str) -> Imported:
+def _add(connection: Connection, contents: Contents, origin: str, cell_ids: list[int]) -> Imported:
+    """Add what one file holds, and the ids of its new cells to the list."""
     own = _own_identities(connection)
     sweep_ids, new = _add_sweeps(connection, contents, own, origin)
     variant_rows, cell_rows = [], []
@@ -66,11 +70,12 @@ def _add(connection: Connection, contents: Contents, origin: str) -> Imported:
             cell_rows += [(cell, variant) for cell in wanted]
     variant_ids = _add_variants(connection, variant_rows)
     added = _add_cells(connection, contents, cell_rows, variant_ids, sweep_ids)
+    cell_ids += added
     return Imported(
         file=contents.file,
         sweeps=new,
-        added=added,
-        known=len(cell_rows) - added,
+        added=len(added),
+        known=len(cell_rows) - len(added),
         own=len({identity for identity in contents.identities if identity in own}),
         measuring_versions=contents.measuring_versions,
     )
@@ -125,8 +130,8 @@ def _add_cells(
     rows: Sequence[tuple[Row, Row]],
     variant_ids: Mapping[int, int],
     sweep_ids: Sequence[int | None],
-) -> int:
-    """Add the cells that are missing with all that hangs on them, and every link; how many they are."""
+) -> list[int]:
+    """Add the cells that are missing with all that hangs on them, and every link; the ids of the new."""
     keys = {
         cell.line: imported_key(contents.identities[cell.values["sweep"] - 1], cell.values["key"])
         for cell, _ in rows
@@ -150,14 +155,13 @@ def _add_cells(
     inserted = _insert(connection, cells, values)
     ids |= {keys[cell.line]: id_ for (cell, _), id_ in zip(new, inserted, strict=True)}
     _add_below(connection, sections()["cells"], [(cell, ids[keys[cell.line]]) for cell, _ in new])
-    add_to_catalogue(connection, inserted)
     links = {
         (sweep_ids[number - 1], ids[keys[cell.line]])
         for cell, _ in rows
         for number in (cell.values["sweep"], *cell.values["used_by"])
     }
     _link(connection, {(sweep, cell) for sweep, cell in links if sweep is not None})
-    return len(new)
+    return inserted
 
 
 def _add_below(connection: Connection, parent: Section, rows: Sequence[tuple[Row, int]]) -> None:

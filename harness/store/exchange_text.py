@@ -58,7 +58,7 @@ def write_lines(file: Path, lines: Iterable[str]) -> int:
     try:
         if file.is_dir():
             raise ConfigError(f"{file} is a directory, not a file to write to")
-        if file.exists() and is_store(file):
+        if file.is_file() and is_store(file):
             raise ConfigError(f"{file} is a results store; name another file for the exported text")
         with replacing(file) as raw, _packed(raw, file) as target:
             for line in lines:

@@ -22,6 +22,8 @@ _SQLITE = {
     "SQLITE_CORRUPT": "damaged ({text}); restore a backup, or recover what is readable with "
     "the sqlite3 shell's .recover",
     "SQLITE_NOTADB": "not a results store (not a SQLite database)",
+    "SQLITE_READONLY_ROLLBACK": "left half written by a process that was killed; a sweep puts it right; "
+    "run: harness sweep",
     "SQLITE_READONLY": "read-only, so nothing can be written to it",
     "SQLITE_CANTOPEN": "cannot be opened; check that it and its directory exist and are accessible",
     "SQLITE_IOERR": "reading or writing its file failed ({text}); check the disk",

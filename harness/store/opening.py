@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, Dialect, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from harness.errors import MissingExtra, StoreError
 from harness.privacy import without_passwords
@@ -81,6 +81,7 @@ def open_writer(place: Path | URL) -> Engine:
                     _migrate(engine, place)
             return engine
         _check_writable(place)
+        _undo_half_written(place)
         if _file_revision(place) != REVISION:
             # Rebuilding a table, as migrations on SQLite do, must not cascade over foreign keys.
             migrating = _file_engine(place, "rwc", foreign_keys=False)
@@ -134,6 +135,17 @@ def _check_writable(path: Path) -> None:
         raise StoreError(f"results store {path}: the directory {parent} is read-only")
     if path.exists() and not os.access(path, os.R_OK | os.W_OK):
         raise StoreError(f"results store {path} is read-only")
+
+
+def _undo_half_written(path: Path) -> None:
+    """Undo what a process was writing into a SQLite file when it was killed, as SQLite itself does.
+
+    A file has no write-ahead log before its first page is written, so its first process may leave a
+    rollback journal, before whose end nobody can read the file, and which no reader may end.
+    """
+    if path.exists() and Path(f"{path}-journal").exists():
+        with closing(sqlite3.connect(_uri(path, "rw"), uri=True, timeout=BUSY_TIMEOUT_S)) as connection:
+            connection.execute("SELECT name FROM sqlite_master")
 
 
 def _file_revision(path: Path) -> str | None:
@@ -270,7 +282,12 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             raise
         return connection
 
-    engine = _engine(URL.create("sqlite", database=str(path)), creator=connect, poolclass=QueuePool)
+    unwritable = mode == "ro" and not os.access(path.parent, os.W_OK)
+    # There each look at the file decides anew how it may be read, so no connection is kept.
+    pool = NullPool if unwritable else QueuePool
+    engine = _engine(URL.create("sqlite", database=str(path)), creator=connect, poolclass=pool)
+    if unwritable:
+        _refuse_changes(engine, path)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -283,6 +300,24 @@ def _file_engine(path: Path, mode: str, *, foreign_keys: bool = True) -> Engine:
             connection.exec_driver_sql("BEGIN")
 
     return engine
+
+
+def _refuse_changes(engine: Engine, path: Path) -> None:
+    """Have each look at a file that was taken for one that nobody writes fail where somebody did."""
+
+    def state() -> tuple[int, ...]:
+        found = path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # With a log beside it, it is read as any other file, and may change.
+        connection.info["state"] = None if Path(f"{path}-wal").exists() else state()
+
+    @event.listens_for(engine, "rollback")
+    def rollback(connection: Connection) -> None:
+        if connection.info["state"] not in (None, state()):
+            raise StoreError(f"results store {path}: changed while it was read; run the same command again")
 
 
 def _once_free(statement: Callable[[], object]) -> None:
@@ -309,6 +344,14 @@ def _server_engine(url: URL, *, read_only: bool) -> Engine:
     options = {"postgresql_readonly": True} if read_only else {}
     engine = _engine(url, pool_pre_ping=True, execution_options=options)
     _wait_for_restarts(engine)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Each statement of a transaction would see what others have committed since the last one.
+        # Writers want that: where another was faster, they take what it wrote.
+        if not connection.get_execution_options().get("harness_write", False):
+            connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
     return engine
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -50,6 +52,35 @@ def test_a_damaged_entry_is_computed_again(tmp_path):
     cache.path({"k": 1}).write_bytes(b"not a tensor")
     assert cache.get_or_compute({"k": 1}, lambda: 2) == 2
     assert cache.get_or_compute({"k": 1}, lambda: 3) == 2
+
+
+def test_an_entry_that_is_damaged_anywhere_is_computed_again(tmp_path):
+    """Damage inside the pickled part is met by torch's reader at a place of its own each time."""
+    cache = ContentCache(tmp_path)
+    value = {"weight": torch.arange(4.0), "name": "text", "parts": [1, (2, 3.5)]}
+    cache.get_or_compute({"k": 1}, lambda: value)
+    path = cache.path({"k": 1})
+    whole = path.read_bytes()
+    for place in range(whole.index(b"data.pkl"), whole.index(b"weight") + 300):
+        path.write_bytes(whole[:place] + b"\x85" + whole[place + 1 :])
+        cache.get_or_compute({"k": 1}, lambda: value)
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes(100) + whole[place + 100 :])
+        cache.get_or_compute({"k": 1}, lambda: value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("unable to mmap 8 bytes from file <f>: Cannot allocate memory (12)")],
+)
+def test_an_entry_that_does_not_fit_into_memory_stays(tmp_path, monkeypatch, error):
+    cache = ContentCache(tmp_path)
+    cache.get_or_compute({"k": 1}, lambda: 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "load", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            cache.get_or_compute({"k": 1}, lambda: 2)
+    assert cache.get_or_compute({"k": 1}, lambda: 3) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from harness.chain import parse_chain
+from harness.errors import ConfigError
 from harness.job import Budget, VariantJob
 from harness.models.loading import describe
 from harness.models.spec import parse_model
 from harness.nn.surgery import block_linears
 from harness.plugins import load_plugins
+from harness.texts import text_hash
 from harness.transforming import make_variant
 
 PLUGINS = load_plugins()
@@ -21,6 +23,8 @@ STEPS = 4
 def made(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("In the beginning was the word, and the word was long. " * 50)
+
+    planned = text_hash(text)
 
     def make(chain):
         job = VariantJob(
@@ -36,7 +40,7 @@ def made(tmp_path):
             device="cpu",
             cells=(),
             plugins=(),
-            budget=Budget(2, 16, STEPS, 2, 16, text, "text"),
+            budget=Budget(2, 16, STEPS, 2, 16, text, planned),
             limit=None,
             eval_batch_size=1,
             cache_dir=tmp_path / "cache",
@@ -88,3 +92,10 @@ def test_a_bundled_teacher_with_the_same_tokens_teaches_an_untrained_model(made)
     variant = made("kd:teacher=llama-6m")
     assert _trained_steps(variant) == STEPS
     assert {record.metric: record.value for record in variant.records}["distillation_loss"] > 0
+
+
+def test_a_text_that_is_edited_while_a_sweep_runs_is_not_taken_for_what_it_was(made, tmp_path):
+    (tmp_path / "text.txt").write_text("In the end was another word, and the word was short. " * 50)
+    with pytest.raises(ConfigError, match=r"text\.txt was changed since the sweep began; run the same"):
+        made("baseline")
+    assert not (tmp_path / "cache").exists()

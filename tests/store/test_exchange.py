@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 
 import pytest
 from sqlalchemy import func, select
@@ -233,6 +234,26 @@ def test_a_store_is_not_written_over(filled, tmp_path):
 
 
 # --- what is there stays as it is -----------------------------------------------------------------------
+
+
+def test_a_pipe_is_neither_waited_for_nor_replaced(filled, tmp_path):
+    pipe = tmp_path / "stdout"
+    os.mkfifo(pipe)
+    ours = os.open(pipe, os.O_RDWR)
+    os.write(ours, bytes(100))  # or looking at what the file holds would wait
+    with pytest.raises(ConfigError, match="stdout cannot be written: it is not an ordinary file"):
+        export_results(filled, pipe, Wanted())
+    os.close(ours)
+    assert pipe.is_fifo()
+
+
+def test_a_link_is_written_through(filled, tmp_path):
+    link, file = tmp_path / "link.jsonl", tmp_path / "file.jsonl"
+    file.write_text("old")
+    link.symlink_to(file.name)
+    export_results(filled, link, Wanted())
+    assert link.is_symlink()
+    assert read_results(file).sweeps
 
 
 def test_importing_again_changes_nothing(file, store):

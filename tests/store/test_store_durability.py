@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -174,6 +175,24 @@ def test_a_file_whose_first_page_another_process_is_writing(path):
     Store.open(path).close()
     end.join()
     other.close()
+
+
+def test_a_file_whose_first_process_was_killed(path):
+    """What it was writing lies beside the file, in a journal that only a writer may undo."""
+    other = sqlite3.connect(path.with_name("other.db"), isolation_level=None)
+    other.execute("PRAGMA user_version = 1")  # a first page, and no log yet
+    other.execute("PRAGMA cache_size = 1")  # pages reach the file before the end of the transaction
+    other.execute("BEGIN")
+    other.execute("CREATE TABLE half AS SELECT randomblob(100000) AS written")
+    for end in ("", "-journal"):
+        shutil.copy(path.with_name(f"other.db{end}"), f"{path}{end}")
+    other.close()
+    with pytest.raises(StoreError, match="left half written by a process that was killed; a sweep"):
+        Store.open_readonly(path)
+    with Store.open(path) as store:
+        write_task(store, begin_sweep(store), make_result())
+        assert set(store.finished_cells([make_result().key])) == {make_result().key}
+    Store.open_readonly(path).close()
 
 
 def test_a_full_disk_loses_nothing_and_is_said_in_one_line(sqlite_store):

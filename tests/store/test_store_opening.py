@@ -248,6 +248,34 @@ def test_a_read_only_directory(ordinary_user):
         assert len(queries.results(store)) == 2
 
 
+def test_a_sweep_that_fills_a_store_in_a_read_only_directory(ordinary_user):
+    """Without a log beside it SQLite can only read such a file as one that never changes."""
+    path = ordinary_user / "results.db"
+
+    def fill(name):
+        ordinary_user.chmod(0o755)
+        with Store.open(path) as store:
+            sweep = begin_sweep(store)
+            for number in range(100):
+                write_task(store, sweep, make_result(f"{name}-{number}"))
+        ordinary_user.chmod(0o555)
+
+    def read_during(happening):
+        with store.reading() as connection:
+            connection.scalar(text("SELECT count(*) FROM cells"))
+            happening()
+            connection.execute(text("SELECT * FROM records")).all()
+
+    fill("a")
+    with Store.open_readonly(path) as store:
+        assert len(queries.results(store)) == 200
+        fill("b")
+        assert len(queries.results(store)) == 400
+        with pytest.raises(StoreError, match="changed while it was read; run the same command again"):
+            read_during(lambda: fill("c"))
+        assert len(queries.results(store)) == 600
+
+
 def test_a_read_only_file(ordinary_user):
     path = ordinary_user / "results.db"
     Store.open(path).close()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 from sqlalchemy import create_engine, event, func, select, text
 
 from harness.errors import MissingExtra, StoreError
 from harness.records import ModuleEffect, Record, VariantReport
-from harness.store import opening, queries
+from harness.store import exchange_import, opening, queries
+from harness.store.exchange_sources import read_source
 from harness.store.failures import explain
 from harness.store.opening import label, locate
 from harness.store.store import Store
@@ -102,6 +104,34 @@ def test_two_sweeps_that_compare_the_same_cell_leave_one_record(url):
             with store.reading() as connection:
                 metrics = list(connection.scalars(select(records.c.metric)))
             assert sorted(metrics) == ["acc", "flips", "latency"]
+
+
+@pytest.mark.postgres
+def test_an_import_and_a_sweep_do_not_wait_for_each_other(url, tmp_path, monkeypatch):
+    """Both are the first to measure two metrics, the import in two files and the other order."""
+    read = []
+    for name in ("z", "a"):
+        with Store.open(tmp_path / f"{name}.db") as store:
+            write_task(store, begin_sweep(store), make_result(records=(Record(name, 1.0, "s"),)))
+        read += read_source(tmp_path / f"{name}.db")
+    with Store.open(url) as store:
+        sweep = begin_sweep(store)
+        measured = make_result("measured", records=tuple(Record(name, 1.0, "s") for name in "az"))
+        beside = ThreadPoolExecutor(1)
+        cells = []
+        add = exchange_import._add
+
+        def add_while_a_cell_is_written(*arguments):
+            added = add(*arguments)
+            cells.append(beside.submit(write_task, store, sweep, measured))
+            wait(cells, timeout=0.5)
+            monkeypatch.setattr(exchange_import, "_add", add)
+            return added
+
+        monkeypatch.setattr(exchange_import, "_add", add_while_a_cell_is_written)
+        assert [done.added for done in exchange_import.import_results(store, read)] == [1, 1]
+        assert cells[0].result(timeout=10) is not None
+        assert len(queries.results(store)) == 4
 
 
 @pytest.mark.postgres

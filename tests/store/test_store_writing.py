@@ -224,6 +224,19 @@ def test_a_cell_is_written_whole_or_not_at_all(store):
     assert [count(store, table) for table in (cells, records, samples, items)] == [0, 0, 0, 0]
 
 
+def test_a_reader_sees_one_state_until_it_ends(store, target):
+    count = select(func.count()).select_from(cells)
+    sweep = begin_sweep(store)
+    with Store.open_readonly(target) as other:
+        for number, reader in enumerate((other, store)):
+            with reader.reading() as connection:
+                before = connection.scalar(count)
+                write_task(store, sweep, make_result(f"cell-{number}"))
+                assert connection.scalar(count) == before
+            with reader.reading() as connection:
+                assert connection.scalar(count) == before + 1
+
+
 def test_a_transform_cell_has_no_task(store):
     sweep = begin_sweep(store)
     store.write_cell(sweep, make_result(), kind=CellKind.TRANSFORM, task=None, scenario=None)
