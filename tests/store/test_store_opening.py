@@ -70,6 +70,10 @@ def newer_harness(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def ordinary_user():
     """A directory and the rights of a user who is not root (root may write everywhere)."""
+    # What the first use imports may lie in root's folders.
+    with tempfile.TemporaryDirectory() as other, Store.open(Path(other) / "results.db") as store:
+        write_task(store, begin_sweep(store), make_result())
+        queries.results(store)
     folder = Path(tempfile.mkdtemp(prefix="store-"))
     was_root = os.geteuid() == 0
     if was_root:
