@@ -1,0 +1,73 @@
+"""Quantizers after quantizers: what a chain may hold, and that the second packs what the first leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness_plugins.quantization import (
+    awq,
+    gptq,
+    hqq,
+    llm_int8,
+    nf4,
+    qat,
+    qat_kd,
+    rtn,
+    zeroquant,
+    zeroquant_lkd,
+)
+
+from harness.chain import parse_chain
+from harness.grid import refusal
+from harness.models.info import info_from_config
+from harness.nn.quantized import Int8Linear, PackedLinear, QuantizedLinear
+from harness.testing.making import make_context
+from harness.testing.models import tiny_model
+
+MODULES = (awq, gptq, hqq, llm_int8, nf4, qat, qat_kd, rtn, zeroquant, zeroquant_lkd)
+METHODS = {module.METHOD.name: module.METHOD for module in MODULES}
+
+
+def reason(chain: str, family: str = "llama") -> str | None:
+    found = refusal(parse_chain(chain, METHODS), info_from_config(tiny_model(family).config, "tiny"), "cpu")
+    return None if found is None else found.reason
+
+
+def applied(chain: str, model: torch.nn.Module) -> torch.nn.Module:
+    steps = parse_chain(chain, METHODS).steps
+    context = make_context(model)
+    for step in steps:
+        context.last_in_chain = step is steps[-1]
+        model = step.method.transform(model, step.options, context)
+    return model
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "awq",
+        "awq:quantize=false",
+        "awq:quantize=true:ragged=skip",
+        "hqq:ragged=skip",
+        "nf4:ragged=skip",
+        "gptq:ragged=skip",
+        "qat:bits=16",
+        "qat-kd:bits=16",
+    ],
+)
+def test_a_quantizer_that_leaves_layers_may_come_before_another(first):
+    assert reason(f"{first}+rtn") is None
+
+
+@pytest.mark.parametrize("first", ["awq:quantize=true", "hqq", "nf4", "gptq", "qat", "qat-kd:bits=8"])
+def test_one_that_quantizes_every_layer_may_not(first):
+    assert "comes before it and quantizes every linear layer" in reason(f"{first}+rtn")
+
+
+@pytest.mark.parametrize("first", ["awq:n_grid=2", "qat:bits=16:steps=1"])
+def test_the_second_packs_what_the_first_leaves(first, logits):
+    assert reason(f"{first}+rtn:bits=8") is None
+    model = applied(f"{first}+rtn:bits=8", tiny_model("llama"))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert [layer.bits for layer in layers] == [8] * 14
+    assert bool(torch.isfinite(logits(model)).all())
