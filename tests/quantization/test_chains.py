@@ -71,3 +71,29 @@ def test_the_second_packs_what_the_first_leaves(first, logits):
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert [layer.bits for layer in layers] == [8] * 14
     assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("second", ["zeroquant", "zeroquant-lkd:iters=2"])
+@pytest.mark.parametrize(
+    ("family", "first", "fused"),
+    [
+        ("llama", "gptq:targets=self_attn", 2),  # the norms before the FFN are left
+        ("opt", "gptq:targets=v_proj", 2),
+        ("gpt2", "gptq:targets=attn", 2),
+        ("bert", "gptq:targets=query", 0),
+        ("llama", "llm-int8:targets=k_proj", 2),  # takes such tokens, but would look for no outliers in them
+        ("llama", "gptq:targets=o_proj", 4),
+    ],
+)
+def test_no_tokens_are_quantized_for_layers_that_another_method_packed(family, first, fused, second, logits):
+    assert reason(f"{first}+{second}", family) is None
+    model = tiny_model(family)
+    before = logits(model)
+    model = applied(f"{first}+{second}", model)
+    plain = applied(f"{first}+{second}:fuse=false", tiny_model(family))
+    assert torch.equal(logits(model), logits(plain))
+    assert float((logits(model) - before).norm() / before.norm()) < 0.3
+    assert sum(type(module).__name__ == "QuantizingNorm" for module in model.modules()) == fused
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert any(type(layer) is Int8Linear for layer in packed)
+    assert any(type(layer) is not Int8Linear for layer in packed)
