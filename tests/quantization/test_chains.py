@@ -97,3 +97,12 @@ def test_no_tokens_are_quantized_for_layers_that_another_method_packed(family, f
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert any(type(layer) is Int8Linear for layer in packed)
     assert any(type(layer) is not Int8Linear for layer in packed)
+
+
+@pytest.mark.parametrize("first", ["rtn:bits=16:a_bits=8:targets=attn", "nf4:targets=attn:lora_r=2:steps=1"])
+def test_distilled_blocks_keep_the_type_of_what_is_not_packed(first, logits):
+    chain = f"{first}+zeroquant-lkd:iters=4"
+    assert reason(chain) is None
+    model = applied(chain, tiny_model("llama").bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert bool(torch.isfinite(logits(model)).all())
