@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from harness.errors import ConfigError
+from harness.nn.kept_types import KeptTypes
 from harness.nn.quantized import ActivationScale
 from harness.nn.quantizer import quantize_activation
 
 __all__ = ["RoundedInputLinear"]
 
 
-class RoundedInputLinear(nn.Module):
+class RoundedInputLinear(KeptTypes):
     """A linear layer with full-precision weights and int8 activations (W16A8, W32A8), simulated.
 
     Args:
@@ -34,6 +35,7 @@ class RoundedInputLinear(nn.Module):
     a_bits = 8
     simulated = True
     kernel_name = "quantize+dequantize+matmul"
+    _kept = ("input_scale",)
 
     def __init__(
         self,

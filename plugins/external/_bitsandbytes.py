@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.nn.kept_types import KeptTypes
+
 __all__ = ["Int8OutlierLinear", "Nf4Linear"]
 
 
-class _Wrapped(nn.Module):
+class _Wrapped(KeptTypes):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -36,6 +38,7 @@ class Int8OutlierLinear(_Wrapped):
     bits = 8
     codes: torch.Tensor
     scales: torch.Tensor
+    _kept = ("scales",)
 
     def __init__(self, linear: nn.Linear, threshold: float) -> None:
         from bitsandbytes import functional
@@ -76,6 +79,7 @@ class Nf4Linear(_Wrapped):
     absmax: torch.Tensor
     offset: torch.Tensor
     nested_absmax: torch.Tensor
+    _kept = ("offset", "nested_absmax")
 
     def __init__(self, linear: nn.Linear) -> None:
         from bitsandbytes import functional
@@ -91,13 +95,8 @@ class Nf4Linear(_Wrapped):
         # The tables are constants of the format, the same for every layer.
         self._tables = (state.code, state.state2.code)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Nf4Linear:
-        kept = {name: getattr(self, name) for name in ("offset", "nested_absmax")}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():  # model.to(dtype) must not round the scales
-            setattr(self, name, before.to(getattr(self, name).device))
+    def _moved(self) -> None:
         self._tables = tuple(table.to(self.codes.device) for table in self._tables)
-        return self
 
     def _state(self) -> Any:
         from bitsandbytes.functional import QuantState

@@ -112,17 +112,23 @@ class BlockPacker:
             layer = Int8Linear.from_weight(weight, linear.bias, row_groups=self.layout.w_groups)
             replace_module(block, inside, layer)
             del linear
-        return self._fuse(block) if self.layout.fuse else 0
+        return self._fuse(block, name) if self.layout.fuse else 0
 
-    def _fuse(self, block: nn.Module) -> int:
+    def _fuse(self, block: nn.Module, name: str) -> int:
+        # A layer that a method before this one packed may not take tokens that are quantized already.
+        mine = {full.removeprefix(f"{name}.") for full in self.names if full.startswith(f"{name}.")}
         fused: set[str] = set()
         for site in self.sites:
-            norm = QuantizingNorm.from_norm(block.get_submodule(site.norm))
+            norm = (
+                QuantizingNorm.from_norm(block.get_submodule(site.norm))
+                if mine >= {*site.consumers}
+                else None
+            )
             if norm is not None:
                 replace_module(block, site.norm, norm)
                 fused |= {*site.consumers}
         qkv = {*self.anatomy.qkv}
-        if len(qkv) > 1 and not qkv & fused:
+        if len(qkv) > 1 and mine >= qkv and not qkv & fused:
             quantize_input_once(block.get_submodule(self.anatomy.attention))
         return sum(1 for site in self.sites if fused & {*site.consumers})
 
@@ -132,7 +138,7 @@ class BlockPacker:
         if self.layout.fuse and not fused:
             note = "the residual branch reads the norms too; query, key and value share one quantization"
             if self.sites:
-                note = "the norms are of an unknown kind; query, key and value share one quantization"
+                note = "the norms are of an unknown kind, or layers that another method packed read them too"
         context.record("fused_norms", fused, "norms", note)
 
 

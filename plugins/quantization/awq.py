@@ -193,6 +193,8 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    # Before another quantizer it only scales; what `ragged` skips is left even where it quantizes.
+    leaves_layers=lambda options: options.quantize is not True or options.ragged == "skip",
 )
 
 

@@ -30,7 +30,7 @@ from harness import ConfigError, Method, NumericalFailure, Options, Paper, hooki
 from harness.nn.quantizer import QuantizedWeight, group_grid, padded_to_groups
 from harness.nn.surgery import replace_module
 
-from ._weights import Ragged, WeightBits, pack_float_weight, quantizable, refusal
+from ._weights import Ragged, WeightBits, leaves_layers, pack_float_weight, quantizable, refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,6 +153,7 @@ METHOD = Method(
     options=HqqOptions,
     transform=transform,
     applies=applies,
+    leaves_layers=leaves_layers,
 )
 
 

@@ -34,7 +34,7 @@ from harness.nn.lora import LoraLinear
 from harness.nn.quantizer import padded_to_groups
 from harness.nn.surgery import replace_module
 
-from ._weights import Ragged, quantizable, refusal
+from ._weights import Ragged, leaves_layers, quantizable, refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,6 +151,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("training",) if options.lora_r and options.steps != 0 else (),
     applies=applies,
+    leaves_layers=leaves_layers,
 )
 
 

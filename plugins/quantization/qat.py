@@ -72,6 +72,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: () if options.steps == 0 else ("training",),
     applies=refused,
+    leaves_layers=lambda options: options.bits == 16,  # trained, and left in full precision
 )
 
 

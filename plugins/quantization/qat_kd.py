@@ -176,6 +176,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: () if options.steps == 0 else ("training", "teacher"),
     applies=applies,
+    leaves_layers=lambda options: options.bits == 16,  # trained, and left in full precision
 )
 
 

@@ -128,7 +128,9 @@ def transform(model: nn.Module, options: RtnOptions, context: Context) -> nn.Mod
         model, group_size=options.group_size, ragged=options.ragged, targets=options.targets
     )
     if options.include_lm_head:
-        names.append(_head_name(model, options))
+        head = _head_name(model, options)
+        is_skipped = options.ragged == "skip" and not _divides(options, model.get_submodule(head))
+        (skipped if is_skipped else names).append(head)
     if options.ragged == "skip":
         context.record("skipped_layers", len(skipped), "layers", ", ".join(skipped) or None)
     scales: dict[str, torch.Tensor] = {}
@@ -180,6 +182,11 @@ def _static_scales(
     return scales
 
 
+def _divides(options: RtnOptions, linear: Any) -> bool:
+    """Whether the group size, if any, divides a layer's columns."""
+    return options.group_size == -1 or linear.in_features % options.group_size == 0
+
+
 def _head_name(model: nn.Module, options: RtnOptions) -> str:
     found = find(model, anatomy_of(model).head)
     if found is None or not isinstance(found[1], nn.Linear):
@@ -188,7 +195,7 @@ def _head_name(model: nn.Module, options: RtnOptions) -> str:
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     if options.bits < 16 and embeddings.weight is head.weight and not options.untie:
         raise NotApplicable(_TIED)
-    if options.group_size > 0 and head.in_features % options.group_size and options.ragged == "raise":
+    if options.ragged == "raise" and not _divides(options, head):
         raise NotApplicable(
             f"group_size {options.group_size} does not divide the {head.in_features} columns of {name}"
         )

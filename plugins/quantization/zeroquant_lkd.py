@@ -180,7 +180,8 @@ def transform(model: nn.Module, options: ZeroQuantLkdOptions, context: Context) 
             )
             del student, inputs, targets
             if result.parameters is not None:
-                _adopt(block.module, result.parameters)
+                packed = {f"{inside}.weight" for inside, *_ in packer.linears(block.module, block.name)}
+                _adopt(block.module, result.parameters, packed)
             if result.diverged:
                 restored.append(block.name)
             ratios.append(1.0 if result.parameters is None else result.best_mse / result.rounded_mse)
@@ -212,11 +213,11 @@ def _as_float32(item: BlockInput) -> BlockInput:
     return BlockInput(item.hidden.float(), args, {name: cast(value) for name, value in item.kwargs.items()})
 
 
-def _adopt(block: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Give a block the trained values; matrices stay in float32, which is what is rounded next."""
+def _adopt(block: nn.Module, parameters: dict[str, torch.Tensor], packed: set[str]) -> None:
+    """Give a block the trained values; those of `packed`, which are rounded next, stay in float32."""
     for name, parameter in block.named_parameters():
         value = parameters[name]
-        parameter.data = value if value.ndim == 2 else value.to(parameter.dtype)
+        parameter.data = value if name in packed else value.to(parameter.dtype)
 
 
 def applies(info: ModelInfo, options: ZeroQuantLkdOptions) -> str | None:

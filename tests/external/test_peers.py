@@ -123,6 +123,19 @@ def test_bitsandbytes_int8_stores_rounded_rows():
     assert relative(layer(x), nn.functional.linear(x, layer.dense_weight(), linear.bias)) < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["Int8OutlierLinear", "Nf4Linear"])
+def test_bitsandbytes_scales_keep_their_type_when_a_model_changes_its_own(kind):
+    pytest.importorskip("bitsandbytes")
+    from harness_plugins.external import _bitsandbytes
+
+    linear = nn.Linear(256, 128)
+    layer = getattr(_bitsandbytes, kind)(*((linear, 6.0) if kind == "Int8OutlierLinear" else (linear,)))
+    before = layer.dense_weight()
+    layer = layer.to(torch.bfloat16)
+    assert torch.equal(layer.dense_weight(), before)
+    assert layer.bias.dtype == torch.bfloat16
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()

@@ -256,6 +256,9 @@ def test_activations_only_is_the_product_of_the_rounded_input(a_gran, shape):
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty(x), layer(x))
     assert f"activations={a_gran}" in repr(layer)
+    if given is not None:  # it was found in float32, and casting a model does not change the grid
+        assert torch.equal(layer.to(torch.bfloat16).input_scale, given)
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_the_simulated_form_says_so():
@@ -331,6 +334,15 @@ def test_ragged_layers_are_padded_or_left_out(apply):
     assert sorted(quantized_layers(skipped)) == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     (record,) = context.records
     assert (record.metric, record.value) == ("skipped_layers", 12)
+
+    model, head = tiny_model("llama"), {"include_lm_head": True, "untie": True}
+    context = make_context(model)
+    skipped = METHOD.transform(model, options(group_size=256, ragged="skip", **head), context)
+    assert isinstance(skipped.lm_head, torch.nn.Linear)  # 128 columns
+    (record,) = context.records
+    assert (record.value, record.note.split(", ")[-1]) == (13, "lm_head")
+    padded = apply(METHOD, tiny_model("llama"), group_size=256, ragged="pad", **head)
+    assert isinstance(padded.lm_head, QuantizedLinear)
     with pytest.raises(NotApplicable, match="leaves nothing"):
         apply(METHOD, tiny_model("llama"), group_size=96, ragged="skip")
 

@@ -1,0 +1,108 @@
+"""Quantizers after quantizers: what a chain may hold, and that the second packs what the first leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness_plugins.quantization import (
+    awq,
+    gptq,
+    hqq,
+    llm_int8,
+    nf4,
+    qat,
+    qat_kd,
+    rtn,
+    zeroquant,
+    zeroquant_lkd,
+)
+
+from harness.chain import parse_chain
+from harness.grid import refusal
+from harness.models.info import info_from_config
+from harness.nn.quantized import Int8Linear, PackedLinear, QuantizedLinear
+from harness.testing.making import make_context
+from harness.testing.models import tiny_model
+
+MODULES = (awq, gptq, hqq, llm_int8, nf4, qat, qat_kd, rtn, zeroquant, zeroquant_lkd)
+METHODS = {module.METHOD.name: module.METHOD for module in MODULES}
+
+
+def reason(chain: str, family: str = "llama") -> str | None:
+    found = refusal(parse_chain(chain, METHODS), info_from_config(tiny_model(family).config, "tiny"), "cpu")
+    return None if found is None else found.reason
+
+
+def applied(chain: str, model: torch.nn.Module) -> torch.nn.Module:
+    steps = parse_chain(chain, METHODS).steps
+    context = make_context(model)
+    for step in steps:
+        context.last_in_chain = step is steps[-1]
+        model = step.method.transform(model, step.options, context)
+    return model
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "awq",
+        "awq:quantize=false",
+        "awq:quantize=true:ragged=skip",
+        "hqq:ragged=skip",
+        "nf4:ragged=skip",
+        "gptq:ragged=skip",
+        "qat:bits=16",
+        "qat-kd:bits=16",
+    ],
+)
+def test_a_quantizer_that_leaves_layers_may_come_before_another(first):
+    assert reason(f"{first}+rtn") is None
+
+
+@pytest.mark.parametrize("first", ["awq:quantize=true", "hqq", "nf4", "gptq", "qat", "qat-kd:bits=8"])
+def test_one_that_quantizes_every_layer_may_not(first):
+    assert "comes before it and quantizes every linear layer" in reason(f"{first}+rtn")
+
+
+@pytest.mark.parametrize("first", ["awq:n_grid=2", "qat:bits=16:steps=1"])
+def test_the_second_packs_what_the_first_leaves(first, logits):
+    assert reason(f"{first}+rtn:bits=8") is None
+    model = applied(f"{first}+rtn:bits=8", tiny_model("llama"))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert [layer.bits for layer in layers] == [8] * 14
+    assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("second", ["zeroquant", "zeroquant-lkd:iters=2"])
+@pytest.mark.parametrize(
+    ("family", "first", "fused"),
+    [
+        ("llama", "gptq:targets=self_attn", 2),  # the norms before the FFN are left
+        ("opt", "gptq:targets=v_proj", 2),
+        ("gpt2", "gptq:targets=attn", 2),
+        ("bert", "gptq:targets=query", 0),
+        ("llama", "llm-int8:targets=k_proj", 2),  # takes such tokens, but would look for no outliers in them
+        ("llama", "gptq:targets=o_proj", 4),
+    ],
+)
+def test_no_tokens_are_quantized_for_layers_that_another_method_packed(family, first, fused, second, logits):
+    assert reason(f"{first}+{second}", family) is None
+    model = tiny_model(family)
+    before = logits(model)
+    model = applied(f"{first}+{second}", model)
+    plain = applied(f"{first}+{second}:fuse=false", tiny_model(family))
+    assert torch.equal(logits(model), logits(plain))
+    assert float((logits(model) - before).norm() / before.norm()) < 0.3
+    assert sum(type(module).__name__ == "QuantizingNorm" for module in model.modules()) == fused
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert any(type(layer) is Int8Linear for layer in packed)
+    assert any(type(layer) is not Int8Linear for layer in packed)
+
+
+@pytest.mark.parametrize("first", ["rtn:bits=16:a_bits=8:targets=attn", "nf4:targets=attn:lora_r=2:steps=1"])
+def test_distilled_blocks_keep_the_type_of_what_is_not_packed(first, logits):
+    chain = f"{first}+zeroquant-lkd:iters=4"
+    assert reason(chain) is None
+    model = applied(chain, tiny_model("llama").bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert bool(torch.isfinite(logits(model)).all())
