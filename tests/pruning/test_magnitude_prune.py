@@ -122,6 +122,14 @@ def test_global_scope_spares_small_layers_and_stays_exact():
     ]
 
 
+@pytest.mark.parametrize("total", [100, 12_000 * 12_000, 12_687_769_600])
+def test_counts_of_any_size_are_exact(total):
+    for percent in range(100):
+        assert count_of(percent / 100, total) == percent * total // 100
+        if percent:
+            assert count_of(percent / 100 - 1e-8, 100 * total) < percent * total
+
+
 def test_an_unreachable_global_sparsity_is_an_error():
     with pytest.raises(ConfigError, match="min_layer_density"):
         global_keep_masks([torch.randn(10, 10)], 0.95, 0.1)
