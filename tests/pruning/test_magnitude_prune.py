@@ -241,6 +241,7 @@ def test_bitmap_bytes_by_hand():
         ({"scope": "block"}, "scope"),
         ({"steps": -1}, "steps"),
         ({"min_layer_density": 2}, "min_layer_density"),
+        ({"sparsity": 0.995, "scope": "global"}, "sparsity=0.995 cannot be reached"),
     ],
 )
 def test_bad_options_are_named(bad, name):
