@@ -45,7 +45,7 @@ def keep_largest(weights: Sequence[torch.Tensor], pruned: int) -> list[torch.Ten
     masks = []
     for weight in weights:
         bits = _magnitude_bits(weight)
-        keep = bits >= threshold
+        keep = (bits >= threshold).contiguous()  # a transposed weight gives a transposed mask
         if ties:
             tied = (bits == threshold).flatten().nonzero().squeeze(1)[:ties]
             keep.view(-1)[tied] = False

@@ -130,6 +130,13 @@ def test_counts_of_any_size_are_exact(total):
             assert count_of(percent / 100 - 1e-8, 100 * total) < percent * total
 
 
+def test_weights_may_lie_transposed_in_memory():
+    weight = torch.tensor([[1.0, 1.0, 3.0], [2.0, 1.0, 1.0]])
+    expected = keep_largest([weight], 3)[0]
+    assert torch.equal(keep_largest([weight.t().contiguous().t()], 3)[0], expected)
+    assert expected.tolist() == [[False, False, True], [True, False, True]]
+
+
 def test_an_unreachable_global_sparsity_is_an_error():
     with pytest.raises(ConfigError, match="min_layer_density"):
         global_keep_masks([torch.randn(10, 10)], 0.95, 0.1)
