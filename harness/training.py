@@ -223,8 +223,10 @@ def _autocast(device: torch.device, dtypes: Iterable[torch.dtype]) -> Any:
 def _checked(value: float, losses: list[float], step: int) -> float:
     if not math.isfinite(value):
         raise NumericalFailure(f"training diverged: the loss is {value} at step {step}")
-    if losses and value > 2 * losses[0] + 1.0:
+    # A batch in which nothing is to be predicted has a loss of 0 and says nothing of where it began.
+    start = next((each for each in losses if each), None)
+    if start is not None and value > 2 * start + 1.0:
         raise NumericalFailure(
-            f"training diverged: the loss rose from {losses[0]:.3g} to {value:.3g} at step {step}"
+            f"training diverged: the loss rose from {start:.3g} to {value:.3g} at step {step}"
         )
     return value

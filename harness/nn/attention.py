@@ -24,7 +24,7 @@ from harness.nn.local_attention import flex_attention_in_band, gathered_attentio
 from harness.nn.masks import Band
 from harness.nn.sdpa import shared_heads_sdpa
 
-__all__ = ["PositionMask", "attend_in_band", "swap_attention", "use_local_attention"]
+__all__ = ["PositionMask", "attend_in_band", "keep_bands", "swap_attention", "use_local_attention"]
 
 Attend = Callable[..., tuple[torch.Tensor, None]]
 
@@ -104,11 +104,12 @@ def use_local_attention(model: nn.Module, bands: Sequence[Band | None]) -> bool:
     from harness.nn.ring_cache import use_ring_caches
 
     config: Any = model.config
+    # First: such a step may have left types of layers that look like the model's own.
+    if str(config._attn_implementation).startswith(_PREFIX + _LOCAL):
+        raise NotApplicable("the attention was already made local by another step of the chain")
     own_types = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if own_types or getattr(config, "sliding_window", None) is not None:
         raise NotApplicable("the model already has local attention layers of its own")
-    if str(config._attn_implementation).startswith(_PREFIX + _LOCAL):
-        raise NotApplicable("the attention was already made local by another step of the chain")
     bands = tuple(bands)
 
     def attend(
@@ -137,6 +138,16 @@ def use_local_attention(model: nn.Module, bands: Sequence[Band | None]) -> bool:
     if not all(band is None or band.causal for band in bands):
         return False
     return use_ring_caches(config, [band.reach if band else None for band in bands])
+
+
+def keep_bands(old: nn.Module, new: nn.Module) -> None:
+    """Give what takes the place of a model, or of a module, its local patterns, attention by attention.
+
+    By their numbers alone they would find those of other layers where some have been left out since.
+    """
+    for name, module in old.named_modules():
+        if (band := getattr(module, _BAND, None)) is not None:
+            setattr(new.get_submodule(name), _BAND, band)
 
 
 def _band_of(layer: Any, bands: Sequence[Band | None]) -> Band:

@@ -61,21 +61,24 @@ def order_ffn(block: nn.Module, anatomy: Anatomy, order: torch.Tensor, where: st
     order_columns(consumer, order)
 
 
-def value_heads(block: nn.Module, anatomy: Anatomy, heads: int, where: str) -> tuple[int, int, int]:
-    """The value heads, the query heads that share one, and the channels of a head."""
+def value_heads(block: nn.Module, anatomy: Anatomy, where: str) -> tuple[int, int, int]:
+    """The value heads of a block, the query heads that share one, and the channels of a head.
+
+    Read off the block: a method before may have left it fewer heads than the model had.
+    """
     value, out = linears_of(block, (anatomy.qkv[-1], anatomy.out), where)
-    head_dim = out.in_features // heads
-    rows = value.out_features if len(anatomy.qkv) == 3 else value.out_features // 3
-    return rows // head_dim, heads * head_dim // rows, head_dim
+    attention: Any = block.get_submodule(anatomy.attention)
+    head_dim: int = getattr(attention, "head_dim", None) or attention.attention_head_size
+    is_fused = len(anatomy.qkv) == 1  # rows of query, as many as `out` reads, then of key and of value
+    rows = (value.out_features - out.in_features) // 2 if is_fused else value.out_features
+    return rows // head_dim, out.in_features // rows, head_dim
 
 
-def order_value_output(
-    block: nn.Module, anatomy: Anatomy, order: torch.Tensor, heads: int, where: str
-) -> None:
+def order_value_output(block: nn.Module, anatomy: Anatomy, order: torch.Tensor, where: str) -> None:
     """The value channels, `order` [value heads, head_dim] inside each: rows of V, columns of the output."""
     value, out = linears_of(block, (anatomy.qkv[-1], anatomy.out), where)
-    _, sharing, head_dim = value_heads(block, anatomy, heads, where)
-    first = 0 if len(anatomy.qkv) == 3 else 2 * value.out_features // 3
+    kv_heads, sharing, head_dim = value_heads(block, anatomy, where)
+    first = value.out_features - kv_heads * head_dim  # the last rows where they are fused
     order_rows(value, head_channels(order, head_dim), first)
     order_columns(out, head_channels(order.repeat_interleave(sharing, 0), head_dim))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from harness.errors import NotApplicable
+from harness.nn.attention import keep_bands
 from harness.nn.surgery import conv1d_to_linear
 
 __all__ = ["reinitialised"]
@@ -30,4 +31,5 @@ def reinitialised(model: nn.Module, generator: torch.Generator) -> nn.Module:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in fresh.state_dict().items()} != shapes:
         raise NotApplicable("init=random needs a model that no other method has changed")
+    keep_bands(model, fresh)
     return fresh.to(device=parameter.device, dtype=parameter.dtype)

@@ -18,7 +18,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable
 from harness.nn.anatomy import anatomy_of, blocks_of
-from harness.nn.attention import swap_attention
+from harness.nn.attention import keep_bands, swap_attention
 from harness.nn.narrowing import require_described_heads
 from harness.nn.sdpa import shared_heads_sdpa
 from harness.nn.surgery import linear_from, replace_module
@@ -135,6 +135,7 @@ class _Grouped(nn.Module):
         self.is_causal = True
         self.num_key_value_heads = groups
         self.num_key_value_groups = original.num_heads // groups
+        keep_bands(original, self)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, key_value_heads={self.num_key_value_heads}"

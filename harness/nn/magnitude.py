@@ -32,7 +32,8 @@ def count_of(share: float, total: int) -> int:
     >>> count_of(0.29, 100)
     29
     """
-    return math.floor(share * total + 1e-9)
+    # The product of large numbers is rounded more coarsely: of 1e8 weights by 1e-8, of 1e10 by 1e-6.
+    return math.floor(share * total + max(1e-9, 1e-15 * total))
 
 
 def keep_largest(weights: Sequence[torch.Tensor], pruned: int) -> list[torch.Tensor]:
@@ -44,7 +45,7 @@ def keep_largest(weights: Sequence[torch.Tensor], pruned: int) -> list[torch.Ten
     masks = []
     for weight in weights:
         bits = _magnitude_bits(weight)
-        keep = bits >= threshold
+        keep = (bits >= threshold).contiguous()  # a transposed weight gives a transposed mask
         if ties:
             tied = (bits == threshold).flatten().nonzero().squeeze(1)[:ties]
             keep.view(-1)[tied] = False

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness import Options
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, record_masks, target_weights
 
+from ._scope import require_reachable
 from ._trained import training_refusal
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class RewindOptions(Options):
     steps: int | None = Field(None, ge=1, description="of the run; by default the sweep's training budget")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the run; by default the loop's")
     targets: str | None = Field(None, description="regular expression for the layers' names")
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> RewindOptions:
+        require_reachable(self.sparsity, self.scope, self.min_layer_density)
+        return self
 
 
 def even_cycles(sparsity: float, cycles: int) -> list[float]:

@@ -30,6 +30,7 @@ from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, burn_in, record_masks, target_weights
 
+from ._scope import require_reachable
 from ._trained import training_refusal
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class GmpOptions(Options):
             raise ValueError(f"initial={self.initial} is above sparsity={self.sparsity}; zeros only grow")
         if self.end <= self.start:
             raise ValueError(f"end={self.end} must be after start={self.start}")
+        require_reachable(self.sparsity, self.scope, self.min_layer_density)
         return self
 
 

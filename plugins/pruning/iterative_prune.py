@@ -32,6 +32,7 @@ from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, record_masks, target_weights
 
+from ._scope import require_reachable
 from ._trained import training_refusal
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class IterativeOptions(Options):
             raise ValueError(
                 f"p={self.p} takes {cycles} cycles to sparsity={self.sparsity}; at most {_MOST_CYCLES}"
             )
+        require_reachable(self.sparsity, self.scope, self.min_layer_density)
         return self
 
 

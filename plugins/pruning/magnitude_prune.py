@@ -22,12 +22,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harness import Method, Options, Paper, hookimpl
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks
 from harness.nn.pruned import bitmap_bytes, burn_in, record_masks, target_weights
+
+from ._scope import require_reachable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +45,11 @@ class MagnitudeOptions(Options):
     steps: int = Field(0, ge=0, description="retraining steps with the zeros held")
     targets: str | None = Field(None, description="regular expression for the layers' names")
     min_layer_density: float = Field(0.01, ge=0, le=1, description="kept at least; scope=global")
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> MagnitudeOptions:
+        require_reachable(self.sparsity, self.scope, self.min_layer_density)
+        return self
 
 
 def transform(model: nn.Module, options: MagnitudeOptions, context: Context) -> nn.Module:

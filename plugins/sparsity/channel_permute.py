@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -182,7 +182,6 @@ def _reorder(
 ) -> dict[str, _Tally]:
     """Search and move all sites; only where the layer that gains is one of `names`."""
     anatomy, blocks, searcher = anatomy_of(model), blocks_of(model), _Searcher(options, context)
-    heads = context.info.num_heads
     tallies = {site: _Tally() for site in options.sites}
     if "residual" in options.sites:
         readers = [linear.weight for name, linear in residual_readers(model) if name in names]
@@ -196,12 +195,12 @@ def _reorder(
                 order = searcher.order(down.weight.float().abs()[None], tallies["ffn"])
                 order_ffn(block, anatomy, order[0], where)
             if "vo" in options.sites and f"{where}.{anatomy.out}" in names:
-                kv_heads, sharing, head_dim = value_heads(block, anatomy, heads, where)
+                kv_heads, sharing, head_dim = value_heads(block, anatomy, where)
                 (out,) = linears_of(block, (anatomy.out,), where)
                 grouped = out.weight.float().abs().view(-1, kv_heads, sharing, head_dim)
                 magnitudes = grouped.permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
                 order = searcher.order(magnitudes, tallies["vo"])
-                order_value_output(block, anatomy, order, heads, where)
+                order_value_output(block, anatomy, order, where)
             done(index + 1)
     return tallies
 
@@ -219,12 +218,11 @@ def _check_sites(model: nn.Module, options: PermuteOptions) -> None:
         NotApplicable: a site that this model does not have.
     """
     anatomy = anatomy_of(model)
-    config: Any = model.config
     for where, block in blocks_of(model):
         needed = (*anatomy.ffn_in, anatomy.ffn_out, anatomy.qkv[-1], anatomy.out)
         linears_of(block, needed, where)
         if "vo" in options.sites:
-            *_, head_dim = value_heads(block, anatomy, config.num_attention_heads, where)
+            *_, head_dim = value_heads(block, anatomy, where)
             if head_dim % options.m:
                 raise NotApplicable(
                     f"vo: m={options.m} does not divide the {head_dim} channels of a head; "

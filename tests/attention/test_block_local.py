@@ -7,10 +7,13 @@ import copy
 import pytest
 import torch
 from harness_plugins.attention.block_local import METHOD, BlockLocalOptions, bands_of
+from harness_plugins.attention.mqa import MQA
+from harness_plugins.distillation.distilbert import METHOD as DISTILBERT
 from transformers import DynamicCache, StaticCache
 
 from harness.errors import ConfigError, NotApplicable
 from harness.measure.generation import decode_logits_match
+from harness.method import Method
 from harness.models.info import info_from_config
 from harness.nn.blocks import iterate_blocks
 from harness.nn.ring_cache import DynamicRingLayer, StaticRingLayer
@@ -125,6 +128,35 @@ def test_token_by_token_equals_one_shot(family, mode, cache_kind):
                 seen += size
             assert (torch.cat(pieces, 1) - expected).abs().max() <= 1e-4, (chunks, cache_kind)
             cache.reset()
+
+
+def _shallower(family: str, method: Method, **options):
+    """Four layers, of which every second is dense, and then only those in the middle: dense, local."""
+    model = tiny_model(family, layers=4)
+    model = METHOD.transform(model, BlockLocalOptions.parse(MODES["mixed"]), make_context(model))
+    untouched = make_context(tiny_model(family, layers=4))
+    model = DISTILBERT.transform(
+        model, DISTILBERT.options.parse({"layer_map": [1, 2], "steps": 0, **options}), untouched
+    )
+    return model if method is DISTILBERT else method.transform(model, method.options(steps=0), untouched)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize(
+    ("method", "options"), [(DISTILBERT, {}), (DISTILBERT, {"init": "random"}), (MQA, {})]
+)
+def test_layers_that_are_left_keep_their_patterns(family, method, options):
+    model, tokens = _shallower(family, method, **options), _tokens(30)
+    assert [layer.keys.shape[2] for layer in _filled(model, tokens).layers] == [30, B]
+    cache = DynamicCache(config=model.config)
+    pieces = [_logits(model, piece, past_key_values=cache) for piece in tokens.split(1, 1)]
+    assert (torch.cat(pieces, 1) - _logits(model, tokens)).abs().max() <= 1e-4
+
+
+def _filled(model, tokens: torch.Tensor) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    _logits(model, tokens, past_key_values=cache)
+    return cache
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -345,7 +377,7 @@ def test_other_terms_of_a_score_are_refused():
 
 def test_a_second_attention_method_is_refused():
     model = _local("llama")
-    with pytest.raises(NotApplicable, match="already"):
+    with pytest.raises(NotApplicable, match="by another step of the chain"):
         METHOD.transform(model, BlockLocalOptions(), make_context(model))
 
 

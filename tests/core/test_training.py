@@ -97,6 +97,26 @@ def test_divergence_is_a_numerical_failure(tiny_llama):
         )
 
 
+@pytest.mark.parametrize(("scale", "diverges"), [(1.0, False), (4.0, True)])
+def test_a_batch_with_nothing_to_predict_is_no_measure_of_divergence(tiny_llama, scale, diverges):
+    factors = iter([0.0, 1.0, *[scale] * SETTINGS.steps])
+
+    def run():
+        return train(
+            tiny_llama,
+            _source(),
+            SETTINGS,
+            _generator(),
+            loss=lambda model, tokens: causal_loss(model, tokens) * next(factors),
+        )
+
+    if diverges:
+        with pytest.raises(NumericalFailure, match=r"rose from [1-9].* at step 2"):
+            run()
+    else:
+        assert run().losses[0] == 0
+
+
 def test_the_schedule_warms_up_and_ends_low():
     settings = TrainSettings(steps=100, warmup_share=0.1, final_share=0.05)
     factors = [lr_factor(step, settings) for step in range(100)]

@@ -105,9 +105,9 @@ def test_value_channels_move_inside_their_heads(name):
     model, expected = made(name), outputs(made(name))
     before = weights(model)
     for where, block in blocks_of(model):
-        kv_heads, sharing, head_dim = value_heads(block, anatomy_of(model), HEADS, where)
+        kv_heads, sharing, head_dim = value_heads(block, anatomy_of(model), where)
         assert (kv_heads, sharing, head_dim) == ((2, 2, 32) if "gqa" in name else (4, 1, 32))
-        order_value_output(block, anatomy_of(model), shuffled(kv_heads, head_dim), HEADS, where)
+        order_value_output(block, anatomy_of(model), shuffled(kv_heads, head_dim), where)
     assert rel(outputs(model), expected) <= 1e-5
     assert moved(model, before)
 

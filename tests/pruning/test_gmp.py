@@ -178,6 +178,7 @@ def test_random_weights_are_only_pruned():
         ({"sparsity": 0.1, "initial": 0.2}, "initial=0.2 is above"),
         ({"start": 0.5, "end": 0.5}, "end=0.5 must be after start"),
         ({"every": 0}, "every"),
+        ({"sparsity": 0.995, "scope": "global"}, "sparsity=0.995 cannot be reached"),
         ({"steps": 0}, "steps"),
         ({"lr": 0}, "lr"),
     ],

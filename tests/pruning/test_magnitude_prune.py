@@ -122,6 +122,21 @@ def test_global_scope_spares_small_layers_and_stays_exact():
     ]
 
 
+@pytest.mark.parametrize("total", [100, 12_000 * 12_000, 12_687_769_600])
+def test_counts_of_any_size_are_exact(total):
+    for percent in range(100):
+        assert count_of(percent / 100, total) == percent * total // 100
+        if percent:
+            assert count_of(percent / 100 - 1e-8, 100 * total) < percent * total
+
+
+def test_weights_may_lie_transposed_in_memory():
+    weight = torch.tensor([[1.0, 1.0, 3.0], [2.0, 1.0, 1.0]])
+    expected = keep_largest([weight], 3)[0]
+    assert torch.equal(keep_largest([weight.t().contiguous().t()], 3)[0], expected)
+    assert expected.tolist() == [[False, False, True], [True, False, True]]
+
+
 def test_an_unreachable_global_sparsity_is_an_error():
     with pytest.raises(ConfigError, match="min_layer_density"):
         global_keep_masks([torch.randn(10, 10)], 0.95, 0.1)
@@ -233,6 +248,7 @@ def test_bitmap_bytes_by_hand():
         ({"scope": "block"}, "scope"),
         ({"steps": -1}, "steps"),
         ({"min_layer_density": 2}, "min_layer_density"),
+        ({"sparsity": 0.995, "scope": "global"}, "sparsity=0.995 cannot be reached"),
     ],
 )
 def test_bad_options_are_named(bad, name):

@@ -225,6 +225,7 @@ def test_only_a_run_that_is_made_here_can_be_rewound(method):
         ({"sparsity": 1.0}, "sparsity"),
         ({"cycles": 0}, "cycles"),
         ({"cycles": 51}, "cycles"),
+        ({"sparsity": 0.995}, "sparsity=0.995 cannot be reached"),
         ({"steps": 0}, "steps"),
         ({"scope": "block"}, "scope"),
         ({"control": "none at all", "t": -1}, "control|t"),

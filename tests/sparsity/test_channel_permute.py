@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness_plugins.attention.mqa import GQA
+from harness_plugins.pruning import structured_prune
 from harness_plugins.sparsity import nm_prune
 from harness_plugins.sparsity.channel_permute import METHOD, PermuteOptions
 from torch import nn
@@ -108,6 +110,35 @@ def test_alone_it_prunes_like_nm_prune_and_in_a_chain_it_leaves_that_to_what_fol
     for name, module in alone.named_modules():
         if isinstance(module, SemiStructuredLinear):
             assert torch.equal(module.dense_weight(), model.get_submodule(name).dense_weight())
+
+
+def with_fewer_heads(name: str) -> nn.Module:
+    """Three heads of 32 channels in every block, where the configuration may still say four."""
+    model = tiny_model(name)
+    options = structured_prune.METHOD.options.parse(
+        {"criterion": "magnitude", "compensate": "none", "ffn_ratio": 0}
+    )
+    return structured_prune.METHOD.transform(model, options, make_context(model))
+
+
+def with_shared_heads(name: str) -> nn.Module:
+    model = tiny_model(name)
+    return GQA.transform(model, GQA.options.parse({"groups": 2, "steps": 0}), make_context(model))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        *((with_fewer_heads, name) for name in ("llama", "opt", "gpt2", "bert")),
+        *((with_shared_heads, name) for name in ("llama", "opt", "gpt2")),
+    ],
+)
+def test_value_channels_move_inside_the_heads_that_an_earlier_method_left(make, name):
+    expected, model = outputs(make(name)), make(name)
+    untouched = make_context(tiny_model(name)).info  # of a chain's model, as it was before the chain
+    model, context = permuted(model, make_context(model, untouched), prune=False, sites=["vo"])
+    assert rel(outputs(model), expected) <= 1e-5
+    assert recorded(context)["vo_efficacy"] > 0
 
 
 def test_only_sites_whose_columns_are_pruned_move():
