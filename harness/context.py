@@ -176,6 +176,7 @@ class Context:
 
     def teacher(self, name: str | None = None) -> nn.Module:
         """A fresh copy of the original model, in eval mode, frozen, on the device; or another model by name.
+        On a CPU a model of float16 is given in float32, as one that is trained is there (see `train`).
 
         A method that lets the user name a model puts what identifies it into its `Method.inputs`.
 
@@ -184,11 +185,15 @@ class Context:
                 another vocabulary.
         """
         if name is not None:
-            return self._named_teacher(name).eval().requires_grad_(False)
-        if self.load_teacher is None:
+            teacher = self._named_teacher(name)
+        elif self.load_teacher is None:
             raise NotApplicable("a model trained from scratch has no teacher")
-        teacher = self.load_teacher().eval()
-        return teacher.requires_grad_(False)
+        else:
+            teacher = self.load_teacher()
+        teacher.eval().requires_grad_(False)
+        parameter = next(teacher.parameters())
+        is_narrow = parameter.dtype == torch.float16 and parameter.device.type == "cpu"
+        return teacher.float() if is_narrow else teacher
 
     def _named_teacher(self, name: str) -> nn.Module:
         if self.load_named is None:

@@ -112,10 +112,11 @@ def train(
 ) -> TrainReport:
     """Train `model` in place and leave it in eval mode.
 
-    Master weights are float32 while training (a float16 or bfloat16 model is cast back at the end);
-    on CUDA the forward pass runs under bfloat16 autocast. `lr_multiples`: of the rate, for parameters that
-    need another one (1 for all others). `first_step`: only the schedule's steps from this one on, with their
-    rates and their batches, by a fresh optimiser; `on_step` counts steps of the schedule.
+    Master weights are float32 while training (a float16 or bfloat16 model is cast back at the end), and so
+    are, on a CPU, the weights of float16 that are not trained. On CUDA and for models of 16 bits the forward
+    pass runs under bfloat16 autocast. `lr_multiples`: of the rate, for parameters that need another one (1
+    for all others). `first_step`: only the schedule's steps from this one on, with their rates and their
+    batches, by a fresh optimiser; `on_step` counts steps of the schedule.
 
     Raises:
         NumericalFailure: the loss is not finite, or rose above twice its start.
@@ -130,7 +131,10 @@ def train(
     device = trained[0].device
     original_dtypes = {parameter: parameter.dtype for parameter in trained}
     frozen = [p for p in model.parameters() if p.requires_grad and p not in original_dtypes]
-    for parameter in trained:
+    # A CPU has no norms of bfloat16 activations and float16 parameters.
+    others = [p for p in model.parameters() if p not in original_dtypes] if device.type == "cpu" else []
+    narrow = [parameter for parameter in others if parameter.dtype == torch.float16]
+    for parameter in (*trained, *narrow):
         parameter.data = parameter.data.float()
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -166,6 +170,8 @@ def train(
         for parameter in trained:
             parameter.grad = None
             parameter.data = parameter.data.to(original_dtypes[parameter])
+        for parameter in narrow:
+            parameter.data = parameter.data.half()
         for parameter in frozen:
             parameter.requires_grad_(True)
     return TrainReport(taken, taken * settings.batch_size * settings.seq_len, tuple(losses))

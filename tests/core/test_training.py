@@ -70,6 +70,18 @@ def test_on_step_sees_every_step(tiny_llama):
     assert seen == list(range(12))
 
 
+def test_frozen_weights_of_float16_train_nothing_away_on_a_cpu(tiny_opt):
+    """OPT's norms have biases; beside bfloat16 activations there are none of float16."""
+    tiny_opt.half()
+    before = {name: value.clone() for name, value in tiny_opt.state_dict().items()}
+    trained = tiny_opt.model.decoder.layers[0].fc1.weight
+    report = train(tiny_opt, _source(), SETTINGS, _generator(), parameters=[trained])
+    assert report.steps == SETTINGS.steps
+    moved = [n for n, v in tiny_opt.state_dict().items() if not torch.equal(v, before[n])]
+    assert moved == ["model.decoder.layers.0.fc1.weight"]
+    assert {value.dtype for value in tiny_opt.state_dict().values()} == {torch.float16}
+
+
 def test_half_precision_models_come_back_in_their_type(tiny_llama):
     tiny_llama.to(torch.bfloat16)
     report = train(tiny_llama, _source(), SETTINGS, _generator())
