@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedPlugins", "PluginReport", "import_bundled", "load_claims", "load_plugins"]
 
+LONGEST_ERROR = 500
 ENTRY_POINT_GROUP = "harness.plugins"
 BUNDLED_PACKAGE = "harness_plugins"
 BUNDLED_CLAIMS = f"{BUNDLED_PACKAGE}.claims."
@@ -239,7 +240,10 @@ def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -
         raise
     except BaseException as error:  # the border to code that is not ours
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        return PluginReport(found.name, found.origin, found.location, error=reason.split("\n")[0])
+        # In one line, but whole: what pluggy and pydantic object to stands below their first line.
+        return PluginReport(
+            found.name, found.origin, found.location, error=" ".join(reason.split())[:LONGEST_ERROR]
+        )
 
 
 def _collect(
