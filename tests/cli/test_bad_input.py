@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 
 import pytest
 
@@ -127,3 +128,15 @@ def test_a_store_of_a_newer_version(capsys, tmp_path):
     connection.close()
     _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "written by a newer harness")
     _refused(capsys, tmp_path, ("results",), "written by a newer harness")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["models", "--format", "csv"], ["--version"], ["methods", "--nonsense"]]
+)
+def test_closed_streams_are_no_error(monkeypatch, arguments):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    code = run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    assert code == (2 if "--nonsense" in arguments else 0)
