@@ -140,3 +140,14 @@ def test_closed_streams_are_no_error(monkeypatch, arguments):
     for stream in (sys.stdout, sys.stderr):
         stream.close()
     assert code == (2 if "--nonsense" in arguments else 0)
+
+
+@pytest.mark.parametrize("name", ["json", "torch", "typing-extensions"])
+def test_a_new_method_hides_no_module(capsys, tmp_path, name):
+    _refused(capsys, tmp_path, ("new", name), "would hide the module", "choose another name")
+
+
+def test_a_folder_of_the_name_is_no_module(tmp_path, monkeypatch):
+    (tmp_path / "my_method").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(["new", "my-method"]) == 0
