@@ -186,12 +186,16 @@ def _entry_points() -> Iterator[_Found]:
 
 
 def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
+    seen: set[Path] = set()
     for text in dict.fromkeys(extra):
         path = Path(os.path.expanduser(text))
         if text.endswith(".py") or "/" in text:
             if not os.path.isfile(path):
                 found = "it is a directory; name a file" if os.path.isdir(path) else "there is no such file"
                 raise PluginError(f"--plugin {text}: {found}")
+            if path.resolve() in seen:
+                continue  # the same file, written in another way
+            seen.add(path.resolve())
             yield _Found(path.stem, "--plugin", str(path), file=path.resolve())
         elif not _module_exists(text):
             raise PluginError(f"--plugin {text}: neither a file (FILE.py) nor an importable module")
@@ -230,7 +234,9 @@ class _Collected:
 def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -> PluginReport:
     try:
         plugin = found.load()
-        manager.register(plugin, name=f"{found.origin}:{found.name}")
+        if (before := manager.get_name(plugin)) is not None:
+            raise PluginError(f"it is loaded already, as {before}")
+        manager.register(plugin, name=f"{found.origin} {found.location}")
         try:
             return _collect(manager, plugin, found, collected)
         except Exception:

@@ -140,3 +140,20 @@ def test_options_that_cannot_be_stored_are_refused_when_the_plugin_is_loaded(tmp
     file = _write(tmp_path, "odd.py", f"from typing import Any, Callable\n{text}")
     with pytest.raises(PluginError, match="method 'odd': its options are no JSON: "):
         load_plugins([file])
+
+
+def test_two_files_of_one_name_are_two_plugins_and_one_file_written_twice_is_one(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    _write(tmp_path, "same.py", GOOD.format(name="first"))
+    _write(tmp_path / "other", "same.py", GOOD.format(name="second"))
+    monkeypatch.chdir(tmp_path)
+    loaded = load_plugins(["same.py", "other/same.py", "./same.py"])
+    assert {"first", "second"} <= set(loaded.methods)
+    assert [report.location for report in loaded.reports[-2:]] == ["same.py", "other/same.py"]
+
+
+def test_a_plugin_that_is_loaded_already_is_one_short_error():
+    with pytest.raises(
+        PluginError, match=r"gptq\): it is loaded already, as bundled harness_plugins\S+gptq$"
+    ):
+        load_plugins(["harness_plugins.quantization.gptq"])
