@@ -140,12 +140,16 @@ def explanations(
     """
     wanted = None if methods is None else list(methods)
     frame = queries.results(store, sweep=sweep, models=models, methods=wanted, statuses=["ok"])
-    if wanted is not None and frame.empty:
-        everything = queries.results(store, sweep=sweep, models=models)
-        tried = queries.results(store, sweep=sweep, models=models, methods=wanted)
+    labels = set(frame["method"])
+    # As the query takes them: a name alone also means every setting of it.
+    labels |= {label.partition(":")[0] for label in labels if "+" not in label}
+    for name in wanted or ():
+        if name in labels:
+            continue
+        tried = queries.results(store, sweep=sweep, models=models, methods=[name])
         if tried.empty:
-            known = sorted(set(everything["method"]))
-            raise UnknownName("method in this store:", ", ".join(wanted), known)
+            known = sorted(set(queries.results(store, sweep=sweep, models=models)["method"]))
+            raise UnknownName("method in this store:", name, known)
         last = tried.iloc[-1]
         raise ConfigError(f"nothing of {last['method']} was measured: {last['status']}: {last['reason']}")
     timed = frame[frame["kind"] == "scenario"]

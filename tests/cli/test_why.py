@@ -75,6 +75,7 @@ def test_a_sweep_is_explained(swept):
 
     for arguments, message in (
         (("gptq",), "unknown method in this store: 'gptq'"),
+        (("rtn,gptq",), "unknown method in this store: 'gptq'"),
         (("rtn", "--scenarios", "b9-p9-g9"), "nothing was timed there"),
         (("rtn", "--sweep", "soon"), "--sweep takes a number or last"),
     ):
