@@ -113,6 +113,8 @@ class Candidate:
     """A method in one shape: how many times better than the baseline it is in the goal, and its losses.
 
     `lower` and `upper` are equal to `gain` for what is counted and not timed. `why` is as of `reason`.
+    `unscored` are tasks in which other methods of the model have a loss and this one has none, because it
+    failed there or was not asked.
     """
 
     method: str
@@ -123,6 +125,7 @@ class Candidate:
     losses: tuple[Loss, ...]
     standing: Standing
     why: str = ""
+    unscored: tuple[str, ...] = ()
 
     @property
     def gains(self) -> bool:
@@ -206,11 +209,18 @@ def choices(
     kept = [row for row in rows if row.is_comparable]
     losses = _losses(kept, tasks)
     judged = {key[0] for key in losses}
+    asked: dict[tuple[str, str, str], dict[str, None]] = {}
+    for (model, _, _, dtype, device), of_tasks in losses.items():
+        asked.setdefault((model, dtype, device), {}).update(dict.fromkeys(of_tasks))
     found: dict[tuple[str, str, str, str], list[Candidate]] = {}
     for row in kept:
         if row.metric != goal.metric or not row.ratio or (shapes is not None and row.cell not in shapes):
             continue
-        own = tuple(losses.get((row.model, row.method_b, row.seed, row.dtype, row.device), {}).values())
+        of_tasks = losses.get((row.model, row.method_b, row.seed, row.dtype, row.device), {})
+        own = tuple(of_tasks.values())
+        unscored = tuple(
+            task for task in asked.get((row.model, row.dtype, row.device), ()) if task not in of_tasks
+        )
         shape = row.cell if row.kind == "scenario" else ""
         lower, upper = (row.ratio if each is None else each for each in (row.lower, row.upper))
         candidate = Candidate(
@@ -220,8 +230,9 @@ def choices(
             lower=1 / upper,
             upper=1 / lower,
             losses=own,
-            standing=_standing(own, most, is_judged=row.model in judged),
+            standing=_standing(own, most, is_judged=row.model in judged, is_whole=not unscored),
             why=(whys or {}).get((row.model, row.method_b, row.seed, row.cell), ""),
+            unscored=unscored,
         )
         found.setdefault((row.model, shape, row.device, row.dtype), []).append(candidate)
     return [_choice(*key, candidates) for key, candidates in found.items()]
@@ -240,12 +251,13 @@ def _choice(model: str, shape: str, device: str, dtype: str, candidates: Sequenc
     return Choice(model, shape, device, dtype, taken, equal, tuple(ranked))
 
 
-def _standing(losses: Sequence[Loss], most: float, *, is_judged: bool) -> Standing:
-    """The worst of all losses. Where other methods of the model have scores and this one has none, its
-    losses are open."""
+def _standing(losses: Sequence[Loss], most: float, *, is_judged: bool, is_whole: bool) -> Standing:
+    """The worst of all losses. One that other methods of the model have and this one has not is open."""
     if not losses:
         return Standing.OPEN if is_judged else Standing.UNJUDGED
     found = [loss.standing(most) for loss in losses]
+    if not is_whole:
+        found.append(Standing.OPEN)
     return next(each for each in (Standing.BEYOND, Standing.OPEN, Standing.WITHIN) if each in found)
 
 

@@ -68,8 +68,10 @@ class SweepConfig(BaseModel):
 
     @field_validator("methods", "models", "tasks", "plugin", mode="before")
     @classmethod
-    def _split_text(cls, value: Any) -> Any:
+    def _split_text(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
+            if info.field_name == "tasks" and value.strip().lower() == "none":
+                return ()
             return tuple(split_list(value))
         return value
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from harness.errors import ConfigError, PluginError
 
@@ -120,13 +122,40 @@ class Options(BaseModel):
 
     def canonical(self) -> dict[str, Any]:
         """All options as JSON values, in the order of the class: the identity of the options."""
-        return self.model_dump(mode="json")
+        return _json_values(self)
+
+    @classmethod
+    def problem(cls) -> str | None:
+        """Why options of this class cannot be written as JSON, which is how they are stored and listed."""
+        try:
+            _json_values(cls.model_construct(), warnings=False)
+            cls.model_json_schema()
+        except (PydanticUserError, PydanticSerializationError) as error:
+            return str(error).partition("\n")[0]
+        return None
 
     def non_default(self) -> dict[str, Any]:
         """The options that differ from the defaults, for labels."""
         dumped = self.canonical()
-        default = type(self).model_construct().model_dump(mode="json", warnings=False)
+        default = _json_values(type(self).model_construct(), warnings=False)
         return {name: value for name, value in dumped.items() if default.get(name) != value}
+
+
+def _json_values(options: Options, *, warnings: bool = True) -> dict[str, Any]:
+    values = options.model_dump(mode="json", warnings=warnings)
+    return {name: _ordered(getattr(options, name, None), written) for name, written in values.items()}
+
+
+def _ordered(value: Any, written: Any) -> Any:
+    """The JSON of a value with its sets in one order: Python's own is another one in each process."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(written, key=json.dumps)
+    if isinstance(value, (list, tuple)):
+        return [_ordered(*pair) for pair in zip(value, written, strict=True)]
+    if isinstance(value, Mapping):
+        pairs = zip(value.values(), written.items(), strict=True)
+        return {name: _ordered(inner, dumped) for inner, (name, dumped) in pairs}
+    return written
 
 
 def _is_text(value: Any) -> bool:
@@ -205,6 +234,8 @@ class Method:
             raise PluginError(f"method name {self.name!r} must be lower-case words joined by hyphens")
         if not (isinstance(self.options, type) and issubclass(self.options, Options)):
             raise PluginError(f"method {self.name!r}: options must be a subclass of harness.Options")
+        if problem := self.options.problem():
+            raise PluginError(f"method {self.name!r}: its options are no JSON: {problem}")
         if not callable(self.transform):
             raise PluginError(f"method {self.name!r}: transform must be callable")
         if self.family not in FAMILIES:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedPlugins", "PluginReport", "import_bundled", "load_claims", "load_plugins"]
 
+LONGEST_ERROR = 500
 ENTRY_POINT_GROUP = "harness.plugins"
 BUNDLED_PACKAGE = "harness_plugins"
 BUNDLED_CLAIMS = f"{BUNDLED_PACKAGE}.claims."
@@ -185,12 +186,16 @@ def _entry_points() -> Iterator[_Found]:
 
 
 def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
+    seen: set[Path] = set()
     for text in dict.fromkeys(extra):
         path = Path(os.path.expanduser(text))
         if text.endswith(".py") or "/" in text:
             if not os.path.isfile(path):
                 found = "it is a directory; name a file" if os.path.isdir(path) else "there is no such file"
                 raise PluginError(f"--plugin {text}: {found}")
+            if path.resolve() in seen:
+                continue  # the same file, written in another way
+            seen.add(path.resolve())
             yield _Found(path.stem, "--plugin", str(path), file=path.resolve())
         elif not _module_exists(text):
             raise PluginError(f"--plugin {text}: neither a file (FILE.py) nor an importable module")
@@ -229,7 +234,9 @@ class _Collected:
 def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -> PluginReport:
     try:
         plugin = found.load()
-        manager.register(plugin, name=f"{found.origin}:{found.name}")
+        if (before := manager.get_name(plugin)) is not None:
+            raise PluginError(f"it is loaded already, as {before}")
+        manager.register(plugin, name=f"{found.origin} {found.location}")
         try:
             return _collect(manager, plugin, found, collected)
         except Exception:
@@ -239,7 +246,10 @@ def _load(manager: pluggy.PluginManager, found: _Found, collected: _Collected) -
         raise
     except BaseException as error:  # the border to code that is not ours
         reason = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        return PluginReport(found.name, found.origin, found.location, error=reason.split("\n")[0])
+        # In one line, but whole: what pluggy and pydantic object to stands below their first line.
+        return PluginReport(
+            found.name, found.origin, found.location, error=" ".join(reason.split())[:LONGEST_ERROR]
+        )
 
 
 def _collect(

@@ -136,13 +136,22 @@ def explanations(
 
     Raises:
         UnknownName: a method of which the store has no rows.
-        ConfigError: nothing was timed.
+        ConfigError: nothing was timed, or nothing of these methods was measured.
     """
     wanted = None if methods is None else list(methods)
     frame = queries.results(store, sweep=sweep, models=models, methods=wanted, statuses=["ok"])
-    if wanted is not None and frame.empty:
-        known = sorted(set(queries.results(store, sweep=sweep, models=models)["method"]))
-        raise UnknownName("method in this store:", ", ".join(wanted), known)
+    labels = set(frame["method"])
+    # As the query takes them: a name alone also means every setting of it.
+    labels |= {label.partition(":")[0] for label in labels if "+" not in label}
+    for name in wanted or ():
+        if name in labels:
+            continue
+        tried = queries.results(store, sweep=sweep, models=models, methods=[name])
+        if tried.empty:
+            known = sorted(set(queries.results(store, sweep=sweep, models=models)["method"]))
+            raise UnknownName("method in this store:", name, known)
+        last = tried.iloc[-1]
+        raise ConfigError(f"nothing of {last['method']} was measured: {last['status']}: {last['reason']}")
     timed = frame[frame["kind"] == "scenario"]
     if scenarios is not None:
         timed = timed[timed["scenario"].isin(list(scenarios))]

@@ -96,6 +96,7 @@ def run(arguments: Sequence[str]) -> int:
 
     Never raises: what is wrong with the input or the machine is one line on standard error.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # Names and stored texts may hold what the terminal's encoding has not.
         if isinstance(stream, io.TextIOWrapper):
@@ -131,6 +132,14 @@ def run(arguments: Sequence[str]) -> int:
         _say(f"{error.strerror or error}{where}")
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Write to nowhere what nobody can read (`>&-`, some services): Python has no streams then."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _unread() -> int:

@@ -57,28 +57,33 @@ def _show_method(method: Any, output: Format) -> None:
 
 def option_rows(method: Any) -> list[dict[str, Any]]:
     """The options of a method, one row each."""
-    schema = method.options.model_json_schema().get("properties", {})
+    schema = method.options.model_json_schema()
+    known = schema.get("$defs", {})
     rows = []
     for name, field in method.options.model_fields.items():
-        described = schema.get(name, {})
+        described = schema.get("properties", {}).get(name, {})
+        default = "required" if field.is_required() else str(described.get("default", field.default))
         rows.append(
             {
                 "option": name,
-                "type": _type_of(described),
-                "default": str(described.get("default", field.default)),
+                "type": _type_of(described, known),
+                "default": default,
                 "meaning": field.description or "",
             }
         )
     return rows
 
 
-def _type_of(described: dict[str, Any]) -> str:
+def _type_of(described: dict[str, Any], known: dict[str, Any]) -> str:
+    """A field's JSON schema in words; `known` holds what it refers to by name."""
+    if "$ref" in described:
+        return _type_of(known[described["$ref"].rpartition("/")[2]], known)
     if "enum" in described:
         return " | ".join(str(value) for value in described["enum"])
     if "const" in described:
         return str(described["const"])
     if "anyOf" in described:
-        return " | ".join(_type_of(each) for each in described["anyOf"])
+        return " | ".join(_type_of(each, known) for each in described["anyOf"])
     text = str(described.get("type", "any"))
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {described[key]}" for key, sign in bounds.items() if key in described]
@@ -87,7 +92,7 @@ def _type_of(described: dict[str, Any]) -> str:
 
 def models(output: FormatOption = Format.TABLE, plugin: PluginOption = None) -> None:
     """List the models that can be named; hub ids and directories work besides."""
-    from harness.errors import MissingExtra
+    from harness.errors import HarnessError
     from harness.models.loading import describe, resolve_model, zoo_names
     from harness.models.shapes import SCRATCH, SHAPES
     from harness.plugins import load_plugins
@@ -112,8 +117,8 @@ def models(output: FormatOption = Format.TABLE, plugin: PluginOption = None) -> 
                 "positions": info.max_positions,
                 "synthetic": info.synthetic,
             }
-        except MissingExtra as missing:
-            row["summary"] = f"{summary}; {missing}"
+        except HarnessError as error:  # one that cannot be loaded here hides none of the others
+            row["summary"] = f"{summary}; {error}"
         rows.append(row)
     columns = ["model", "family", "kind", "layers", "width", "heads", "kv_heads", "positions"]
     print_rows(rows, [*columns, "summary"], output)
@@ -151,6 +156,6 @@ def plugins(output: FormatOption = Format.TABLE, plugin: PluginOption = None) ->
     rows = []
     for report in load_plugins(plugin or ()).reports:
         row = asdict(report)
-        registers = [*row["methods"], *row["models"], *row["meters"], *row["claims"]]
+        registers = [*row["methods"], *row["models"], *row["tasks"], *row["meters"], *row["claims"]]
         rows.append({**row, "plugin": row.pop("name"), "registers": ", ".join(registers)})
     print_rows(rows, ["plugin", "origin", "location", "registers", "error"], output)

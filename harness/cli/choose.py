@@ -131,7 +131,7 @@ def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Com
                 raise UnknownName("model in this store:", unknown[0], known)
         methods = other_methods(baseline, stores, models)
         if not methods:
-            raise ConfigError("nothing but the baseline is in the store: sweep some methods first")
+            raise ConfigError("nothing was measured beside the baseline: sweep some methods first")
         first, *others = (load_side(name, stores, models) for name in (baseline, *methods))
         found = compare_sides(first, others)
         # Verdicts are of timed cells, and weights can be weighed without any.
@@ -147,11 +147,13 @@ def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Com
 
 def _known(text: str | None, known: set[str], kind: str) -> list[str] | None:
     from harness.chain import split_list
-    from harness.errors import UnknownName
+    from harness.errors import ConfigError, UnknownName
 
     if text is None:
         return None
-    for name in (names := split_list(text)):
+    if not (names := split_list(text)):  # an unset variable of the shell must not leave everything out
+        raise ConfigError(f"an option names no {kind.partition(' ')[0]}; leave it out for all of them")
+    for name in names:
         if name not in known:
             raise UnknownName(kind, name, known)
     return names
@@ -169,7 +171,7 @@ def _rows(choice: Choice, goal: Goal) -> list[dict[str, Any]]:
             "": marks.get(id(each)) or _refusal(each),
             "method": _name(each, choice),
             "gain": _gain(each, goal),
-            "loses": "; ".join(map(_loss, each.losses)),
+            "loses": "; ".join([*map(_loss, each.losses), *(f"{task} unknown" for task in each.unscored)]),
             "why": each.why,
         }
         for each in choice.candidates
@@ -182,6 +184,8 @@ def _refusal(candidate: Candidate) -> str:
     if candidate.standing is Standing.BEYOND:
         return "loses too much"
     if candidate.standing is Standing.OPEN:
+        if candidate.unscored and candidate.losses:
+            return f"no score in {', '.join(candidate.unscored)}"
         return "loss not clear" if candidate.losses else "no score"
     return "less gain" if candidate.gains else "no gain"
 

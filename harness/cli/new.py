@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,14 @@ from typing import Annotated
 import typer
 
 __all__ = ["new"]
+
+
+def _is_importable(module: str) -> bool:
+    """Whether Python has a module of this name; a folder without code is none."""
+    if module in sys.stdlib_module_names:
+        return True
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None
 
 
 def new(
@@ -27,7 +37,11 @@ def new(
         raise ConfigError(f"method {name!r} exists already; choose another name")
     if not os.path.isdir(directory):
         raise ConfigError(f"--directory {directory} is no directory")
-    target = directory / f"{name.replace('-', '_')}.py"
+    module = name.replace("-", "_")
+    target = directory / f"{module}.py"
+    if not target.exists() and _is_importable(module):
+        # Python looks in the working directory first: a torch.py there would end every program.
+        raise ConfigError(f"{target} would hide the module {module} of that name; choose another name")
     title = "".join(word.capitalize() for word in name.split("-"))
     template = (files("harness.cli") / "method_template.txt").read_text(encoding="utf-8")
     try:

@@ -112,7 +112,7 @@ def sweep(
     given: dict[str, Any] = {
         "methods": methods,
         "models": models,
-        "tasks": () if tasks is not None and tasks.strip().lower() in ("", "none") else tasks,
+        "tasks": tasks,
         "batch_sizes": batch_sizes,
         "prompt_lens": prompt_lens,
         "new_tokens": new_tokens,

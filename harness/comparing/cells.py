@@ -53,6 +53,11 @@ class Cell:
         return self.status is Status.OK
 
     @property
+    def told(self) -> str:
+        """How it ended, with the reason where there is one."""
+        return str(self.status) if self.reason is None else f"{self.status}: {self.reason}"
+
+    @property
     def model(self) -> str:
         return str(self.place[0])
 

@@ -203,10 +203,7 @@ def _compared_metrics(cell: Cell, is_matrix: bool, metrics: Sequence[str] | None
 
 
 def _status(others: Sequence[Cell]) -> str:
-    if not others:
-        return "not there"
-    last = others[-1]
-    return str(last.status) if last.reason is None else f"{last.status}: {last.reason}"
+    return others[-1].told if others else "not there"
 
 
 def pairs_of(

@@ -64,9 +64,12 @@ def compare_sides(a: Side, others: Sequence[Side], *, metrics: Sequence[str] | N
     their `differences`.
 
     Raises:
-        ConfigError: a side is compared with itself, or two share nothing; a method with a whole sweep.
+        ConfigError: a side is compared with itself, or two share nothing; a method with a whole sweep;
+            nothing of the method `a` was measured.
         UnknownName: a metric that no side has.
     """
+    if not a.name.is_matrix and not a.ok:
+        raise ConfigError(f"nothing of {a.text} was measured: {a.cells[-1].told}")
     rows: list[Comparison] = []
     absent: list[Absent] = []
     for b in others:

@@ -26,6 +26,7 @@ from sqlalchemy import select
 from harness.chain import split_list
 from harness.comparing.cells import Cell, all_cells
 from harness.errors import ConfigError, UnknownName
+from harness.records import Status
 from harness.store.exchange_sources import is_text, read_source
 from harness.store.exchange_text import is_store
 from harness.store.store import Store
@@ -206,9 +207,8 @@ def load_side(name: SideName, stores: Stores, models: Sequence[str] | None = Non
     scope = (store.label, sweep)
     if name.method is not None:
         kept = [cell for cell in found if cell.method == name.method]
-        if not any(cell.is_ok for cell in kept):
-            known = {cell.method for cell in found if cell.is_ok}
-            raise UnknownName("method in this store:", name.method, known)
+        if not kept:
+            raise UnknownName("method in this store:", name.method, {cell.method for cell in found})
         return Side(name, tuple(kept), scope)
     if name.variant is not None:
         kept = [cell for cell in found if cell.variant == name.variant]
@@ -222,13 +222,20 @@ def load_side(name: SideName, stores: Stores, models: Sequence[str] | None = Non
 def other_methods(
     a: SideName, stores: Stores, models: Sequence[str] | None = None, *, timed: bool = False
 ) -> list[SideName]:
-    """The sides of every other method that was measured where the method `a` is.
+    """The sides of every other method that was tried where the method `a` was measured.
+
+    One that failed everywhere is among them, for a gate cannot be judged by it; one that says of itself that
+    it does not apply is not.
 
     Args:
         timed: only those of which something was timed.
     """
-    cells = load_side(replace(a, method=None), stores, models).ok
-    methods = {cell.method for cell in cells if cell.kind == "scenario" or not timed} - {a.method}
+    cells = load_side(replace(a, method=None), stores, models).cells
+    places = {cell.place for cell in cells if cell.method == a.method and cell.is_ok}
+    tried = [cell for cell in cells if cell.place in places and cell.status is not Status.NOT_APPLICABLE]
+    if timed:
+        tried = [cell for cell in tried if cell.is_ok and cell.kind == "scenario"]
+    methods = {cell.method for cell in tried} - {a.method}
     return [replace(a, text=method, method=method) for method in sorted(methods)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
 
 import pytest
 
@@ -127,3 +128,26 @@ def test_a_store_of_a_newer_version(capsys, tmp_path):
     connection.close()
     _refused(capsys, tmp_path, (*SWEEP, "--tasks", "none"), "written by a newer harness")
     _refused(capsys, tmp_path, ("results",), "written by a newer harness")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["models", "--format", "csv"], ["--version"], ["methods", "--nonsense"]]
+)
+def test_closed_streams_are_no_error(monkeypatch, arguments):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    code = run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+    assert code == (2 if "--nonsense" in arguments else 0)
+
+
+@pytest.mark.parametrize("name", ["json", "torch", "typing-extensions"])
+def test_a_new_method_hides_no_module(capsys, tmp_path, name):
+    _refused(capsys, tmp_path, ("new", name), "would hide the module", "choose another name")
+
+
+def test_a_folder_of_the_name_is_no_module(tmp_path, monkeypatch):
+    (tmp_path / "my_method").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(["new", "my-method"]) == 0

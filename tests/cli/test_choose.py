@@ -101,6 +101,8 @@ def test_other_formats_list_the_candidates(path, capsys, output):
         (["--at", "b9"], "unknown shape in this store: 'b9'"),
         (["--for", "energy"], "no method's decode_energy was compared with the baseline's"),
         (["--models", "other"], "unknown model in this store: 'other'"),
+        (["--tasks", ""], "an option names no task; leave it out for all of them"),
+        (["--at", ","], "an option names no shape; leave it out for all of them"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(path, capsys, arguments, says):
@@ -113,4 +115,28 @@ def test_a_store_of_baselines_alone(tmp_path, capsys):
         latency = timed("decode_latency", around(1.0))
         add_cell(store, add_sweep(store), "baseline", latency, scenario=SHAPE)
     assert run(["choose", "--db", str(tmp_path / "results.db")]) == 2
-    assert "nothing but the baseline is in the store: sweep some methods first" in capsys.readouterr().err
+    assert "nothing was measured beside the baseline: sweep some methods first" in capsys.readouterr().err
+
+
+def test_what_has_no_score_in_a_task_is_said(path, capsys):
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        for method in ("baseline", "slow"):
+            right = Record("acc", 1.0, "fraction", n=400)
+            add_cell(store, sweep, method, right, task="hellaswag", items=items([1] * 400))
+    assert run(["choose", "--db", path]) == 0
+    shown = capsys.readouterr().out
+    assert "hellaswag unknown" in shown
+    answer = shown.strip().splitlines()[-1]
+    assert "keep the baseline" in answer
+    assert "but loses too much" in answer
+    assert run(["choose", "--db", path, "--tasks", "grammar"]) == 0
+    assert "take good" in capsys.readouterr().out
+
+
+def test_a_method_on_a_model_without_a_baseline_hides_no_answer(path, capsys):
+    with Store.open(path) as store:
+        latency = timed("decode_latency", around(1.0))
+        add_cell(store, add_sweep(store), "elsewhere", latency, scenario=SHAPE, model="n")
+    assert run(["choose", "--db", path]) == 0
+    assert "take good" in capsys.readouterr().out

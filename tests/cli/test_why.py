@@ -7,9 +7,12 @@ import io
 
 import pytest
 
+from harness.cli.app import run
+from harness.records import Status
 from harness.store import queries
 from harness.store.store import Store
 from tests.cli.test_sweep import FAST
+from tests.core.stores import add_cell, add_sweep
 
 
 @pytest.fixture
@@ -72,6 +75,7 @@ def test_a_sweep_is_explained(swept):
 
     for arguments, message in (
         (("gptq",), "unknown method in this store: 'gptq'"),
+        (("rtn,gptq",), "unknown method in this store: 'gptq'"),
         (("rtn", "--scenarios", "b9-p9-g9"), "nothing was timed there"),
         (("rtn", "--sweep", "soon"), "--sweep takes a number or last"),
     ):
@@ -93,3 +97,10 @@ def test_a_store_without_timings_has_nothing_to_explain(harness, tmp_path, tiny_
     ran = harness("why")
     assert ran.code == 2
     assert "nothing was timed there" in ran.err
+
+
+def test_a_method_that_failed_is_not_unknown(tmp_path, capsys):
+    with Store.open(tmp_path / "results.db") as store:
+        add_cell(store, add_sweep(store), "broken", status=Status.FAILED, reason="ValueError: boom")
+    assert run(["why", "broken", "--db", str(tmp_path / "results.db")]) == 2
+    assert "error: nothing of broken was measured: failed: ValueError: boom" in capsys.readouterr().err

@@ -48,7 +48,18 @@ def cell_key(variant, sweep, task=None, scenario=None):
     return content_key([variant, task, scenario, sweep])
 
 
-def add_cell(store, sweep, method, *records, task=None, scenario=None, items=(), **changes):
+def add_cell(
+    store,
+    sweep,
+    method,
+    *records,
+    task=None,
+    scenario=None,
+    items=(),
+    status=Status.OK,
+    reason=None,
+    **changes,
+):
     """A cell of a variant of model `m`; returns its id."""
     values = {
         "key": variant_key(method, **changes),
@@ -68,7 +79,7 @@ def add_cell(store, sweep, method, *records, task=None, scenario=None, items=(),
     store.write_variant(sweep, variant)
     kind = CellKind.TASK if task else CellKind.SCENARIO if scenario else CellKind.TRANSFORM
     key = cell_key(variant.key, sweep, task, scenario)
-    result = CellResult(key, variant.key, Status.OK, records=records, items=tuple(items))
+    result = CellResult(key, variant.key, status, reason, records=records, items=tuple(items))
     return store.write_cell(sweep, result, kind=kind, task=task, scenario=scenario)
 
 

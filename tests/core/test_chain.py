@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -117,3 +120,32 @@ def test_an_unknown_need_and_family_are_refused():
         Method(name="m", options=_Options, transform=_identity, needs=["gpu"])
     with pytest.raises(PluginError, match="unknown family"):
         Method(name="m", options=_Options, transform=_identity, family="magic")
+
+
+def test_a_set_is_written_in_one_order_in_every_process():
+    program = (
+        "from harness import Options\n"
+        "class Sets(Options):\n"
+        "    names: frozenset[str] = frozenset()\n"
+        "    groups: tuple[frozenset[str], ...] = ()\n"
+        "    by_name: dict[str, frozenset[str]] = {}\n"
+        "words = ['q', 'k', 'v', 'o', 'up', 'down']\n"
+        "print(Sets(names=words, groups=[words], by_name={'all': words}).canonical())\n"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert len(told) == 1
+    assert told.pop().count("['down', 'k', 'o', 'q', 'up', 'v']") == 3
+
+
+def test_a_set_equal_to_the_default_is_no_option_of_a_label():
+    class Sets(Options):
+        names: frozenset[str] = frozenset({"q", "k", "v", "o"})
+
+    assert Sets(names=frozenset({"o", "v", "k", "q"})).non_default() == {}

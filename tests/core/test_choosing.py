@@ -186,3 +186,36 @@ def test_whys_belong_to_their_cells():
 def test_a_limit_is_a_number(text):
     with pytest.raises(ConfigError, match=r"write how much may be lost, such as 0\.01 or 1%"):
         parse_limit(text)
+
+
+def test_a_method_without_a_score_in_a_task_of_the_others_is_not_taken():
+    rows = [
+        timed("fast", 0.4), scored("fast", 0.0),  # its cell of hellaswag failed
+        timed("good", 0.5), scored("good", 0.0), scored("good", 0.0, task="hellaswag"),
+        timed("bad", 0.3), scored("bad", -0.5),
+    ]  # fmt: skip
+    choice = chosen(*rows)
+    assert choice.taken is not None
+    assert choice.taken.method == "good"
+    assert standings(choice) == {
+        "good": Standing.WITHIN, "fast": Standing.OPEN, "bad": Standing.BEYOND,
+    }  # fmt: skip
+    assert {each.method: each.unscored for each in choice.candidates} == {
+        "good": (), "fast": ("hellaswag",), "bad": ("hellaswag",),
+    }  # fmt: skip
+    choice = chosen(*rows, tasks=["grammar"])
+    assert choice.taken is not None
+    assert choice.taken.method == "fast"
+
+
+def test_tasks_of_another_dtype_are_not_asked_for():
+    choice, other = choices(
+        [
+            timed("a", 0.5), scored("a", 0.0),
+            timed("a", 0.5, dtype="float32"), scored("a", 0.0, dtype="float32"),
+            scored("a", 0.0, dtype="float32", task="hellaswag"),
+        ],
+        GOALS["decode"], 0.01,
+    )  # fmt: skip
+    assert choice.taken is not None
+    assert other.taken is not None

@@ -11,7 +11,7 @@ from harness.cli.app import run
 from harness.comparing import compare_methods
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
-from harness.records import Record
+from harness.records import Record, Status
 from harness.store.store import Store
 from tests.core.stores import add_cell, add_sweep, around, items, timed
 
@@ -215,6 +215,42 @@ def test_the_call_must_name_whom_to_judge(store, compare):
         code, _, err = compare(*arguments)
         assert code == 2
         assert message in err
+
+
+def test_a_method_that_failed_everywhere_lets_no_gate_pass(store, compare):
+    sweep = add_sweep(store)
+    for method in ("baseline", "good"):
+        scored(store, sweep, method, [1, 1, 0, 1])
+    failed = {"status": Status.FAILED, "reason": "ValueError: boom"}
+    add_cell(store, sweep, "broken", task="grammar", **failed)
+    unfit = {"status": Status.NOT_APPLICABLE, "reason": "only for encoders"}
+    add_cell(store, sweep, "unfit", task="grammar", **unfit)
+    for judged in (["--all"], ["broken"]):
+        code, _, err = compare("baseline", *judged, "--fail-on", "acc<-0.5")
+        assert code == 3
+        assert "missing in b: m broken grammar (failed: ValueError: boom)" in err
+        assert "gate acc<-0.5 cannot be judged (missing in b: " in err
+        assert "unfit" not in err, "what does not apply is not asked for"
+        assert compare("baseline", *judged, "--fail-on", "acc<-0.5", "--allow-missing")[0] == 0
+
+
+def test_what_was_measured_nowhere_near_a_is_not_among_all_the_others(store, compare):
+    sweep = add_sweep(store)
+    for method in ("baseline", "new"):
+        latency(store, sweep, method, 0.02)
+    latency(store, sweep, "elsewhere", 0.02, model="n")
+    code, out, _ = compare("baseline", "--all", "--format", "json")
+    assert code == 0
+    assert {row["method_b"] for row in json.loads(out)} == {"new"}
+
+
+def test_a_baseline_that_failed_is_no_unknown_name(store, compare):
+    sweep = add_sweep(store)
+    add_cell(store, sweep, "baseline", scenario=SHAPE, status=Status.OOM, reason="out of memory")
+    latency(store, sweep, "new", 0.02)
+    code, _, err = compare("baseline", "new")
+    assert code == 2
+    assert "nothing of baseline was measured: oom: out of memory" in err
 
 
 def test_only_some_metrics(store):

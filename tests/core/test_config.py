@@ -68,3 +68,12 @@ def test_bad_yaml_is_one_clear_error(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load_config(tmp_path / "none.yaml", {})
+
+
+def test_none_is_written_in_a_file_as_on_the_command_line(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("tasks: none\nprompt-lens: none\n")
+    config = load_config(file, {})
+    assert (config.tasks, config.prompt_lens) == ((), ())
+    assert load_config(file, {"tasks": "kjv"}).tasks == ("kjv",)
+    assert load_config(None, {"tasks": ""}).tasks == ()

@@ -110,3 +110,50 @@ def test_the_manager_is_no_singleton():
 def test_a_name_like_no_other_says_where_the_names_are(kind, count, advice):
     error = UnknownName(kind, "zzz", [f"m{number}" for number in range(count)])
     assert re.fullmatch(f"unknown {kind} 'zzz'; {advice}", str(error))
+
+
+# --- what is wrong with a plugin ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "from harness import hookimpl\n@hookimpl\ndef variant_started(label, wrong):\n    pass\n",
+            "Argument(s) {'wrong'} are declared in the hookimpl",
+        ),
+        (GOOD.format(name="call").replace("options=Options", "options=Options.parse({'x': 1})"), "unknown"),
+    ],
+)
+def test_an_error_of_several_lines_is_told_to_its_end(tmp_path, text, reason):
+    with pytest.raises(PluginError, match=re.escape(reason)) as caught:
+        load_plugins([_write(tmp_path, "lines.py", text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["knob: Callable = print", "knob: Any = object()"])
+def test_options_that_cannot_be_stored_are_refused_when_the_plugin_is_loaded(tmp_path, field):
+    text = GOOD.format(name="odd").replace("options=Options", "options=Odd")
+    text = textwrap.dedent(text).replace(
+        "def transform", f"class Odd(Options):\n    {field}\n\ndef transform", 1
+    )
+    file = _write(tmp_path, "odd.py", f"from typing import Any, Callable\n{text}")
+    with pytest.raises(PluginError, match="method 'odd': its options are no JSON: "):
+        load_plugins([file])
+
+
+def test_two_files_of_one_name_are_two_plugins_and_one_file_written_twice_is_one(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    _write(tmp_path, "same.py", GOOD.format(name="first"))
+    _write(tmp_path / "other", "same.py", GOOD.format(name="second"))
+    monkeypatch.chdir(tmp_path)
+    loaded = load_plugins(["same.py", "other/same.py", "./same.py"])
+    assert {"first", "second"} <= set(loaded.methods)
+    assert [report.location for report in loaded.reports[-2:]] == ["same.py", "other/same.py"]
+
+
+def test_a_plugin_that_is_loaded_already_is_one_short_error():
+    with pytest.raises(
+        PluginError, match=r"gptq\): it is loaded already, as bundled harness_plugins\S+gptq$"
+    ):
+        load_plugins(["harness_plugins.quantization.gptq"])
