@@ -2,13 +2,14 @@
 
 A key is the hash of everything the value depends on, so an entry is never stale; the worst that can
 happen is that it is never asked for again. Entries are written beside their place and renamed into
-it, so a killed process leaves no half entry.
+it, so a killed process leaves no half entry. What it leaves beside them is removed a day later.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from harness.keys import content_key
 __all__ = ["ContentCache"]
 
 T = TypeVar("T")
+
+_ABANDONED_AFTER_S = 24 * 3600.0  # without a byte: nobody writes an entry for so long
 
 
 class ContentCache:
@@ -58,6 +61,7 @@ class ContentCache:
     def _write(self, path: Path, value: Any) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
             with replacing(path) as file, _without_checksums():
                 torch.save(value, file)
         except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
@@ -68,6 +72,13 @@ class ContentCache:
                 f"the cache {self.directory} cannot be written ({error}); "
                 "set HARNESS_CACHE to a writable folder"
             ) from None
+
+    def _remove_abandoned(self) -> None:
+        """Remove what processes that were killed had written of their entries."""
+        for file in self.directory.glob("??/.*.pt.*"):
+            with suppress(OSError):  # another process removes it as well
+                if time.time() - file.stat().st_mtime > _ABANDONED_AFTER_S:
+                    file.unlink()
 
 
 @contextmanager

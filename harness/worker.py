@@ -232,7 +232,7 @@ def _marked_simulated(record: Record) -> Record:
 def _observed(hook: Callable[..., Any], **arguments: Any) -> None:
     try:
         hook(**arguments)
-    except BaseException:  # an observer, which may also call sys.exit(), must not decide a cell
+    except (Exception, SystemExit):  # an observer must not decide a cell
         log.exception("an observing plugin failed")
 
 

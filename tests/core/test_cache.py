@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from unittest.mock import Mock
 
 import pytest
@@ -96,3 +98,17 @@ def test_keys_refuse_what_has_no_canonical_form():
         content_key({"x": float("nan")})
     with pytest.raises(TypeError):
         content_key({"x": object()})
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    cache = ContentCache(tmp_path)
+    path = cache.path({"a": 1})
+    path.parent.mkdir()
+    old, new = (path.parent / f".{path.name}.{end}" for end in ("killed", "writing"))
+    for file, hours in ((old, 25), (new, 23)):
+        file.write_bytes(b"half")
+        os.utime(file, times=(time.time() - hours * 3600,) * 2)
+    cache.get_or_compute({"b": 2}, lambda: 2)
+    assert not old.exists()
+    assert new.exists()
+    assert cache.get_or_compute({"b": 2}, lambda: 3) == 2
