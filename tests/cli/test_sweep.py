@@ -204,7 +204,7 @@ def test_a_sweep_without_an_answer_is_a_success(harness, checkpoint):
     arguments = ("--methods", "baseline", "--models", checkpoint, *FAST)
     done = harness("sweep", *arguments, "--for", "decode")
     assert done.code == 0, done.err
-    assert "nothing to choose: nothing but the baseline is in the store" in done.err
+    assert "nothing to choose: nothing was measured beside the baseline" in done.err
 
 
 @pytest.mark.parametrize(
