@@ -78,6 +78,8 @@ def scores_of(weight: torch.Tensor, score: str, hessian: torch.Tensor | None, da
     if score == "magnitude":
         return magnitude
     assert hessian is not None
+    if not bool(hessian.diagonal().any()):  # no input reaches the layer: no weight is worth anything
+        return magnitude
     if score == "wanda":
         return magnitude * hessian.diagonal().sqrt()
     root, _ = inverse_root(hessian, damp)

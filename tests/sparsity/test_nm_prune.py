@@ -77,6 +77,12 @@ def test_scores_follow_their_papers():
 
 
 @pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
+def test_where_no_input_comes_the_magnitude_decides(score):
+    weight = torch.randn(4, 8)
+    assert torch.equal(scores_of(weight, score, torch.zeros(8, 8), 0.01), weight.abs())
+
+
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
 def test_calibrated_masks_are_those_of_the_inputs_that_were_seen(score):
     """The first block's inputs do not depend on any pruning."""
     model, original = tiny_model("opt"), tiny_model("opt")
