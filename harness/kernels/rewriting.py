@@ -68,7 +68,7 @@ def _is_replaceable(node: fx.Node) -> bool:
     if not all(is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
     value, matrix = example_of(x), example_of(weight)
-    if value is None or matrix is None:
+    if value is None or matrix is None or (bias is not None and example_of(bias) is None):
         return False
     width = value.shape[-1]
     if not isinstance(width, int) or not isinstance(value.numel(), int) or not width:

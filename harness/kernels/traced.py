@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Changes",
@@ -32,9 +33,14 @@ the name."""
 
 
 def example_of(node: Any) -> torch.Tensor | None:
-    """The tensor that stands for a node's value while it is traced; None for anything else."""
+    """The tensor that stands for a node's value while it is traced; None for anything else.
+
+    A class of tensors of its own (torchao's quantized ones) is something else: it has the type and the shape
+    of what it stands for, and nothing that a kernel could read.
+    """
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
+    is_plain = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
+    return value if is_plain else None
 
 
 def operand_of(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.testing._internal.two_tensor import TwoTensor
 
 from harness.kernels import dense
 from harness.kernels.rewriting import rewrite_linears
@@ -109,6 +110,18 @@ def test_a_weight_that_is_computed_stays():
     [graph], y = traced(lambda x, w: functional.linear(x, w * 2), x, weight)
     assert graph.count == 0
     torch.testing.assert_close(y, functional.linear(x, weight * 2))
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_weights_of_a_class_of_their_own_stay():
+    """As torchao's: their class says what a product with them is, and a kernel cannot read them."""
+    own = TwoTensor(torch.randn(8, 16), torch.randn(8, 16))
+    own_bias, x = TwoTensor(torch.randn(8), torch.randn(8)), torch.randn(1, 16)
+    for inputs in ((x, own), (x, torch.randn(8, 16), own_bias)):
+        [graph], y = traced(lambda *inputs: functional.linear(*inputs), *inputs)
+        assert graph.count == 0
+        expected = functional.linear(*inputs)
+        torch.testing.assert_close((y.a, y.b), (expected.a, expected.b))
 
 
 def test_without_triton_nothing_is_rewritten():
