@@ -68,7 +68,10 @@ def _is_replaceable(node: fx.Node) -> bool:
     if not all(is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
     value, matrix = example_of(x), example_of(weight)
-    if value is None or matrix is None or (bias is not None and example_of(bias) is None):
+    if value is None or matrix is None:
+        return False
+    added = example_of(bias)
+    if bias is not None and (added is None or not dense.fits_bias(added, matrix)):
         return False
     width = value.shape[-1]
     if not isinstance(width, int) or not isinstance(value.numel(), int) or not width:

@@ -124,6 +124,29 @@ def test_weights_of_a_class_of_their_own_stay():
         torch.testing.assert_close((y.a, y.b), (expected.a, expected.b))
 
 
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(1), torch.randn(()), torch.randn(1, 8), torch.randn(16)[::2]],
+    ids=["one number", "no dimension", "a row", "strides"],
+)
+def test_a_bias_that_the_kernel_would_read_wrongly_stays(bias):
+    weight, x = torch.randn(8, 16), torch.randn(1, 16)
+    assert not dense.fits_bias(bias, weight)
+    [graph], y = traced(lambda *inputs: functional.linear(*inputs), x, weight, bias)
+    assert graph.count == 0
+    torch.testing.assert_close(y, functional.linear(x, weight, bias))
+
+
+def test_the_kernel_is_given_only_a_bias_that_it_reads_rightly(monkeypatch):
+    monkeypatch.setattr(dense, "has_triton", lambda device: True)
+    x, weight = torch.randn(1, 16), torch.empty(8 * 16 + 64)
+    weight = weight[-weight.data_ptr() // 4 % 16 :][: 8 * 16].view(8, 16)
+    assert dense._runs(x, [weight], [torch.randn(8)])
+    assert not dense._runs(x, [weight], [torch.randn(16)[::2]])
+    assert not dense._runs(x, [weight], [torch.randn(1)])
+
+
 def test_without_triton_nothing_is_rewritten():
     weight, x = torch.randn(8, 16), torch.randn(1, 16)
     [graph], _ = traced(lambda x, w: functional.linear(x, w), x, weight)
