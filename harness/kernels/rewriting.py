@@ -67,8 +67,8 @@ def _is_replaceable(node: fx.Node) -> bool:
     # first of its group stands.
     if not all(is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
-    value, matrix = example_of(x), example_of(weight)
-    if value is None or matrix is None:
+    value, matrix, result = example_of(x), example_of(weight), example_of(node)
+    if value is None or matrix is None or result is None:
         return False
     added = example_of(bias)
     if bias is not None and (added is None or not dense.fits_bias(added, matrix)):
@@ -76,7 +76,9 @@ def _is_replaceable(node: fx.Node) -> bool:
     width = value.shape[-1]
     if not isinstance(width, int) or not isinstance(value.numel(), int) or not width:
         return False  # of unknown size
-    return value.dtype == matrix.dtype and dense.fits(value.numel() // width, matrix)
+    # Under autocast the result has another type than what is multiplied.
+    is_of_one_type = value.dtype == matrix.dtype == result.dtype
+    return is_of_one_type and dense.fits(value.numel() // width, matrix)
 
 
 def _packed_groups(graph: fx.Graph) -> Groups:

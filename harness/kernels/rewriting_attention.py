@@ -77,6 +77,9 @@ def _replaceable(node: fx.Node, changes: Changes) -> _Call | None:
         key, value = map(_copied, copies)
         if any(changes.between(*each) for each in ((copies[0], node, [key]), (copies[1], node, [value]))):
             (key, value), shared = copies, 1  # the copies hold what was there before
+    result = example_of(node)
+    if result is None or result.dtype != q.dtype:
+        return None  # under autocast
     call = _Call(node, query, key, value, mask, q.shape[3] ** -0.5 if scale is None else scale, shared)
     return call if _runs(call) else None
 

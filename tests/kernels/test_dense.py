@@ -147,6 +147,22 @@ def test_the_kernel_is_given_only_a_bias_that_it_reads_rightly(monkeypatch):
     assert not dense._runs(x, [weight], [torch.randn(1)])
 
 
+@pytest.mark.usefixtures("with_triton")
+def test_products_under_autocast_keep_their_type():
+    layers = [nn.Linear(16, 8).requires_grad_(False) for _ in range(2)]
+
+    def run(x):
+        first = layers[0](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return first, layers[1](x)
+
+    x = torch.randn(1, 16)
+    [graph], y = traced(run, x)
+    assert graph.count == 1
+    assert [each.dtype for each in y] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(y, run(x))
+
+
 def test_without_triton_nothing_is_rewritten():
     weight, x = torch.randn(8, 16), torch.randn(1, 16)
     [graph], _ = traced(lambda x, w: functional.linear(x, w), x, weight)
