@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from harness.kernels.weight_only import has_triton
 
-__all__ = ["MOST_MATRICES", "MOST_ROWS", "fits", "linears"]
+__all__ = ["MOST_MATRICES", "MOST_ROWS", "fits", "fits_bias", "linears"]
 
 ALIGNMENT = 16
 """Elements: where a matrix must begin, counted from address 0."""
@@ -35,6 +35,12 @@ def fits(rows: int, weight: torch.Tensor) -> bool:
         and weight.shape[1] % 8 == 0
         and has_triton(weight.device)
     )
+
+
+def fits_bias(bias: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernel can add this bias to a product with `weight`: a number for each row of the matrix,
+    one beside the other. torch's own product also takes one for all rows, and any strides."""
+    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype and bias.is_contiguous()
 
 
 @torch.library.custom_op("harness::linears", mutates_args=())
@@ -67,7 +73,7 @@ def _runs(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[tor
         len(weights) <= MOST_MATRICES
         and (not biases or len(biases) == len(weights))
         and all(weight.shape[1] == columns and weight.dtype == x.dtype for weight in weights)
-        and all(bias.dtype == x.dtype for bias in biases)
+        and all(fits_bias(bias, weight) for bias, weight in zip(biases, weights, strict=False))
         and all(fits(rows, weight) and _is_aligned(weight) for weight in weights)
     )
 

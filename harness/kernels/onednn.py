@@ -63,6 +63,8 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
             and each.layout == torch.strided
             for each in (x, weight, *(() if bias is None else (bias,)))
         )
+        # torch adds any bias that can be expanded; oneDNN reads as many neighbours as there are outputs.
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
     )
 
 

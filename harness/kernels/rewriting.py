@@ -9,7 +9,7 @@ the same input become one as well, `harness::weight_only_linears`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import fx
 from harness.kernels import dense, weight_only
 from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.stored import stored
-from harness.kernels.traced import example_of, is_input, join, operand_of, several, source_of
+from harness.kernels.traced import Groups, example_of, is_input, join, operand_of, several, source_of
 from harness.nn.packing import PackedWeight
 
 __all__ = ["rewrite_linears"]
@@ -47,14 +47,14 @@ def rewrite_linears(module: fx.GraphModule) -> int:
     return replaced
 
 
-def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def _groups(graph: fx.Graph) -> Groups:
     """Calls that the kernel can run, those with the same input and the same kind of bias together."""
-    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    groups = Groups(graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is _LINEAR and _is_replaceable(node):
             x, _, bias = _operands(node)
-            groups.setdefault((x, bias is None), []).append(node)
-    yield from groups.values()
+            groups.add((x, bias is None), node)
+    return groups
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:
@@ -67,26 +67,31 @@ def _is_replaceable(node: fx.Node) -> bool:
     # first of its group stands.
     if not all(is_input(each) for each in (weight, *([] if bias is None else [bias]))):
         return False
-    value, matrix = example_of(x), example_of(weight)
-    if value is None or matrix is None:
+    value, matrix, result = example_of(x), example_of(weight), example_of(node)
+    if value is None or matrix is None or result is None:
+        return False
+    added = example_of(bias)
+    if bias is not None and (added is None or not dense.fits_bias(added, matrix)):
         return False
     width = value.shape[-1]
     if not isinstance(width, int) or not isinstance(value.numel(), int) or not width:
         return False  # of unknown size
-    return value.dtype == matrix.dtype and dense.fits(value.numel() // width, matrix)
+    # Under autocast the result has another type than what is multiplied.
+    is_of_one_type = value.dtype == matrix.dtype == result.dtype
+    return is_of_one_type and dense.fits(value.numel() // width, matrix)
 
 
-def _packed_groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def _packed_groups(graph: fx.Graph) -> Groups:
     """Products with packed weights that one launch can take: the same rows, weights stored alike."""
-    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    groups = Groups(graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.harness.weight_only_linear.default:
             x, *tensors, bits, group_size, tile, in_features = node.args
             if all(each is None or is_input(each) for each in tensors) and _shares(node):
                 alike = tuple(None if each is None else _storage(each) for each in tensors[1:])
                 key = (source_of(x), alike, bits, group_size, tile, in_features)
-                groups.setdefault(key, []).append(node)
-    yield from groups.values()
+                groups.add(key, node)
+    return groups
 
 
 def _shares(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from harness.kernels import decode_attention
-from harness.kernels.traced import example_of, operand_of
+from harness.kernels.traced import Changes, example_of, operand_of
 
 __all__ = ["rewrite_decode_attention"]
 
@@ -42,11 +42,12 @@ def rewrite_decode_attention(module: fx.GraphModule) -> int:
     Args:
         module: as dynamo traces it, with an ``example_value`` at every node.
     """
+    changes = Changes(module.graph)
     calls = [
         call
         for node in module.graph.nodes
         if node.op == "call_function" and node.target is _ATTENTION
-        if (call := _replaceable(node)) is not None
+        if (call := _replaceable(node, changes)) is not None
     ]
     for call in calls:
         _replace(module.graph, call)
@@ -56,7 +57,7 @@ def rewrite_decode_attention(module: fx.GraphModule) -> int:
     return len(calls)
 
 
-def _replaceable(node: fx.Node) -> _Call | None:
+def _replaceable(node: fx.Node, changes: Changes) -> _Call | None:
     query, key, value = (operand_of(node, i, name) for i, name in enumerate(("query", "key", "value")))
     mask = operand_of(node, 3, "attn_mask")
     scale = operand_of(node, 6, "scale")
@@ -72,7 +73,13 @@ def _replaceable(node: fx.Node) -> _Call | None:
     assert q is not None and k is not None  # noqa: PT018 - for the type checker
     shared = _shared(query, key, value, mask, grouped=operand_of(node, 7, "enable_gqa", False) is True)
     if shared > 1 and k.shape[1] == q.shape[1]:
-        key, value = _copied(key), _copied(value)
+        copies = (key, value)
+        key, value = map(_copied, copies)
+        if any(changes.between(*each) for each in ((copies[0], node, [key]), (copies[1], node, [value]))):
+            (key, value), shared = copies, 1  # the copies hold what was there before
+    result = example_of(node)
+    if result is None or result.dtype != q.dtype:
+        return None  # under autocast
     call = _Call(node, query, key, value, mask, q.shape[3] ** -0.5 if scale is None else scale, shared)
     return call if _runs(call) else None
 

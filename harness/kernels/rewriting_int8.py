@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx
 
 from harness.kernels import int8
 from harness.kernels.selection import MOST_MATRICES
-from harness.kernels.traced import example_of, is_input, join, several, source_of
+from harness.kernels.traced import Groups, example_of, is_input, join, several, source_of
 
 __all__ = ["join_int8"]
 
@@ -34,9 +34,9 @@ def join_int8(module: fx.GraphModule) -> int:
     return joined
 
 
-def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+def _groups(graph: fx.Graph) -> Groups:
     """Calls that one launch can take: the same row, rounded alike, and weights stored alike."""
-    groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+    groups = Groups(graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (_OF_FLOATS, _OF_CODES):
             x, scale, weight, weight_scale, bias, dtype = _parts(node)
@@ -46,8 +46,8 @@ def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
                 one_scale = own is not None and own.numel() == 1
                 rounded = None if scale is None else source_of(scale)
                 key = (node.target, source_of(x), rounded, one_scale, bias is None, dtype)
-                groups.setdefault(key, []).append(node)
-    yield from groups.values()
+                groups.add(key, node)
+    return groups
 
 
 def _parts(node: fx.Node) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from harness.kernels import dense, fp8, int8, weight_only  # noqa: F401 - they register the products
-from harness.kernels.traced import example_of, operand_of
+from harness.kernels.traced import Changes, example_of, operand_of
 
 __all__ = ["fold_residuals"]
 
@@ -29,9 +29,6 @@ _BIASES = {
 """Which argument of a product is its bias."""
 
 
-_IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"))
-
-
 def fold_residuals(module: fx.GraphModule) -> int:
     """Give products of one row what is added to them as a bias; how many sums are gone.
 
@@ -40,6 +37,7 @@ def fold_residuals(module: fx.GraphModule) -> int:
             node that dynamo made.
     """
     place = {node: index for index, node in enumerate(module.graph.nodes)}
+    changes = Changes(module.graph)
     folded = 0
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target not in _ADDITIONS or node.kwargs or len(node.args) != 2:
@@ -49,6 +47,8 @@ def fold_residuals(module: fx.GraphModule) -> int:
         for product, residual in orders:
             found = _product_of(product)
             if found is not None and _can_be_bias(found, product, residual, node, place):
+                if changes.between(found, node, [residual]):
+                    continue  # the product would read it too early
                 _fold(module.graph, found, product, residual, node)
                 folded += 1
                 break
@@ -87,17 +87,8 @@ def _can_be_bias(
         return False
     assert value is not None and added is not None and result is not None and x is not None  # noqa: PT018
     is_one_row = isinstance(x.shape[0], int) and x.shape[0] == 1 and value.numel() == value.shape[-1]
-    if any(_changes(user) for user in residual.users if user is not total):
-        return False
     is_like_it = value.shape == added.shape == result.shape and value.dtype == added.dtype == result.dtype
     return is_one_row and is_like_it and residual in place and place[residual] < place.get(found, -1)
-
-
-def _changes(node: fx.Node) -> bool:
-    """Whether a node may change its first argument: after the product, which would read it too early."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_")
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _IN_PLACE
 
 
 def _fold(graph: fx.Graph, found: fx.Node, product: Any, residual: fx.Node, total: fx.Node) -> None:

@@ -200,7 +200,7 @@ class CodebookLinear(PackedCodebook, PackedLinear):
         layer = cls(weight.in_features, weight.codes.shape[0], bits=weight.bits, device="meta")
         layer._store(weight)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         return layer
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:

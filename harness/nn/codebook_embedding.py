@@ -120,7 +120,7 @@ class TiedHead(PackedLinear):
         self.embedding = embedding
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.bits = embedding.bits
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """What the forward pass runs for so many rows of activations of this type."""

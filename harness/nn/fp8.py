@@ -95,7 +95,7 @@ class Fp8Linear(PackedLinear):
         if input_scale is not None:
             layer.input_scale = input_scale.detach().float().view(1).to(codes.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         return layer
 
     @staticmethod

@@ -191,7 +191,7 @@ class OutlierInt8Linear(Int8Linear):
             layer.kept.copy_(weight.index_select(1, columns).t())
             layer.place[columns] = torch.arange(columns.numel(), dtype=torch.int32, device=weight.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         return layer
 
     @property

@@ -131,7 +131,7 @@ class QuantizedLinear(PackedLinear):
         layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
         layer.order = weight.order
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         layer._moved()
         return layer
 
@@ -283,7 +283,7 @@ class Int8Linear(PackedLinear):
         if input_scale is not None:
             layer.input_scale = input_scale.detach().float().view(1).to(layer.codes.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         return layer
 
     @property

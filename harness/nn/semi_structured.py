@@ -136,7 +136,7 @@ class SemiStructuredLinear(PackedLinear):
         """Store a 2:4 matrix [out, in], and a bias as it is."""
         self.values, self.meta = compress_2_of_4(weight)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         self._prefer_packed()
 
     @property

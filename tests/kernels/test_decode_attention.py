@@ -272,5 +272,16 @@ def test_float64_stays():
     assert not traced(functional.scaled_dot_product_attention, *tensors)[0]
 
 
+@pytest.mark.usefixtures("with_triton")
+def test_attention_under_autocast_stays():
+    def run(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return functional.scaled_dot_product_attention(*inputs)
+
+    calls, y = traced(run, *inputs((1, 2, 1, 30, 16, 16)))
+    assert not calls
+    assert y.dtype == torch.bfloat16
+
+
 def test_without_triton_nothing_is_rewritten():
     assert not traced(functional.scaled_dot_product_attention, *inputs((1, 2, 1, 30, 16, 16)))[0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.testing._internal.two_tensor import TwoTensor
 
 from harness.kernels import dense
 from harness.kernels.rewriting import rewrite_linears
@@ -109,6 +110,57 @@ def test_a_weight_that_is_computed_stays():
     [graph], y = traced(lambda x, w: functional.linear(x, w * 2), x, weight)
     assert graph.count == 0
     torch.testing.assert_close(y, functional.linear(x, weight * 2))
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_weights_of_a_class_of_their_own_stay():
+    """As torchao's: their class says what a product with them is, and a kernel cannot read them."""
+    own = TwoTensor(torch.randn(8, 16), torch.randn(8, 16))
+    own_bias, x = TwoTensor(torch.randn(8), torch.randn(8)), torch.randn(1, 16)
+    for inputs in ((x, own), (x, torch.randn(8, 16), own_bias)):
+        [graph], y = traced(lambda *inputs: functional.linear(*inputs), *inputs)
+        assert graph.count == 0
+        expected = functional.linear(*inputs)
+        torch.testing.assert_close((y.a, y.b), (expected.a, expected.b))
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(1), torch.randn(()), torch.randn(1, 8), torch.randn(16)[::2]],
+    ids=["one number", "no dimension", "a row", "strides"],
+)
+def test_a_bias_that_the_kernel_would_read_wrongly_stays(bias):
+    weight, x = torch.randn(8, 16), torch.randn(1, 16)
+    assert not dense.fits_bias(bias, weight)
+    [graph], y = traced(lambda *inputs: functional.linear(*inputs), x, weight, bias)
+    assert graph.count == 0
+    torch.testing.assert_close(y, functional.linear(x, weight, bias))
+
+
+def test_the_kernel_is_given_only_a_bias_that_it_reads_rightly(monkeypatch):
+    monkeypatch.setattr(dense, "has_triton", lambda device: True)
+    x, weight = torch.randn(1, 16), torch.empty(8 * 16 + 64)
+    weight = weight[-weight.data_ptr() // 4 % 16 :][: 8 * 16].view(8, 16)
+    assert dense._runs(x, [weight], [torch.randn(8)])
+    assert not dense._runs(x, [weight], [torch.randn(16)[::2]])
+    assert not dense._runs(x, [weight], [torch.randn(1)])
+
+
+@pytest.mark.usefixtures("with_triton")
+def test_products_under_autocast_keep_their_type():
+    layers = [nn.Linear(16, 8).requires_grad_(False) for _ in range(2)]
+
+    def run(x):
+        first = layers[0](x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return first, layers[1](x)
+
+    x = torch.randn(1, 16)
+    [graph], y = traced(run, x)
+    assert graph.count == 1
+    assert [each.dtype for each in y] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(y, run(x))
 
 
 def test_without_triton_nothing_is_rewritten():

@@ -120,6 +120,18 @@ def test_everything_else_is_left_to_torch(products, x, weight):
     assert torch.equal(found, functional.linear(x, weight))
 
 
+@pytest.mark.parametrize(
+    "bias", [_random(80)[::2], _random(1), _random(1).expand(40)], ids=["strides", "one number", "expanded"]
+)
+def test_a_bias_that_onednn_would_read_wrongly_is_left_to_torch(products, bias):
+    x, weight = _random(64, 48), _random(40, 48)
+    with OneDnnProducts():
+        found = functional.linear(x, weight, bias), torch.addmm(bias, x, weight.t())
+    assert not products
+    for each in found:
+        torch.testing.assert_close(each, functional.linear(x, weight, bias))
+
+
 def test_autocast_is_left_to_torch(products):
     with OneDnnProducts(), torch.autocast("cpu", torch.bfloat16):
         assert functional.linear(_random(64, 24), _random(20, 24)).dtype == torch.bfloat16

@@ -12,8 +12,11 @@ from torch.nn import functional
 
 from harness.errors import ConfigError, NotApplicable
 from harness.kernels import reference
+from harness.nn.fp8 import Fp8Linear
+from harness.nn.outlier_int8 import OutlierInt8Linear
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import QuantizedWeight, quantize_weight
+from harness.nn.semi_structured import SemiStructuredLinear
 
 FORMS = [
     {"bits": 4, "sym": False, "group_size": 32},
@@ -243,3 +246,23 @@ def test_int8_storage_and_names():
     assert "weights=per-channel, activations=per-token" in repr(layer)
     before = layer.dequantize()
     assert torch.equal(layer.to(torch.bfloat16).dequantize(), before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w, b: QuantizedLinear.from_weight(quantize_weight(w, bits=4, sym=True), b),
+        lambda w, b: Int8Linear.from_weight(quantize_weight(w, bits=8, sym=True), b),
+        lambda w, b: Fp8Linear.from_float(w, b),
+        lambda w, b: OutlierInt8Linear.from_float(w, b),
+        lambda w, b: SemiStructuredLinear.from_dense(w * torch.tensor([1.0, 0, 0, 1]).repeat(16), b),
+    ],
+    ids=["packed", "int8", "float8", "outliers", "2:4"],
+)
+def test_a_bias_is_kept_side_by_side_as_kernels_read_it(make):
+    weight, apart = torch.randn(32, 64), torch.randn(64)[::2]
+    layer = make(weight, apart)
+    assert layer.bias.is_contiguous()
+    assert torch.equal(layer.bias, apart)
+    beside = apart.clone()
+    assert make(weight, beside).bias.data_ptr() == beside.data_ptr(), "and not copied where it lies so"
