@@ -19,7 +19,7 @@ from harness.display import axis_title, scale
 from harness.method import FAMILIES
 from harness.pareto import on_front
 
-from .charts import FAMILY_STYLES, TEXT_COLOUR, error_bars, label, reading, shortened
+from .charts import FAMILY_STYLES, TEXT_COLOUR, error_bars, label, reading, told_apart
 
 __all__ = ["Axis", "pareto", "pareto_front"]
 
@@ -83,6 +83,7 @@ def pareto(frame: pd.DataFrame, x: Axis, y: Axis, z: Axis | None = None, *, heig
     place = _position(shown["x"], x.is_log)
     shown["at_edge"] = place > place.min() + 0.7 * (place.max() - place.min())
     shown["size"] = _sizes(shown, z)
+    shown["short"] = told_apart(shown["name"].tolist())
     figure = go.Figure()
     if z is None:
         figure.add_trace(_front_line(shown[shown["front"]], x.direction, y.direction))
@@ -184,7 +185,7 @@ def _family_trace(rows: pd.DataFrame, family: str, units: Mapping[str, str], tot
         error_y=error_bars(barred, "y"),
         mode="markers+text" if named else "markers",
         name=family,
-        text=[label(shortened(row["name"]), row["marks"]) for _, row in rows.iterrows()] if named else None,
+        text=[label(row["short"], row["marks"]) for _, row in rows.iterrows()] if named else None,
         # Beside the interval's bars, and on the inner side at the right edge.
         textposition=["top left" if at_edge else "top right" for at_edge in rows["at_edge"]]
         if named

@@ -283,6 +283,33 @@ def test_kernels_of_one_family_are_added_up():
     assert len({(t.marker.color, t.marker.pattern.shape) for t in figure.data}) == 2
 
 
+LONG = [f"smoothquant:alpha=0.75+gptq:bits=4:group_size={size}" for size in (32, 64)]
+
+
+def test_names_that_begin_alike_do_not_become_one_bar(filled, read):
+    kernel = KernelUse("decode", "gemv", "matmul", 1, 1.0, 1.0)
+    figure = detail_charts.kernel_shares(
+        {1: explanation(kernel), 2: explanation(kernel)}, {1: LONG[0], 2: LONG[1]}, "decode"
+    )
+    assert len(set(figure.data[0].y)) == 2
+    rows = read.of(DECODE).head(2)
+    about = queries.described(filled, rows["variant"].tolist()).assign(name=LONG)
+    readings = queries.readings(filled, rows)
+    boxes = detail_charts.distributions(readings, read.columns[DECODE], about).data
+    found = {variant: explanation(decode_mbu=0.5) for variant in about["variant"]}
+    bars = detail_charts.ceilings(found, about).data
+    axis = charts.comparison(rows.assign(name=LONG), LONG).layout.yaxis.ticktext
+    for names in ([box.name for box in boxes], [bar.name for bar in bars], axis):
+        assert [name[-2:] for name in names] == ["32", "64"]
+
+
+def test_names_are_told_apart_in_little_room():
+    assert charts.told_apart(["gptq", "rtn"]) == ["gptq", "rtn"]
+    alike = ["a" * 40 + "1" + "b" * 40, "a" * 40 + "2" + "b" * 40]
+    assert charts.told_apart(alike) == alike, "neither end tells them apart"
+    assert [len(name) for name in charts.told_apart(LONG)] == [34, 34]
+
+
 def test_what_was_achieved_stands_beside_what_is_possible(filled, read):
     about = queries.described(filled, [1, 2])
     found = {

@@ -183,6 +183,19 @@ def test_axes_are_logarithmic_with_units_and_direction(store, about):
     assert slope == pytest.approx(fits["exponent"].iloc[0])
 
 
+def test_lines_whose_names_begin_alike_have_two_names(store, about):
+    names = [f"smoothquant:alpha=0.75+gptq:bits={bits}" for bits in (3, 4)]
+    chosen = ids(about, "baseline", "window")
+    about = about[about["variant"].isin(chosen)].assign(name=names)
+    timed = scaling_data.read_timed(store, chosen, None)
+    lines = scaling_data.growth_of(timed, Axis.PROMPT_LEN, (1, 16), ["prefill_latency"])
+    points = scaling_data.points(lines, about, "prefill_latency")
+    fits = scaling_data.fits(lines, about, ["prefill_latency"])
+    figure = scaling_charts.growth(points, fits, Axis.PROMPT_LEN, "prefill_latency")
+    legend = [trace.name for trace in figure.data if trace.mode == "lines+markers"]
+    assert [name[-6:] for name in legend] == ["bits=3", "bits=4"]
+
+
 def test_a_unit_from_the_store_is_no_html(store, about):
     timed = scaling_data.read_timed(store, ids(about, "baseline"), None)
     lines = scaling_data.growth_of(timed, Axis.PROMPT_LEN, (1, 16), ["prefill_latency"])
