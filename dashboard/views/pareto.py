@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import streamlit as st
@@ -18,6 +19,7 @@ __all__ = ["render"]
 
 _MOST_MODELS = 6
 _MOST_LISTED = 100
+_MOST_NAMED = 20
 _ASPECTS = ("quality", "latency", "throughput", "memory", "energy", "cost to compress", "other")
 _NOTHING = "nothing"
 
@@ -127,11 +129,14 @@ def _draw(
             place.text(model)
         figure = pareto(points, *axes, height=560 if len(models) == 1 else 440)
         figures.show_figure(figure, f"front {model}", place, alt=_in_words(points, axes))
+        off_axis = figure.layout.meta["off_axis"]
         if left_out := figure.layout.meta["left_out"]:
+            drawn = len(points) - left_out - len(off_axis)
             place.caption(
-                f"{len(points) - left_out:,} of {len(points):,} variants are drawn: all on the front, and "
-                "of those that are beaten as many as can be told apart."
+                f"{drawn:,} of {len(points):,} variants are drawn: all on the front, and of those that "
+                "are beaten as many as can be told apart."
             )
+        _say_off_axis(off_axis, place)
         hollow = hollow or bool(points["marks"].astype(bool).any())
         front = points[pareto_front(points, _better(axes))]
         fronts.append(front.sort_values("x", ascending=axes[0].direction == "lower"))
@@ -146,6 +151,16 @@ def _draw(
             "fast or small; *synthetic*, random weights."
         )
     _draw_front(store, pd.concat(fronts, ignore_index=True), columns, sweep)
+
+
+def _say_off_axis(names: Sequence[str], place: Any) -> None:
+    """Those without a place on an axis, in plain text; zero is often the best that there is."""
+    if names:
+        more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+        place.text(
+            "Not drawn, because a logarithmic axis has no zero and nothing below, and no axis infinity: "
+            f"{', '.join(names[:_MOST_NAMED])}{more}"
+        )
 
 
 def _points(

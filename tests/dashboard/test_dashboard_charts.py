@@ -174,6 +174,17 @@ def test_the_front_steps_through_what_is_reachable(figure):
     assert list(front.y) == sorted(front.y)
 
 
+def test_what_has_no_place_on_an_axis_is_named(read):
+    points = read(DECODE, ACCURACY)
+    points.loc[0, "y"], points.loc[1, "x"] = 0.0, math.inf
+    drawn = pareto_charts.pareto(points, TIME, replace(SCORE, is_log=True))
+    assert drawn.layout.meta["off_axis"] == points["name"].tolist()[:2]
+    hovers = [text for trace in drawn.data for text in trace.hovertext or ()]
+    assert len(hovers) == len(points) - 2
+    drawn = pareto_charts.pareto(points, TIME, SCORE)
+    assert drawn.layout.meta["off_axis"] == points["name"].tolist()[1:2], "a linear axis has a zero"
+
+
 @pytest.mark.parametrize("is_log", [False, True])
 def test_a_third_axis_is_the_area_of_the_points(read, is_log):
     points = read(DECODE, ACCURACY, f"weight_bytes · {SMALL}")

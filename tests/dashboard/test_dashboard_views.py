@@ -16,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 from harness.errors import ConfigError, MissingExtra, StoreError
 from harness.records import CellKind, CellResult, Record, Status
 from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import MODEL, SHAPE, fill, variant_row
 
 VIEWS = ("overview", "pareto", "compare")
@@ -227,6 +228,21 @@ def test_pareto_takes_a_third_figure_and_logarithms(filled_path, monkeypatch):
     assert "decode_latency · b1-p512-g64 [ms]" in table(app)
     choose(app, "toggle", "Vertical logarithmic", True)
     assert app.query_params["log_y"] == "1"
+
+
+def test_pareto_names_what_a_logarithmic_axis_cannot_show(tmp_path, monkeypatch):
+    path = tmp_path / "zero.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        for method, kl, size in (("baseline", 0.0, 2.0), ("gptq", 0.1, 1.0)):
+            records = Record("mean_kl", kl, "nats"), Record("bits_per_byte", size, "bits/byte")
+            add_cell(store, sweep, method, *records, task="t")
+    address = {"quality": "mean_kl · t", "cost": "bits_per_byte · t"}
+    app = draw("pareto", path, monkeypatch, **address)
+    assert not any(each.value.startswith("Not drawn") for each in app.text)
+    app = draw("pareto", path, monkeypatch, **address, log_y="1")
+    [told] = [each.value for each in app.text if each.value.startswith("Not drawn")]
+    assert told.endswith(": baseline")
 
 
 def test_pareto_draws_several_models_apart(filled_path, monkeypatch):
