@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from harness.comparability import scope_of
 from harness.store.store import Store
 
-from .. import figures, kept, page, queries, tables
+from .. import environment_data, figures, kept, page, queries, tables
 from ..boards import board
 from ..pareto_charts import Axis, pareto, pareto_front
 from ..queries import Column, Filters
@@ -22,6 +23,7 @@ _MOST_LISTED = 100
 _MOST_NAMED = 20
 _ASPECTS = ("quality", "latency", "throughput", "memory", "energy", "cost to compress", "other")
 _NOTHING = "nothing"
+_IN_ITS_NAME = "limit of items"  # a figure of its own says so
 
 
 def render() -> None:
@@ -118,7 +120,7 @@ def _draw(
     axes: Sequence[Axis],
 ) -> None:
     places = st.columns(2) if len(models) > 1 else [st.container()]
-    fronts, without, hollow = [], [], False
+    fronts, without, apart, hollow = [], [], [], False
     for number, model in enumerate(models):
         points = _points(store, model, filters, sweep, columns)
         if points.empty:
@@ -137,6 +139,7 @@ def _draw(
                 "are beaten as many as can be told apart."
             )
         _say_off_axis(off_axis, place)
+        apart.append(_not_alike(store, model, points, columns))
         hollow = hollow or bool(points["marks"].astype(bool).any())
         front = points[pareto_front(points, _better(axes))]
         fronts.append(front.sort_values("x", ascending=axes[0].direction == "lower"))
@@ -150,6 +153,7 @@ def _draw(
             "Hollow: *simulated*, the arithmetic of the method without a kernel that makes it "
             "fast or small; *synthetic*, random weights."
         )
+    _flag(pd.concat(apart, ignore_index=True))
     _draw_front(store, pd.concat(fronts, ignore_index=True), columns, sweep)
 
 
@@ -169,6 +173,28 @@ def _points(
     found = queries.points(store, columns, queries.only_model(filters, model), sweep)
     about = queries.described(store, found["variant"].tolist())
     return found.merge(about, on="variant")
+
+
+def _not_alike(store: Store, model: str, points: pd.DataFrame, columns: Sequence[Column]) -> pd.DataFrame:
+    """Under what different conditions the points of a model were measured: one row a figure and condition."""
+    parts = []
+    for axis, column in zip("xyz", columns, strict=False):
+        sweeps = queries.sweeps_of(store, points[f"{axis}_cell"])
+        scope = scope_of(column.kind, column.unit, column.metric)
+        found = environment_data.comparability_warnings(store, sweeps, [scope])
+        parts.append(found[found["what"] != _IN_ITS_NAME].assign(model=model, figure=column.name))
+    return pd.concat(parts, ignore_index=True)[["model", "figure", "what", "values", "meaning"]]
+
+
+def _flag(found: pd.DataFrame) -> None:
+    if found.empty:
+        return
+    st.warning(
+        "Not all of these variants were measured under the same conditions, so that one may beat another by "
+        "these alone; filter by device or choose a sweep in the side bar."
+    )
+    with st.expander("In what they differ"):
+        tables.show_table(found, "conditions")
 
 
 def _better(axes: Sequence[Axis]) -> dict[str, str]:

@@ -245,6 +245,26 @@ def test_pareto_names_what_a_logarithmic_axis_cannot_show(tmp_path, monkeypatch)
     assert told.endswith(": baseline")
 
 
+def test_pareto_flags_points_of_different_devices(tmp_path, monkeypatch):
+    path = tmp_path / "two.db"
+    with Store.open(path) as store:
+        for name, seconds in (("a GPU", 0.010), ("another GPU", 0.001)):
+            sweep = add_sweep(store, device_name=name)
+            for method, factor in (("baseline", 1.0), ("gptq", 0.9)):
+                about = {"scenario": "b1-p8-g8", "device_name": name}
+                latency = Record("decode_latency", seconds * factor, "s")
+                add_cell(store, sweep, method, latency, Record("weight_bytes", 8.0 * factor, "B"), **about)
+    address = {"quality": "decode_latency · b1-p8-g8", "cost": "weight_bytes · b1-p8-g8"}
+    app = draw("pareto", path, monkeypatch, **address)
+    assert "same conditions" in app.warning[0].value
+    flagged = table(app, 0)
+    assert set(flagged["figure"]) == set(address.values())
+    assert set(flagged["what"]) == {"device"}
+    assert flagged["values"][0] == "a GPU in sweep 1; another GPU in sweep 2"
+    app = draw("pareto", path, monkeypatch, **address, device="a GPU")
+    assert not app.warning, "all of one device"
+
+
 def test_pareto_draws_several_models_apart(filled_path, monkeypatch):
     both = {"on": [MODEL, SHAPE], "cost": "weight_bytes · b1-p512-g64"}
     app = draw("pareto", filled_path, monkeypatch, quality="decode_latency · b1-p512-g64", **both)
