@@ -127,7 +127,7 @@ def _mark(point: Point, across: _Axis, up: _Axis, x_unit: str, y_unit: str) -> s
     if point.y_bounds:
         low, high = map(up.at, point.y_bounds)
         bars += f'<line class="bar" x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}"/>'
-    told = f"{point.method}: {format_value(point.x)} {x_unit}, {format_value(point.y)} {y_unit}"
+    told = f"{point.name}: {format_value(point.x)} {x_unit}, {format_value(point.y)} {y_unit}"
     hollow = " hollow" if point.hollow else ""
     return (
         f'<g class="{html.escape(point.family)}{hollow}">{bars}<circle cx="{x:.1f}" cy="{y:.1f}" r="5">'
@@ -141,7 +141,7 @@ def _names(points: Sequence[Point], across: _Axis, up: _Axis) -> list[str]:
     shown = []
     for point in sorted(points, key=lambda point: not point.on_front):
         x, y = across.at(point.x), up.at(point.y)
-        name = point.method if len(point.method) <= _LONGEST_NAME else f"{point.method[: _LONGEST_NAME - 1]}…"
+        name = point.name if len(point.name) <= _LONGEST_NAME else f"{point.name[: _LONGEST_NAME - 1]}…"
         anchor, offset = ("end", -9) if x > WIDTH * 0.7 else ("start", 9)
         width = _CHARACTER * len(name)
         left = x + offset - (width if anchor == "end" else 0)

@@ -137,7 +137,9 @@ def test_fronts_hold_what_nothing_beats(report):
     assert not any(front.model == SHAPE for front in report.fronts), "nothing was scored there"
     simulated = next(point for point in front.points if point.method == "wanda:sparsity=0.5")
     assert simulated.hollow
-    assert f"- {MODEL}, token\\_perplexity · wikitext against" in to_markdown(report)
+    text = to_markdown(report)
+    assert f"- {MODEL} on {front.device}, token\\_perplexity · wikitext against" in text
+    assert "wanda:sparsity=0.5 (simulated)" in scatter(front)
 
 
 def test_scores_of_the_first_few_items_are_in_a_figure_of_their_own(tmp_path):
@@ -159,6 +161,38 @@ def test_scores_of_the_first_few_items_are_in_a_figure_of_their_own(tmp_path):
         "acc · grammar": {"baseline": 0.6, "rtn": 0.5},
         "acc · grammar (limit 10)": {"baseline": 0.7, "rtn": 0.9},
     }
+
+
+def test_variants_that_are_called_alike_are_told_apart(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = store.open_sweep(command="c", config={}, manifest={}, cells_planned=9)
+        for dtype, scale in (("float32", 1.0), ("bfloat16", 0.5)):
+            for method, acc in (("baseline", 0.6), ("rtn", 0.5)):
+                family = "baseline" if method == "baseline" else "quantization"
+                row = variant_row(
+                    method, ((method, {}),), family, dtype=dtype, key=f"{method} {dtype}",
+                    simulated=method == "rtn",
+                )  # fmt: skip
+                store.write_variant(sweep, row)
+                slow = Record("verdict", 1.0, "1", note=f"slower in {dtype}")
+                size = Record("weight_bytes", scale * (4.0 if method == "rtn" else 8.0), "B")
+                for kind, task, shape, record in (
+                    (CellKind.TRANSFORM, None, None, size),
+                    (CellKind.TASK, "grammar", None, Record("acc", acc, "fraction")),
+                    (CellKind.SCENARIO, None, "b1-p8-g8", slow),
+                ):
+                    result = CellResult(f"{row.key}/{kind}", row.key, Status.OK, records=(record,))
+                    store.write_cell(sweep, result, kind=kind, task=task, scenario=shape)
+        report = make_report(store)
+    names = {f"{method} · {dtype}" for method in ("baseline", "rtn") for dtype in ("float32", "bfloat16")}
+    names = {f"{name} (simulated)" if name.startswith("rtn") else name for name in names}
+    assert {point.name for point in report.fronts[0].points} == names
+    assert {(method, words) for _, method, _, words in report.verdicts} == {
+        (name, f"slower in {'bfloat16' if 'bfloat16' in name else 'float32'}") for name in names
+    }
+    assert report.table.columns[:4] == ["model", "method", "dtype", "scenario"]
+    assert {row["dtype"] for row in report.table.rows} == {"float32", "bfloat16"}
+    assert "rtn · bfloat16 (simulated), baseline" in to_markdown(report)
 
 
 def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
