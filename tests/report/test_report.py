@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from html.parser import HTMLParser
 
@@ -220,13 +221,36 @@ def test_the_front(points, directions, best):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "log"), [(0.1, 0.11, False), (-3, 12345, False), (2.0, 2.4, True), (-3, 9, True)]
+    ("low", "high", "log"),
+    [
+        (0.1, 0.11, False),
+        (-3, 12345, False),
+        (2.0, 2.4, True),
+        (-3, 9, True),
+        (1, 43, True),
+        (-17, 318, True),
+    ],
 )
 def test_ticks_are_few_and_inside(low, high, log):
     found = ticks(low, high, log=log)
-    ends = (10**low, 10**high) if log else (low, high)
+    ends = (10.0**low, 10.0 ** min(high, 308)) if log else (low, high)
     assert 1 <= len(found) <= 13
     assert all(ends[0] * 0.999 - 1e-9 <= value <= ends[1] * 1.001 + 1e-9 for value in found)
+
+
+def test_an_infinite_score_is_named_and_not_drawn(report):
+    from dataclasses import replace
+
+    front = next(each for each in report.fronts if each.model == MODEL)
+    first, *others = front.points
+    broken = replace(front, points=(replace(first, y=math.inf, y_bounds=None), *others))
+    text = to_html(replace(report, fronts=(broken,)))
+    assert f"Not drawn, because infinite: {html.escape(first.name)}." in text
+    assert scatter(broken).count("<circle") == len(others)
+    assert scatter(replace(front, points=(replace(first, y=math.inf),))) == ""
+    unbounded = replace(front, points=(replace(first, y_bounds=(first.y, math.inf)), *others))
+    assert scatter(unbounded).count("<circle") == len(front.points)
+    assert "inf" not in scatter(unbounded)
 
 
 def test_one_value_for_all_still_has_a_figure(report):
