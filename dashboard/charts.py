@@ -16,6 +16,8 @@ import plotly.graph_objects as go
 
 from harness.display import FAMILY_COLOURS, axis_title, better, scale
 
+from .variant_names import marked
+
 __all__ = [
     "FAMILY_STYLES",
     "TEXT_COLOUR",
@@ -153,7 +155,7 @@ def _cut_inside(name: str, length: int) -> str:
 
 def label(name: str, marks: str) -> str:
     """A variant's name with its marks, as text that Plotly will not read as markup."""
-    return html.escape(f"{name} ({marks})" if marks else name)
+    return html.escape(marked(name, marks))
 
 
 def format_value(value: float) -> str:

@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from harness.display import axis_title, scale
 from harness.why import ACHIEVED, Explanation
 
-from .charts import FAMILY_STYLES, TEXT_COLOUR, format_value, shortened, told_apart
-from .queries import Column
+from .charts import FAMILY_STYLES, TEXT_COLOUR, format_value, label, shortened, told_apart
+from .queries import Column, marks_text
 
 __all__ = ["KERNEL_COLOURS", "ceilings", "distributions", "kernel_shares"]
 
@@ -45,7 +45,7 @@ def distributions(readings: pd.DataFrame, column: Column, about: pd.DataFrame) -
         figure.add_trace(
             go.Box(
                 x=values,
-                name=html.escape(name),
+                name=label(name, row["marks"]),
                 orientation="h",
                 boxpoints="all",
                 jitter=0.6,
@@ -86,13 +86,16 @@ def kernel_shares(found: Mapping[int, Explanation], names: Mapping[int, str], ph
     if not shares:
         return None
     variants = [variant for variant in found if any(variant in of for of in shares.values())]
-    shown = told_apart([names[variant] for variant in variants])
+    shown = [
+        label(name, marks_text(simulated=bool(found[variant].simulated), synthetic=found[variant].synthetic))
+        for variant, name in zip(variants, told_apart([names[variant] for variant in variants]), strict=True)
+    ]
     figure = go.Figure()
     ordered = sorted(shares, key=lambda family: -max(shares[family].values()))
     for number, family in enumerate(ordered):
         figure.add_trace(
             go.Bar(
-                y=[html.escape(name) for name in shown],
+                y=shown,
                 x=[shares[family].get(variant, 0.0) for variant in variants],
                 orientation="h",
                 name=html.escape(family),
@@ -130,7 +133,7 @@ def ceilings(found: Mapping[int, Explanation], about: pd.DataFrame) -> go.Figure
                 y=bounds,
                 x=values,
                 orientation="h",
-                name=html.escape(shown[variant]),
+                name=label(shown[variant], known.at[variant, "marks"]),
                 hovertext=[html.escape(each) for each in words],
                 hoverinfo="text+name",
                 text=[f"{value:.0f} %" for value in values],

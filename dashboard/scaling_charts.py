@@ -19,6 +19,7 @@ from harness.comparing.growth import Axis
 from harness.display import FAMILY_COLOURS, axis_title, scale
 
 from .charts import told_apart
+from .variant_names import marked
 
 __all__ = ["AXIS_TITLES", "growth", "ratios"]
 
@@ -47,8 +48,9 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame, axis: Axis, metric: str) ->
         mine = points[points["variant"] == variant]
         for mode, line in mine.groupby("mode", sort=False, dropna=False):
             several = mine["mode"].nunique() > 1
-            name = _line_name(names[variant], mode, several=several)
-            legend = _line_name(short[variant], mode, several=several)
+            marks = str(line["marks"].iloc[0])
+            name = marked(_line_name(names[variant], mode, several=several), marks)
+            legend = marked(_line_name(short[variant], mode, several=several), marks)
             colour = FAMILY_COLOURS[str(line["family"].iloc[0])]
             figure.add_trace(_measured(line, name, legend, colour, number, factor, unit))
             fit = of_metric[(of_metric["variant"] == variant) & of_metric["exponent"].notna()]
@@ -133,6 +135,7 @@ def _measured(
         + ("" if math.isnan(low) else f" [{format_value(float(low))}, {format_value(float(high))}]")
         for size, value, low, high in zip(line["size"], values, lower, upper, strict=True)
     ]
+    symbol = _SYMBOLS[number % len(_SYMBOLS)]
     return go.Scatter(
         x=line["size"],
         y=values,
@@ -140,7 +143,7 @@ def _measured(
         mode="lines+markers",
         name=html.escape(legend),
         line={"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
-        marker={"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 9},
+        marker={"color": colour, "symbol": f"{symbol}-open" if line["marks"].iloc[0] else symbol, "size": 9},
         hovertext=hover,
         hoverinfo="text",
     )

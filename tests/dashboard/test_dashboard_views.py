@@ -299,6 +299,8 @@ def test_compare_takes_the_variants_of_the_address(filled_path, monkeypatch):
     options = table(app, 3)
     assert options.columns.tolist() == ["gptq:bits=4", "wanda:sparsity=0.5"]
     assert options.loc["marks"].tolist() == ["", "simulated"]
+    assert set(table(app)["variant"]) == {"wanda:sparsity=0.5 (simulated)"}
+    assert table(app, 2).columns[-1] == "wanda:sparsity=0.5 (simulated)"
     app = draw("compare", filled_path, monkeypatch, variant=["3"])
     assert app.info[0].value == "Choose at least 2 variants."
     app = draw("compare", filled_path, monkeypatch, variant=["3", "no number", "77"])
