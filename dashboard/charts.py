@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from harness.display import FAMILY_COLOURS, axis_title, better, scale
+
+from .variant_names import marked
 
 __all__ = [
     "FAMILY_STYLES",
@@ -24,6 +27,7 @@ __all__ = [
     "label",
     "reading",
     "shortened",
+    "told_apart",
 ]
 
 _MARKERS = {
@@ -93,7 +97,7 @@ def comparison(frame: pd.DataFrame, names: Sequence[str]) -> go.Figure:
     )
     figure.update_yaxes(
         tickvals=list(places.values()),
-        ticktext=[html.escape(shortened(name)) for name in names],
+        ticktext=[html.escape(name) for name in told_apart(names)],
         range=[len(names) - 0.4, -0.7],
         automargin=True,
     )
@@ -118,12 +122,40 @@ def error_bars(
 
 def shortened(name: str) -> str:
     """A name that leaves room for the chart; hovering shows it whole."""
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
+    return _cut(name, _NAME_LENGTH)
+
+
+def told_apart(names: Sequence[str], length: int = _NAME_LENGTH) -> list[str]:
+    """The names shortened, those that would then be alike by their middle, so that no two become one.
+
+    Options stand at a name's end. Plotly draws what has one name on an axis as one bar.
+
+    >>> told_apart(["rtn", "rtn:bits=4:group_size=64", "rtn:bits=4:group_size=128"], 14)
+    ['rtn', 'rtn:bi…size=64', 'rtn:bi…ize=128']
+    """
+    shown = [_cut(name, length) for name in names]
+    for cut in (_cut_inside, lambda name, _: name):
+        times = Counter(shown)
+        shown = [
+            cut(name, length) if times[each] > 1 else each for name, each in zip(names, shown, strict=True)
+        ]
+    return shown
+
+
+def _cut(name: str, length: int) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _cut_inside(name: str, length: int) -> str:
+    if len(name) <= length:
+        return name
+    end = length // 2
+    return f"{name[: length - 1 - end]}…{name[-end:]}"
 
 
 def label(name: str, marks: str) -> str:
     """A variant's name with its marks, as text that Plotly will not read as markup."""
-    return html.escape(f"{name} ({marks})" if marks else name)
+    return html.escape(marked(name, marks))
 
 
 def format_value(value: float) -> str:

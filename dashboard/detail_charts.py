@@ -11,8 +11,8 @@ import plotly.graph_objects as go
 from harness.display import axis_title, scale
 from harness.why import ACHIEVED, Explanation
 
-from .charts import FAMILY_STYLES, TEXT_COLOUR, format_value, shortened
-from .queries import Column
+from .charts import FAMILY_STYLES, TEXT_COLOUR, format_value, label, shortened, told_apart
+from .queries import Column, marks_text
 
 __all__ = ["KERNEL_COLOURS", "ceilings", "distributions", "kernel_shares"]
 
@@ -39,13 +39,13 @@ def distributions(readings: pd.DataFrame, column: Column, about: pd.DataFrame) -
     mine = readings[readings["column"] == column.name]
     factor, unit = scale(column.unit, mine["reading"])
     figure = go.Figure()
-    for row in about.to_dict("records"):
+    for row, name in zip(about.to_dict("records"), told_apart(about["name"].tolist()), strict=True):
         values = mine.loc[mine["variant"] == row["variant"], "reading"] * factor
         colour, symbol = FAMILY_STYLES[row["family"]]
         figure.add_trace(
             go.Box(
                 x=values,
-                name=html.escape(shortened(row["name"])),
+                name=label(name, row["marks"]),
                 orientation="h",
                 boxpoints="all",
                 jitter=0.6,
@@ -86,12 +86,16 @@ def kernel_shares(found: Mapping[int, Explanation], names: Mapping[int, str], ph
     if not shares:
         return None
     variants = [variant for variant in found if any(variant in of for of in shares.values())]
+    shown = [
+        label(name, marks_text(simulated=bool(found[variant].simulated), synthetic=found[variant].synthetic))
+        for variant, name in zip(variants, told_apart([names[variant] for variant in variants]), strict=True)
+    ]
     figure = go.Figure()
     ordered = sorted(shares, key=lambda family: -max(shares[family].values()))
     for number, family in enumerate(ordered):
         figure.add_trace(
             go.Bar(
-                y=[html.escape(shortened(names[variant])) for variant in variants],
+                y=shown,
                 x=[shares[family].get(variant, 0.0) for variant in variants],
                 orientation="h",
                 name=html.escape(family),
@@ -110,6 +114,7 @@ def kernel_shares(found: Mapping[int, Explanation], names: Mapping[int, str], ph
 def ceilings(found: Mapping[int, Explanation], about: pd.DataFrame) -> go.Figure | None:
     """The roofline in one dimension: what was achieved over what this device can do; None where not known."""
     known = about.set_index("variant")
+    shown = dict(zip(about["variant"], told_apart(about["name"].tolist()), strict=True))
     figure = go.Figure()
     for variant, explanation in found.items():
         bounds, values, words = [], [], []
@@ -122,14 +127,13 @@ def ceilings(found: Mapping[int, Explanation], about: pd.DataFrame) -> go.Figure
             words.append(_achieved(rate, value, explanation.records.get(achieved, {}).get("unit") or ""))
         if not bounds:
             continue
-        row = known.loc[variant]
-        colour, _ = FAMILY_STYLES[row["family"]]
+        colour, _ = FAMILY_STYLES[known.at[variant, "family"]]
         figure.add_trace(
             go.Bar(
                 y=bounds,
                 x=values,
                 orientation="h",
-                name=html.escape(shortened(row["name"])),
+                name=label(shown[variant], known.at[variant, "marks"]),
                 hovertext=[html.escape(each) for each in words],
                 hoverinfo="text+name",
                 text=[f"{value:.0f} %" for value in values],

@@ -6,7 +6,7 @@ sweep and explained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,18 +324,25 @@ def _flat(manifest: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield path, value
 
 
-def comparability_warnings(store: Store) -> pd.DataFrame:
+def comparability_warnings(
+    store: Store, only: Sequence[int] | None = None, scopes: Iterable[Scope] = tuple(Scope)
+) -> pd.DataFrame:
     """In what the sweeps that measured the current results are not alike.
 
     Columns: what, values (each with its sweeps), matters for, meaning. Empty where all may stand side by
     side; what differs from variant to variant by intent (type, device asked for) is not looked at here.
+
+    Args:
+        only: these sweeps instead.
+        scopes: which numbers it should matter for.
     """
-    with reading(store) as connection:
-        used = select(cells.c.sweep_id).where(current(connection, None)).distinct()
-        wanted = [int(sweep) for sweep in connection.scalars(used)]
-    rows = [each.conditions() for each in read_sweeps(store, wanted)]
+    if only is None:
+        with reading(store) as connection:
+            used = select(cells.c.sweep_id).where(current(connection, None)).distinct()
+            only = [int(sweep) for sweep in connection.scalars(used)]
+    rows = [each.conditions() for each in read_sweeps(store, only)]
     found: dict[tuple[str, str], list[str]] = {}
-    for scope in Scope:
+    for scope in scopes:
         for name, values in conditions_of(rows, scope):
             shown = "; ".join(f"{value} in {_numbers(sweeps_)}" for value, sweeps_ in values.items())
             found.setdefault((name, shown), []).append(str(scope))

@@ -67,9 +67,9 @@ def variants_with(store: Store, ids: Sequence[int], sweep: int | None) -> pd.Dat
     """The variants with these ids that have cells, one row each, newest last.
 
     Columns: variant, name, model, method, options (as text), family, dtype, device_name, seed, origin,
-    simulated (None: not known), ok and not_ok (cells), bits (stored bits per weight), sparsity (0 to 1).
-    Bits and sparsity are means over the modules that the transform changed (over all where it changed
-    none), by their parameters; None where they were not measured.
+    simulated (None: not known), synthetic, ok and not_ok (cells), bits (stored bits per weight), sparsity
+    (0 to 1). Bits and sparsity are means over the modules that the transform changed (over all where it
+    changed none), by their parameters; None where they were not measured.
     """
     wanted = [int(id_) for id_ in ids]
     counts = (
@@ -87,6 +87,7 @@ def variants_with(store: Store, ids: Sequence[int], sweep: int | None) -> pd.Dat
     about = select(
         variants.c.id.label("variant"), variants.c.model, variants.c.method, variants.c.chain,
         variants.c.family, variants.c.dtype, variants.c.device_name, variants.c.seed, variants.c.simulated,
+        variants.c.synthetic,
     ).where(variants.c.id.in_(wanted))  # fmt: skip
     with reading(store) as connection:
         counted = frame_of(connection, counts.where(current(connection, sweep)))

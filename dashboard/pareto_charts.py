@@ -19,7 +19,7 @@ from harness.display import axis_title, scale
 from harness.method import FAMILIES
 from harness.pareto import on_front
 
-from .charts import FAMILY_STYLES, TEXT_COLOUR, error_bars, label, reading, shortened
+from .charts import FAMILY_STYLES, TEXT_COLOUR, error_bars, label, reading, told_apart
 
 __all__ = ["Axis", "pareto", "pareto_front"]
 
@@ -67,7 +67,8 @@ def pareto(frame: pd.DataFrame, x: Axis, y: Axis, z: Axis | None = None, *, heig
 
     With a third axis the front is that of all three, and what is on it has a ring. With many points the
     names, the intervals of what is not on the front, and at last some of the points that are beaten are left
-    out; the number of those is in the figure's ``layout.meta["left_out"]``.
+    out; the number of those is in the figure's ``layout.meta["left_out"]``. What has no place on an axis
+    (infinity, and on a logarithmic one zero and below) is not drawn; its names are in ``meta["off_axis"]``.
 
     Args:
         frame: rows of `harness_dashboard.queries.points` with what describes each variant.
@@ -79,10 +80,13 @@ def pareto(frame: pd.DataFrame, x: Axis, y: Axis, z: Axis | None = None, *, heig
         for name in (axis, f"{axis}_lower", f"{axis}_upper"):
             shown[name] = frame[name] * factor
     shown["front"] = pareto_front(frame, {axis: about.direction for axis, about in axes.items()})
-    shown, left_out = _thinned(shown)
+    has_place = _has_place(shown["x"], x) & _has_place(shown["y"], y)
+    off_axis = shown.loc[~has_place, "name"].tolist()
+    shown, left_out = _thinned(shown[has_place])
     place = _position(shown["x"], x.is_log)
     shown["at_edge"] = place > place.min() + 0.7 * (place.max() - place.min())
     shown["size"] = _sizes(shown, z)
+    shown["short"] = told_apart(shown["name"].tolist())
     figure = go.Figure()
     if z is None:
         figure.add_trace(_front_line(shown[shown["front"]], x.direction, y.direction))
@@ -103,7 +107,7 @@ def pareto(frame: pd.DataFrame, x: Axis, y: Axis, z: Axis | None = None, *, heig
         font={"color": TEXT_COLOUR},
         height=height,
         margin={"l": 10, "r": 10, "t": 30, "b": 10},
-        meta={"left_out": left_out},
+        meta={"left_out": left_out, "off_axis": off_axis},
     )
     figure.update_xaxes(type="log" if x.is_log else "linear", automargin=True)
     figure.update_yaxes(type="log" if y.is_log else "linear", automargin=True)
@@ -122,6 +126,11 @@ def _thinned(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
         return rows, 0
     kept = beaten.iloc[np.linspace(0, len(beaten) - 1, most).astype(int)]
     return pd.concat([rows[rows["front"]], kept]), len(beaten) - len(kept)
+
+
+def _has_place(values: pd.Series, axis: Axis) -> pd.Series:
+    found = np.isfinite(values)
+    return found & (values > 0) if axis.is_log else found
 
 
 def _position(values: pd.Series, is_log: bool) -> pd.Series:
@@ -184,7 +193,7 @@ def _family_trace(rows: pd.DataFrame, family: str, units: Mapping[str, str], tot
         error_y=error_bars(barred, "y"),
         mode="markers+text" if named else "markers",
         name=family,
-        text=[label(shortened(row["name"]), row["marks"]) for _, row in rows.iterrows()] if named else None,
+        text=[label(row["short"], row["marks"]) for _, row in rows.iterrows()] if named else None,
         # Beside the interval's bars, and on the inner side at the right edge.
         textposition=["top left" if at_edge else "top right" for at_edge in rows["at_edge"]]
         if named

@@ -18,6 +18,9 @@ from harness.comparing.crossings import Crossing
 from harness.comparing.growth import Axis
 from harness.display import FAMILY_COLOURS, axis_title, scale
 
+from .charts import told_apart
+from .variant_names import marked
+
 __all__ = ["AXIS_TITLES", "growth", "ratios"]
 
 AXIS_TITLES = {Axis.PROMPT_LEN: "prompt length [tokens]", Axis.BATCH_SIZE: "batch size [sequences]"}
@@ -38,14 +41,18 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame, axis: Axis, metric: str) ->
     factor, unit = scale(str(points["unit"].iloc[0]), points["value"])
     unit = html.escape(unit)
     figure = go.Figure()
-    variants = list(dict.fromkeys(points["variant"]))
+    names = dict(zip(points["variant"], points["name"], strict=True))
+    short = dict(zip(names, told_apart(list(names.values()), _NAME_LENGTH), strict=True))
     of_metric = fits[fits["metric"] == metric]
-    for number, variant in enumerate(variants):
+    for number, variant in enumerate(names):
         mine = points[points["variant"] == variant]
         for mode, line in mine.groupby("mode", sort=False, dropna=False):
-            name = _line_name(str(line["name"].iloc[0]), mode, several=mine["mode"].nunique() > 1)
+            several = mine["mode"].nunique() > 1
+            marks = str(line["marks"].iloc[0])
+            name = marked(_line_name(names[variant], mode, several=several), marks)
+            legend = marked(_line_name(short[variant], mode, several=several), marks)
             colour = FAMILY_COLOURS[str(line["family"].iloc[0])]
-            figure.add_trace(_measured(line, name, colour, number, factor, unit))
+            figure.add_trace(_measured(line, name, legend, colour, number, factor, unit))
             fit = of_metric[(of_metric["variant"] == variant) & of_metric["exponent"].notna()]
             fit = fit[fit["mode"].isna() if mode is None or mode != mode else fit["mode"] == mode]
             if len(fit):
@@ -93,7 +100,7 @@ def ratios(crossings: Sequence[Crossing], name_a: str, name_b: str) -> go.Figure
     crossed = [each for each in crossings if each.found.batch is not None]
     if crossed:
         figure.add_trace(_crossed(crossed, sizes))
-    a, b = html.escape(_shortened(name_a)), html.escape(_shortened(name_b))
+    a, b = map(html.escape, told_apart([name_a, name_b], _NAME_LENGTH))
     title = f"time of {b}<br>over time of {a}<br>(below 1: {b} is faster)"
     _finish(figure, first.axis, sizes, title)
     figure.update_yaxes(title_font_size=12)
@@ -120,7 +127,7 @@ def _crossed(crossed: Sequence[Crossing], sizes: Sequence[int]) -> go.Scatter:
 
 
 def _measured(
-    line: pd.DataFrame, name: str, colour: str, number: int, factor: float, unit: str
+    line: pd.DataFrame, name: str, legend: str, colour: str, number: int, factor: float, unit: str
 ) -> go.Scatter:
     values, lower, upper = (line[column] * factor for column in ("value", "lower", "upper"))
     hover = [
@@ -128,14 +135,15 @@ def _measured(
         + ("" if math.isnan(low) else f" [{format_value(float(low))}, {format_value(float(high))}]")
         for size, value, low, high in zip(line["size"], values, lower, upper, strict=True)
     ]
+    symbol = _SYMBOLS[number % len(_SYMBOLS)]
     return go.Scatter(
         x=line["size"],
         y=values,
         error_y=_bars(values, lower, upper),
         mode="lines+markers",
-        name=html.escape(_shortened(name)),
+        name=html.escape(legend),
         line={"color": colour, "dash": _DASHES[number % len(_DASHES)], "width": 2},
-        marker={"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 9},
+        marker={"color": colour, "symbol": f"{symbol}-open" if line["marks"].iloc[0] else symbol, "size": 9},
         hovertext=hover,
         hoverinfo="text",
     )
@@ -198,8 +206,3 @@ def _finish(figure: go.Figure, axis: Axis, sizes: Sequence[int], y_title: str) -
 
 def _line_name(name: str, mode: object, *, several: bool) -> str:
     return f"{name} ({mode})" if several else name
-
-
-def _shortened(name: str) -> str:
-    """A name that leaves room for the lines; hovering shows it whole."""
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

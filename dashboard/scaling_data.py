@@ -27,7 +27,8 @@ from harness.store.selection import current
 from harness.store.store import Store
 from harness.store.tables import cells, imports, records, variants
 
-from .variant_names import variant_names
+from .queries import marks_text
+from .variant_names import marked_names, variant_names
 
 __all__ = [
     "BYTES",
@@ -51,7 +52,9 @@ __all__ = [
 ]
 
 BYTES = tuple(metric for metric in GROWING if metric not in TIMES)
-POINT_COLUMNS = ("variant", "name", "family", "metric", "mode", "size", "value", "lower", "upper", "unit")
+POINT_COLUMNS = (
+    "variant", "name", "marks", "family", "metric", "mode", "size", "value", "lower", "upper", "unit",
+)  # fmt: skip
 FIT_COLUMNS = (
     "variant", "name", "metric", "mode", "exponent", "lower", "upper", "first", "last", "sizes", "basis",
     "local", "note",
@@ -98,8 +101,8 @@ def timed_shapes(store: Store, model: str, sweep: int | None) -> pd.DataFrame:
 def timed_variants(store: Store, model: str, shapes: pd.DataFrame) -> pd.DataFrame:
     """The timed variants of a model, one row each.
 
-    Columns: variant, name, method, family, dtype, device_name, seed, origin, and how many prompt_lens and
-    batch_sizes it was timed at. Baselines come first, then those with the most sizes.
+    Columns: variant, name, marks, method, family, dtype, device_name, seed, origin, and how many prompt_lens
+    and batch_sizes it was timed at. Baselines come first, then those with the most sizes.
 
     Args:
         shapes: `timed_shapes` of the model.
@@ -107,7 +110,8 @@ def timed_variants(store: Store, model: str, shapes: pd.DataFrame) -> pd.DataFra
     query = (
         select(
             variants.c.id.label("variant"), variants.c.method, variants.c.family, variants.c.dtype,
-            variants.c.device_name, variants.c.seed, imports.c.origin,
+            variants.c.device_name, variants.c.seed, variants.c.simulated, variants.c.synthetic,
+            imports.c.origin,
         )
         .outerjoin(imports, imports.c.sweep_id == variants.c.sweep_id)
         .where(variants.c.model == model)
@@ -120,6 +124,12 @@ def timed_variants(store: Store, model: str, shapes: pd.DataFrame) -> pd.DataFra
     )
     frame = frame.merge(counts, left_on="variant", right_index=True)
     frame.insert(1, "name", frame["variant"].map(variant_names(frame)).astype(object))
+    known = zip(frame.pop("simulated"), frame.pop("synthetic"), frame["origin"], strict=True)
+    marks = [
+        marks_text(simulated=bool(simulated), synthetic=bool(synthetic), imported=origin is not None)
+        for simulated, synthetic, origin in known
+    ]
+    frame.insert(2, "marks", pd.Series(marks, index=frame.index, dtype=object))
     order = frame.assign(
         is_baseline=frame["family"] == "baseline", sizes=frame["prompt_lens"] + frame["batch_sizes"]
     ).sort_values(["is_baseline", "sizes", "variant"], ascending=[False, False, True], kind="stable")
@@ -206,8 +216,8 @@ def points(lines: dict[int, list[Growth]], about: pd.DataFrame, metric: str) -> 
     by_id = about.set_index("variant")
     rows = [
         (
-            variant, by_id.at[variant, "name"], by_id.at[variant, "family"], metric, line.mode,
-            size, value, *line.intervals[size], line.unit,
+            variant, *by_id.loc[variant, ["name", "marks", "family"]], metric, line.mode, size, value,
+            *line.intervals[size], line.unit,
         )
         for variant, growing in lines.items()
         for line in growing
@@ -223,7 +233,7 @@ def points(lines: dict[int, list[Growth]], about: pd.DataFrame, metric: str) -> 
 
 def fits(lines: dict[int, list[Growth]], about: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
     """The exponent of every line, or why it has none: rows of `FIT_COLUMNS`."""
-    names = dict(zip(about["variant"], about["name"], strict=True))
+    names = marked_names(about)
     rows = []
     for metric in metrics:
         for variant, growing in lines.items():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-__all__ = ["variant_names"]
+__all__ = ["marked", "marked_names", "variant_names"]
 
 _DISTINGUISHING = ("model", "dtype", "device_name", "seed", "origin")
 
@@ -27,6 +27,25 @@ def variant_names(variants: pd.DataFrame, distinguishing: Sequence[str] = _DISTI
     }
     counts = pd.Series(list(names.values()), dtype=object).value_counts()
     return {id_: name if counts[name] == 1 else f"{name} · #{id_}" for id_, name in names.items()}
+
+
+def marked(name: str, marks: str) -> str:
+    """A variant's name with what a reader must know before believing its figures.
+
+    >>> marked("wanda", "simulated"), marked("gptq", "")
+    ('wanda (simulated)', 'gptq')
+    """
+    return f"{name} ({marks})" if marks else name
+
+
+def marked_names(about: pd.DataFrame) -> dict[int, str]:
+    """Variant to `marked` name.
+
+    Args:
+        about: the columns variant, name and marks.
+    """
+    rows = zip(about["variant"], about["name"], about["marks"], strict=True)
+    return {int(variant): marked(name, marks) for variant, name, marks in rows}
 
 
 def _shown(part: str, value: object) -> str:

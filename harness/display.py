@@ -92,14 +92,18 @@ COUNTED = frozenset(
 """Metrics that have no interval because they are counted: a second reading would be the same."""
 
 _DIRECTIONS = {
+    "calibration_tokens": "lower",
     "compression_ratio": "higher",
     "decode_mbu": "higher",
     "decode_mfu": "higher",
     "prefill_mfu": "higher",
     "stored_bits_per_weight": "lower",
     "theoretical_compression_ratio": "higher",
+    "trained_steps": "lower",
+    "trained_tokens": "lower",
 }
-_LOWER_UNITS = frozenset({"s", "B", "B/token", "J", "J/token", "W", "tokens", "steps"})
+# Tokens and steps are not always a cost: the reach of an attention is counted in tokens too.
+_LOWER_UNITS = frozenset({"s", "B", "B/token", "J", "J/token", "W"})
 _HIGHER_UNITS = frozenset({"tokens/s", "B/s", "FLOP/s"})
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 

@@ -89,6 +89,7 @@ _STATUSES = {
 _MARKS = {
     "simulated": "the arithmetic of the method without a kernel that makes it fast or small",
     "synthetic": "a model with random weights: speed and memory only",
+    "imported": "measured elsewhere and read from a file",
 }
 _FAMILIES = {
     "baseline": "the model as it is",
@@ -221,7 +222,7 @@ def explain(column: str, cells: Iterable[object] = ()) -> str | None:
         known = VALUES.get(column, {})
         words = [cell if cell in known else cell.partition(" ")[2] for cell in seen]  # behind a sign
         meanings = {word: known.get(word) for word in words}
-        if column == "marks":  # a cell may hold both
+        if column == "marks":  # a cell may hold several
             meanings = {word: text for word, text in _MARKS.items() if any(word in cell for cell in seen)}
         elif column in _SIGNED:
             known = _SIGNED[column]

@@ -27,7 +27,7 @@ from .details import (
     shapes,
 )
 from .scope import Filters, Options, Stamp, is_empty, only_model, options, stamp, sweep_ids
-from .values import everything, histories, points, values
+from .values import everything, histories, points, sweeps_of, values
 from .variants import (
     baselines,
     changes,
@@ -76,5 +76,6 @@ __all__ = [
     "shown",
     "stamp",
     "sweep_ids",
+    "sweeps_of",
     "values",
 ]

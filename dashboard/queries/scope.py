@@ -162,7 +162,9 @@ def passing(store: Store, filters: Filters, sweep: int | None) -> list[ColumnEle
 
 
 def _holds(word: str) -> ColumnElement[bool]:
-    return or_(*(func.lower(column).contains(word.lower(), autoescape=True) for column in _SEARCHED))
+    lowered = (func.lower(column).contains(word.lower(), autoescape=True) for column in _SEARCHED)
+    # SQLite lowers ASCII alone: what is written with another capital is found as it is written.
+    return or_(*lowered, *(column.contains(word, autoescape=True) for column in _SEARCHED))
 
 
 def _of_sweep(sweep: int) -> Select[tuple[int]]:

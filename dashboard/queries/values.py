@@ -18,7 +18,7 @@ from harness.store.tables import cells, records, variants
 from .columns import Column
 from .scope import Filters, chosen_cells, passing
 
-__all__ = ["everything", "histories", "limits_for", "newest_of", "points", "values"]
+__all__ = ["everything", "histories", "limits_for", "newest_of", "points", "sweeps_of", "values"]
 
 _MEASURED = tuple(records.c[name] for name in ("value", "lower", "upper", "n", "mode"))
 _READ = ("variant", "cell", "sweep", "record", "value", "lower", "upper", "n", "mode")
@@ -100,7 +100,7 @@ def _frame(rows: Sequence[tuple[Any, ...]]) -> pd.DataFrame:
 
 def points(store: Store, columns: Sequence[Column], filters: Filters, sweep: int | None) -> pd.DataFrame:
     """The variants that have all of the columns: variant, and for each column its reading as ``x``,
-    ``x_lower``, ``x_upper``, then ``y`` ... and ``z`` ..."""
+    ``x_lower``, ``x_upper`` and the cell that holds it as ``x_cell``, then ``y`` ... and ``z`` ..."""
     with store.reading() as connection:
         limits = limits_for(connection, columns)
         source: FromClause = variants
@@ -109,16 +109,26 @@ def points(store: Store, columns: Sequence[Column], filters: Filters, sweep: int
             side = records.alias(axis)
             source = source.join(side, side.c.id == newest_of(column, sweep, limits))
             names += [side.c.value.label(axis), side.c.lower.label(f"{axis}_lower")]
-            names += [side.c.upper.label(f"{axis}_upper")]
+            names += [side.c.upper.label(f"{axis}_upper"), side.c.cell_id.label(f"{axis}_cell")]
         query = (
             select(variants.c.id.label("variant"), *names)
             .select_from(source)
-            .where(*passing(store, filters, sweep), *(name.element.is_not(None) for name in names[::3]))
+            .where(*passing(store, filters, sweep), *(name.element.is_not(None) for name in names[::4]))
             .order_by(variants.c.id)
         )
         frame = frame_of(connection, query)
-    floats = [name for name in frame.columns if name != "variant"]
-    return typed(frame, floats=floats, integers=("variant",))
+    integers = ["variant", *(name for name in frame.columns if name.endswith("_cell"))]
+    return typed(frame, floats=[name for name in frame.columns if name not in integers], integers=integers)
+
+
+def sweeps_of(store: Store, cell_ids: Iterable[int]) -> list[int]:
+    """The sweeps that measured these cells."""
+    found: set[int] = set()
+    query = select(cells.c.sweep_id).distinct()
+    with store.reading() as connection:
+        for part in chunks(sorted({int(cell) for cell in cell_ids})):
+            found |= set(connection.scalars(query.where(cells.c.id.in_(part))))
+    return sorted(found)
 
 
 def limits_for(connection: Connection, columns: Iterable[Column]) -> dict[int, int]:

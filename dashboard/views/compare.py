@@ -16,6 +16,7 @@ from harness.why import Explanation
 from .. import charts, detail_charts, figures, kept, page, queries, tables
 from ..boards import HOW_COMPARED, difference_table, value_table
 from ..queries import Column, Filters
+from ..variant_names import marked_names
 
 __all__ = ["render"]
 
@@ -124,7 +125,7 @@ def _draw_words(chosen: _Chosen, explained: Mapping[int, Explanation]) -> None:
     if said:
         st.subheader("In words")
     for variant, verdict in said.items():
-        st.text(f"{chosen.names[variant]}: {verdict}")
+        st.text(f"{marked_names(chosen.about)[variant]}: {verdict}")
 
 
 def _draw_figures(chosen: _Chosen, columns: Sequence[Column], values: pd.DataFrame) -> None:
@@ -154,7 +155,7 @@ def _draw_figures(chosen: _Chosen, columns: Sequence[Column], values: pd.DataFra
         st.info("The first variant has none of these figures.")
         return
     st.caption(HOW_COMPARED)
-    tables.show_table(difference_table(found, chosen.names), "differences")
+    tables.show_table(difference_table(found, marked_names(chosen.about)), "differences")
 
 
 def _draw_items(chosen: _Chosen) -> None:
@@ -240,7 +241,8 @@ def _draw_kernels(chosen: _Chosen, shape: str | None, found: Mapping[int, Explan
 
 def _draw_everything(chosen: _Chosen, columns: Sequence[Column], values: pd.DataFrame) -> None:
     st.subheader("Every figure")
-    tables.show_table(value_table(values, columns, chosen.about), "figures")
+    about = chosen.about.assign(name=list(marked_names(chosen.about).values()))
+    tables.show_table(value_table(values, columns, about), "figures")
 
 
 def _draw_options(chosen: _Chosen) -> None:

@@ -11,6 +11,7 @@ from harness.store.store import Store
 
 from .. import figures, method_charts, method_data, page, tables
 from ..method_catalogue import Catalogue, MethodCard, card_parts, read_catalogue
+from ..queries import marks_text
 
 __all__ = ["render"]
 
@@ -185,13 +186,18 @@ def _draw_quality(store: Store, name: str, about: pd.DataFrame, sweep: int | Non
 
 
 def _variant_table(about: pd.DataFrame, compared: pd.DataFrame | None) -> pd.DataFrame:
-    simulated = about["simulated"].map({True: "simulated", False: ""}).fillna("")
+    marks = [
+        marks_text(simulated=simulated is True, synthetic=bool(synthetic), imported=isinstance(origin, str))
+        for simulated, synthetic, origin in zip(
+            about["simulated"], about["synthetic"], about["origin"], strict=True
+        )
+    ]
     table = pd.DataFrame(
         {
             "id": about["variant"],
             "model": about["model"],
             "method": about["method"],
-            "marks": simulated,
+            "marks": marks,
             "bits per weight": about["bits"],
             "sparsity [%]": about["sparsity"] * 100,
             "cells ok": about["ok"],

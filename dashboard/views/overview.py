@@ -14,6 +14,7 @@ from harness.store.store import Store
 from .. import kept, page, queries, tables
 from ..boards import HOW_COMPARED, Board, board, difference_table
 from ..queries import Column, Filters
+from ..variant_names import marked_names
 
 __all__ = ["render"]
 
@@ -160,5 +161,4 @@ def _draw_differences(
         st.info("There is no baseline with these figures; `harness sweep` measures one by itself.")
         return
     st.caption(HOW_COMPARED)
-    names = dict(zip(about["variant"], about["name"], strict=True))
-    tables.show_table(difference_table(found, names), "differences")
+    tables.show_table(difference_table(found, marked_names(about)), "differences")

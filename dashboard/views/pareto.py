@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 
+from harness.comparability import scope_of
 from harness.store.store import Store
 
-from .. import figures, kept, page, queries, tables
+from .. import environment_data, figures, kept, page, queries, tables
 from ..boards import board
 from ..pareto_charts import Axis, pareto, pareto_front
 from ..queries import Column, Filters
@@ -18,8 +20,10 @@ __all__ = ["render"]
 
 _MOST_MODELS = 6
 _MOST_LISTED = 100
+_MOST_NAMED = 20
 _ASPECTS = ("quality", "latency", "throughput", "memory", "energy", "cost to compress", "other")
 _NOTHING = "nothing"
+_IN_ITS_NAME = "limit of items"  # a figure of its own says so
 
 
 def render() -> None:
@@ -116,7 +120,7 @@ def _draw(
     axes: Sequence[Axis],
 ) -> None:
     places = st.columns(2) if len(models) > 1 else [st.container()]
-    fronts, without, hollow = [], [], False
+    fronts, without, apart, hollow = [], [], [], False
     for number, model in enumerate(models):
         points = _points(store, model, filters, sweep, columns)
         if points.empty:
@@ -127,11 +131,15 @@ def _draw(
             place.text(model)
         figure = pareto(points, *axes, height=560 if len(models) == 1 else 440)
         figures.show_figure(figure, f"front {model}", place, alt=_in_words(points, axes))
+        off_axis = figure.layout.meta["off_axis"]
         if left_out := figure.layout.meta["left_out"]:
+            drawn = len(points) - left_out - len(off_axis)
             place.caption(
-                f"{len(points) - left_out:,} of {len(points):,} variants are drawn: all on the front, and "
-                "of those that are beaten as many as can be told apart."
+                f"{drawn:,} of {len(points):,} variants are drawn: all on the front, and of those that "
+                "are beaten as many as can be told apart."
             )
+        _say_off_axis(off_axis, place)
+        apart.append(_not_alike(store, model, points, columns))
         hollow = hollow or bool(points["marks"].astype(bool).any())
         front = points[pareto_front(points, _better(axes))]
         fronts.append(front.sort_values("x", ascending=axes[0].direction == "lower"))
@@ -145,7 +153,18 @@ def _draw(
             "Hollow: *simulated*, the arithmetic of the method without a kernel that makes it "
             "fast or small; *synthetic*, random weights."
         )
+    _flag(pd.concat(apart, ignore_index=True))
     _draw_front(store, pd.concat(fronts, ignore_index=True), columns, sweep)
+
+
+def _say_off_axis(names: Sequence[str], place: Any) -> None:
+    """Those without a place on an axis, in plain text; zero is often the best that there is."""
+    if names:
+        more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+        place.text(
+            "Not drawn, because a logarithmic axis has no zero and nothing below, and no axis infinity: "
+            f"{', '.join(names[:_MOST_NAMED])}{more}"
+        )
 
 
 def _points(
@@ -154,6 +173,28 @@ def _points(
     found = queries.points(store, columns, queries.only_model(filters, model), sweep)
     about = queries.described(store, found["variant"].tolist())
     return found.merge(about, on="variant")
+
+
+def _not_alike(store: Store, model: str, points: pd.DataFrame, columns: Sequence[Column]) -> pd.DataFrame:
+    """Under what different conditions the points of a model were measured: one row a figure and condition."""
+    parts = []
+    for axis, column in zip("xyz", columns, strict=False):
+        sweeps = queries.sweeps_of(store, points[f"{axis}_cell"])
+        scope = scope_of(column.kind, column.unit, column.metric)
+        found = environment_data.comparability_warnings(store, sweeps, [scope])
+        parts.append(found[found["what"] != _IN_ITS_NAME].assign(model=model, figure=column.name))
+    return pd.concat(parts, ignore_index=True)[["model", "figure", "what", "values", "meaning"]]
+
+
+def _flag(found: pd.DataFrame) -> None:
+    if found.empty:
+        return
+    st.warning(
+        "Not all of these variants were measured under the same conditions, so that one may beat another by "
+        "these alone; filter by device or choose a sweep in the side bar."
+    )
+    with st.expander("In what they differ"):
+        tables.show_table(found, "conditions")
 
 
 def _better(axes: Sequence[Axis]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from harness.comparing.growth import MIN_SIZES, Axis
 
 from .. import figures, page, scaling_charts, scaling_data, tables
 from ..scaling_data import Timed
+from ..variant_names import marked_names
 
 __all__ = ["render"]
 
@@ -34,7 +35,7 @@ def render() -> None:
         if about.empty:
             page.how_to_fill("No shape of this model was timed.")
             return
-        names = dict(zip(about["variant"], about["name"], strict=True))
+        names = marked_names(about)
         chosen = page.choose_many(
             f"Variants (up to {_MOST})",
             [str(variant) for variant in names],
@@ -151,7 +152,7 @@ def _fit_table(fits: pd.DataFrame) -> pd.DataFrame:
 
 def _ask_pair(about: pd.DataFrame, ids: Sequence[int]) -> list[int]:
     """Which two are set against each other; fewer where the model has no two variants."""
-    names = dict(zip(about["variant"], about["name"], strict=True))
+    names = marked_names(about)
     # What is drawn above comes first.
     ordered = [*ids, *(int(variant) for variant in names if variant not in ids)]
     if len(ordered) < 2:
@@ -185,7 +186,8 @@ def _draw_crossings(
         return
     a, b = pair
     rows = about.set_index("variant")
-    name_a, name_b = str(rows.at[a, "name"]), str(rows.at[b, "name"])
+    names = marked_names(about)
+    name_a, name_b = names[a], names[b]
     crossed = {axis: scaling_data.crossings_of(timed, a, b, axis, time) for axis in Axis}
     for place, (axis, found) in zip(st.columns(2), crossed.items(), strict=True):
         with place:

@@ -7,15 +7,16 @@ from urllib.parse import urlencode
 
 import pandas as pd
 import streamlit as st
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from harness.claims import BoardRow, Claim, Finding, Outcome, Side, board, counts
 from harness.claims.claim import SECTIONS
 from harness.plugins import load_claims
 from harness.store.store import Store
-from harness.store.tables import cells, records
+from harness.store.tables import cells
 
-from .. import page, tables
+from .. import page, queries, tables
+from ..queries import Stamp
 
 __all__ = ["link_to_rows", "numbers", "render"]
 
@@ -33,7 +34,7 @@ def render() -> None:
     with page.opened() as store:
         claims = _claims()
         device = page.choose_one("Measured on", _DEVICES, "board", st.sidebar) or ANY
-        rows = _board(store.label, _stamp(store), None if device == ANY else device, store)
+        rows = _board(store.label, queries.stamp(store), None if device == ANY else device, store)
         _draw_counts(rows)
         sections = list(dict.fromkeys(row.claim.section for row in rows))
         section = page.choose_one("Section", [_ALL, *sections], "section")
@@ -140,16 +141,9 @@ def _claims() -> Mapping[str, Claim]:
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
-def _board(label: str, at: tuple[int, int], device: str | None, _store: Store) -> list[BoardRow]:
+def _board(label: str, at: Stamp, device: str | None, _store: Store) -> list[BoardRow]:
     # Kept until something is added; Streamlit leaves the parameter with an underscore out of the key.
     return board(_store, _claims().values(), device=device)
-
-
-def _stamp(store: Store) -> tuple[int, int]:
-    """Changes whenever a cell or a record was added."""
-    with store.reading() as connection:
-        newest = [connection.scalar(select(func.max(table.c.id))) for table in (cells, records)]
-    return newest[0] or 0, newest[1] or 0
 
 
 def _variants(store: Store, row: BoardRow) -> list[int]:

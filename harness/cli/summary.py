@@ -15,7 +15,7 @@ from harness.comparability import Conditions, Scope, base_mode, conditions_of, s
 from harness.evaluate.definitions import Score, definitions
 from harness.evaluate.paired import benjamini_hochberg
 
-__all__ = ["VariantTable", "variant_table"]
+__all__ = ["VariantTable", "names_of", "variant_table"]
 
 COSTS = (
     ("weight_bytes", "weights"),
@@ -42,6 +42,7 @@ _TESTS = {
     "spearman": ("spearman_difference", "higher"),
     "token_perplexity": ("nll_rise", "lower"),
 }
+_TELLING = {"seed": "seed", "dtype": "dtype", "device_name": "device"}
 _SKIPPED_CONDITIONS = frozenset({"limit of items"})  # its columns say so
 
 Row = Mapping[str, Any]
@@ -78,12 +79,15 @@ def variant_table(rows: Sequence[Row], conditions: Mapping[int, Conditions]) -> 
     meanings = _definitions(rows, conditions)
     columns = _columns(rows, meanings)
     marks, tests = _marks(rows)
+    differing = {name for group in _alike(rows) for name in _telling(group)}
+    telling = [name for name in _TELLING if name in differing]
     table = []
     for records in _by_variant(rows).values():
         for shape in sorted({r["scenario"] for r in records if r["kind"] == "scenario"}) or [""]:
             line: dict[str, Any] = {
                 "model": records[0]["model"],
                 "method": records[0]["method"],
+                **{_TELLING[name]: str(records[0][name]) for name in telling},
                 "scenario": shape,
             }
             for column in columns:
@@ -101,7 +105,37 @@ def variant_table(rows: Sequence[Row], conditions: Mapping[int, Conditions]) -> 
         notes.append(
             f"▲ ▼ better or worse than the baseline: paired, {tests} tests, Benjamini-Hochberg at {LEVEL:.0%}"
         )
-    return VariantTable(table, ["model", "method", "scenario", *shown, "status"], notes)
+    named = ["model", "method", *(_TELLING[name] for name in telling), "scenario"]
+    return VariantTable(table, [*named, *shown, "status"], notes)
+
+
+def names_of(rows: Iterable[Row]) -> dict[int, str]:
+    """What to call each variant beside the others: its method, what tells it from those of the same method,
+    and *simulated* or *synthetic* where it is."""
+    names = {}
+    for group in _alike(rows):
+        telling = _telling(group)
+        said = {variant: tuple(str(row[name]) for name in telling) for variant, row in group.items()}
+        for variant, row in group.items():
+            told = [f"seed {row[name]}" if name == "seed" else str(row[name]) for name in telling]
+            if list(said.values()).count(said[variant]) > 1:
+                told.append(f"#{variant}")
+            marks = ", ".join(mark for mark in ("simulated", "synthetic") if row[mark])
+            names[variant] = " · ".join([row["method"], *told]) + (f" ({marks})" if marks else "")
+    return names
+
+
+def _alike(rows: Iterable[Row]) -> list[dict[int, Row]]:
+    """Variants of one model and method, each with a row of it."""
+    groups: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["method"]), {})[row["variant"]] = row
+    return list(groups.values())
+
+
+def _telling(group: Mapping[int, Row]) -> list[str]:
+    """In what of seed, dtype and device these variants differ."""
+    return [name for name in _TELLING if len({row[name] for row in group.values()}) > 1]
 
 
 def _by_variant(rows: Iterable[Row]) -> dict[int, list[Row]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cli.output import clean
-from harness.cli.summary import VariantTable, variant_table
+from harness.cli.summary import VariantTable, names_of, variant_table
 from harness.display import LEADING, better
 from harness.errors import ConfigError
 from harness.evaluate.definitions import Score, definitions
@@ -35,9 +35,13 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Point:
-    """A variant in a figure; bounds are None where a value was counted."""
+    """A variant in a figure; bounds are None where a value was counted.
+
+    `name` is the method with what tells it from others of the figure, and *simulated* where it is.
+    """
 
     method: str
+    name: str
     family: str
     x: float
     y: float
@@ -174,9 +178,11 @@ def _front(
     x_better, y_better = (str(each) for each in directions)
     pairs = [(sides[0][variant], sides[1][variant]) for variant in variants]
     best = on_front([(x["value"], y["value"]) for x, y in pairs], x_better, y_better)
+    names = names_of(x for x, _ in pairs)
     points = [
         Point(
             method=clean(x["method"]),
+            name=clean(names[x["variant"]]),
             family=x["family"],
             x=x["value"],
             y=y["value"],
@@ -219,26 +225,29 @@ def _named(row: Row) -> str:
 
 
 def _verdicts(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    found = [
-        (row["model"], row["method"], row["scenario"] or "", row["note"])
-        for row in sorted(rows, key=lambda row: row["cell"])
-        if row["metric"] == "verdict" and row["note"]
-    ]
-    newest = {each[:3]: each for each in found}  # where a cell was measured again, the later one counts
+    found = [row for row in rows if row["metric"] == "verdict" and row["note"]]
+    names = names_of(found)
+    newest = {  # where a cell was measured again, the later one counts
+        (row["variant"], row["scenario"]): (
+            row["model"], names[row["variant"]], row["scenario"] or "", row["note"],
+        )
+        for row in sorted(found, key=lambda row: row["cell"])
+    }  # fmt: skip
     return [_shown(each) for each in newest.values()]
 
 
 def _problems(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
+    missing = [row for row in rows if row["status"] != "ok"]
+    names = names_of(missing)
     found = {
         (
             row["model"],
-            row["method"],
+            names[row["variant"]],
             row["task"] or row["scenario"] or "",
             str(row["status"]).replace("_", " "),
             without_identity(row["reason"] or ""),
         )
-        for row in rows
-        if row["status"] != "ok"
+        for row in missing
     }
     return [_shown(each) for each in sorted(found)]
 

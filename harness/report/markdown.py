@@ -39,8 +39,9 @@ def _rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _front(front: Front) -> str:
     best = sorted((point for point in front.points if point.on_front), key=lambda point: point.x)
-    names = ", ".join(_text(point.method) for point in best)
-    return f"- {_text(front.model)}, {_text(front.y)} against {_text(front.x)}: {names}"
+    names = ", ".join(_text(point.name) for point in best)
+    about = f"{_text(front.model)} on {_text(front.device)}"
+    return f"- {about}, {_text(front.y)} against {_text(front.x)}: {names}"
 
 
 def _machine(sweep: int, facts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from harness.display import DARK_FAMILY_COLOURS, FAMILY_COLOURS
 from harness.errors import ConfigError
 from harness.report.content import Front, Machine, Report
-from harness.report.scatter import scatter
+from harness.report.scatter import has_place, scatter
 
 __all__ = ["LARGEST_BYTES", "to_html"]
 
@@ -84,7 +84,9 @@ def _caption(front: Front) -> str:
     families = dict.fromkeys(point.family for point in front.points)
     legend = " ".join(f'<span class="{_text(name)}">●</span>&nbsp;{_text(name)}' for name in families)
     hollow = " Hollow: simulated or synthetic." if any(point.hollow for point in front.points) else ""
-    told = f"{front.model} on {front.device}. Dashed: what nothing else beats in both.{hollow}"
+    beyond = ", ".join(point.name for point in front.points if not has_place(point))
+    lacking = f" Not drawn, because infinite: {beyond}." if beyond else ""
+    told = f"{front.model} on {front.device}. Dashed: what nothing else beats in both.{hollow}{lacking}"
     return f"{legend}<br>{_text(told)}"
 
 

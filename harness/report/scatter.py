@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from harness.cli.output import format_value
 from harness.display import axis_title, scale
 from harness.report.content import Front, Point
 
-__all__ = ["scatter", "ticks"]
+__all__ = ["has_place", "scatter", "ticks"]
 
 WIDTH, HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 16, 48
@@ -21,10 +22,15 @@ _CHARACTER, _LINE = 6.2, 12.0  # of the names' font, in the figure's units
 
 
 def scatter(front: Front) -> str:
-    """The figure, described for readers of the screen; hovering shows a point's values."""
+    """The figure, described for readers of the screen; hovering shows a point's values.
+
+    A point at infinity has no place in it; empty where no other is left.
+    """
     x_factor, x_unit = scale(front.x_unit, [point.x for point in front.points])
     y_factor, y_unit = scale(front.y_unit, [point.y for point in front.points])
-    points = [_scaled(point, x_factor, y_factor) for point in front.points]
+    points = [_scaled(point, x_factor, y_factor) for point in front.points if has_place(point)]
+    if not points:
+        return ""
     across = _Axis([at for p in points for at in (p.x, *(p.x_bounds or ()))], _LEFT, WIDTH - _RIGHT)
     up = _Axis([at for p in points for at in (p.y, *(p.y_bounds or ()))], HEIGHT - _BOTTOM, _TOP)
     title = f"{front.y} against {front.x} of {front.model} on {front.device}"
@@ -40,6 +46,11 @@ def scatter(front: Front) -> str:
     return "\n".join([*parts, *_names(points, across, up), "</svg>"])
 
 
+def has_place(point: Point) -> bool:
+    """Whether it can be drawn: a perplexity may be infinite."""
+    return math.isfinite(point.x) and math.isfinite(point.y)
+
+
 def _scaled(point: Point, x_factor: float, y_factor: float) -> Point:
     x_bounds, y_bounds = (
         None if bounds is None else (bounds[0] * factor, bounds[1] * factor)
@@ -52,6 +63,7 @@ class _Axis:
     """From values to places between `start` and `end`; equal ratios where values span much."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
+        values = [value for value in values if math.isfinite(value)]  # a bound may be infinite
         low, high = min(values), max(values)
         self.log = low > 0 and high > _LOG_FROM * low
         self._low, self._high = self._of(low), self._of(high)
@@ -63,8 +75,10 @@ class _Axis:
         return math.log10(value) if self.log else value
 
     def at(self, value: float) -> float:
-        if self.log and value <= 0:
+        if (self.log and value <= 0) or value == -math.inf:
             return self._start
+        if value == math.inf:
+            return self._end
         share = (self._of(value) - self._low) / (self._high - self._low)
         return self._start + share * (self._end - self._start)
 
@@ -81,9 +95,14 @@ def ticks(low: float, high: float, *, log: bool) -> list[float]:
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
     """
     if log:
-        found = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-        found = [value for value in found if low <= math.log10(value) <= high]
-        return found if len(found) <= 12 else [v for v in found if math.log10(v).is_integer()]
+        last = min(math.ceil(high), sys.float_info.max_10_exp)  # the margin may lie beyond any number
+        exponents = range(max(math.floor(low), sys.float_info.min_10_exp), last + 1)
+        found = [(m * 10.0**e, e, m) for e in exponents for m in (1, 2, 5)]
+        found = [each for each in found if low <= math.log10(each[0]) <= high]
+        if len(found) > 12:
+            whole = [each for each in found if each[2] == 1]
+            found = whole[:: math.ceil(len(whole) / 12)]
+        return [value for value, *_ in found]
     span = high - low
     power = 10.0 ** math.floor(math.log10(span))
     step = next(power * m for m in (0.1, 0.2, 0.5, 1, 2, 5) if span / (power * m) <= 6)
@@ -127,7 +146,7 @@ def _mark(point: Point, across: _Axis, up: _Axis, x_unit: str, y_unit: str) -> s
     if point.y_bounds:
         low, high = map(up.at, point.y_bounds)
         bars += f'<line class="bar" x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}"/>'
-    told = f"{point.method}: {format_value(point.x)} {x_unit}, {format_value(point.y)} {y_unit}"
+    told = f"{point.name}: {format_value(point.x)} {x_unit}, {format_value(point.y)} {y_unit}"
     hollow = " hollow" if point.hollow else ""
     return (
         f'<g class="{html.escape(point.family)}{hollow}">{bars}<circle cx="{x:.1f}" cy="{y:.1f}" r="5">'
@@ -141,7 +160,7 @@ def _names(points: Sequence[Point], across: _Axis, up: _Axis) -> list[str]:
     shown = []
     for point in sorted(points, key=lambda point: not point.on_front):
         x, y = across.at(point.x), up.at(point.y)
-        name = point.method if len(point.method) <= _LONGEST_NAME else f"{point.method[: _LONGEST_NAME - 1]}…"
+        name = point.name if len(point.name) <= _LONGEST_NAME else f"{point.name[: _LONGEST_NAME - 1]}…"
         anchor, offset = ("end", -9) if x > WIDTH * 0.7 else ("start", 9)
         width = _CHARACTER * len(name)
         left = x + offset - (width if anchor == "end" else 0)

@@ -12,6 +12,8 @@ from harness_dashboard.views import survey
 from streamlit.testing.v1 import AppTest
 
 from harness.plugins import load_claims
+from harness.store.store import Store
+from harness.store.tables import sweeps
 from tests.claims.rows import begin, scored
 
 HOSTILE = "<img src=x onerror=alert(1)> **bold** :red[red]"
@@ -55,6 +57,25 @@ def test_the_counts_are_at_the_top_and_every_claim_has_a_card(filled, monkeypatc
         assert claim.says in texts(app)
     sections = [each.value.lower() for each in app.subheader]
     assert sections == [each for each in survey.SECTIONS if each in sections], "the survey's own order"
+
+
+def test_a_store_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, monkeypatch):
+    def fill(gptq, started_at):
+        path = tmp_path / "again.db"
+        path.unlink(missing_ok=True)
+        with Store.open(path) as store:
+            sweep = begin(store)
+            with store.engine.begin() as connection:
+                connection.execute(sweeps.update().values(started_at=started_at))
+            for model in ("zoo:llama-6m", "zoo:opt-4m"):
+                scored(store, sweep, "gptq:group_size=64", gptq, place="kjv", model=model)
+                scored(store, sweep, "rtn:group_size=64", 0.3, place="kjv", model=model)
+        return path
+
+    survey._board.clear()
+    first = {each.label: each.value for each in draw(fill(0.1, "2026-01-01T00:00:00"), monkeypatch).metric}
+    second = {each.label: each.value for each in draw(fill(0.5, "2026-01-02T00:00:00"), monkeypatch).metric}
+    assert first != second, "as many cells and records, but of another sweep"
 
 
 def test_a_claim_that_does_not_hold_is_shown_with_its_numbers(filled, monkeypatch):

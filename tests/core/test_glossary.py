@@ -111,7 +111,7 @@ def test_sentences_are_sentences():
 def test_every_word_of_a_fixed_list_is_explained():
     assert set(VALUES["status"]) == set(Status)
     assert tuple(VALUES["family"]) == FAMILIES
-    assert set(VALUES["marks"]) == {"simulated", "synthetic"}
+    assert set(VALUES["marks"]) == {"simulated", "synthetic", "imported"}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,10 @@ def test_the_direction_survives_the_change_of_units(unit, value):
         ("transform_s [s]", "↓"),
         ("compression_ratio [x]", "↑"),
         ("parameters", ""),
+        ("trained_tokens [tokens]", "↓"),
+        ("trained_steps [steps]", "↓"),
+        ("attention_reach [tokens]", ""),
+        ("rewound_to_step [steps]", ""),
         ("model", ""),
         ("value / baseline", ""),
         ("difference [95 %]", ""),
@@ -162,6 +166,7 @@ def test_cells_are_explained_where_they_are_words_of_a_list():
     assert told.count("*ok*") == 1
     assert "timeout" not in told
     assert "*simulated*" in explain("marks", ["", "simulated, synthetic"])
+    assert "*imported*" in explain("marks", ["simulated, imported"])
     assert "*crashed*" in explain("cells", ["3 ok, 1 crashed"])
     assert "*acc*: Share of the items" in explain("metric", ["acc · hellaswag", "of-a-plugin"])
 

@@ -174,6 +174,17 @@ def test_the_front_steps_through_what_is_reachable(figure):
     assert list(front.y) == sorted(front.y)
 
 
+def test_what_has_no_place_on_an_axis_is_named(read):
+    points = read(DECODE, ACCURACY)
+    points.loc[0, "y"], points.loc[1, "x"] = 0.0, math.inf
+    drawn = pareto_charts.pareto(points, TIME, replace(SCORE, is_log=True))
+    assert drawn.layout.meta["off_axis"] == points["name"].tolist()[:2]
+    hovers = [text for trace in drawn.data for text in trace.hovertext or ()]
+    assert len(hovers) == len(points) - 2
+    drawn = pareto_charts.pareto(points, TIME, SCORE)
+    assert drawn.layout.meta["off_axis"] == points["name"].tolist()[1:2], "a linear axis has a zero"
+
+
 @pytest.mark.parametrize("is_log", [False, True])
 def test_a_third_axis_is_the_area_of_the_points(read, is_log):
     points = read(DECODE, ACCURACY, f"weight_bytes · {SMALL}")
@@ -281,6 +292,33 @@ def test_kernels_of_one_family_are_added_up():
     assert "<img" not in figure.to_json()
     assert detail_charts.kernel_shares(found, {1: "one", 2: "two"}, "prefill") is None
     assert len({(t.marker.color, t.marker.pattern.shape) for t in figure.data}) == 2
+
+
+LONG = [f"smoothquant:alpha=0.75+gptq:bits=4:group_size={size}" for size in (32, 64)]
+
+
+def test_names_that_begin_alike_do_not_become_one_bar(filled, read):
+    kernel = KernelUse("decode", "gemv", "matmul", 1, 1.0, 1.0)
+    figure = detail_charts.kernel_shares(
+        {1: explanation(kernel), 2: explanation(kernel)}, {1: LONG[0], 2: LONG[1]}, "decode"
+    )
+    assert len(set(figure.data[0].y)) == 2
+    rows = read.of(DECODE).head(2)
+    about = queries.described(filled, rows["variant"].tolist()).assign(name=LONG)
+    readings = queries.readings(filled, rows)
+    boxes = detail_charts.distributions(readings, read.columns[DECODE], about).data
+    found = {variant: explanation(decode_mbu=0.5) for variant in about["variant"]}
+    bars = detail_charts.ceilings(found, about).data
+    axis = charts.comparison(rows.assign(name=LONG), LONG).layout.yaxis.ticktext
+    for names in ([box.name for box in boxes], [bar.name for bar in bars], axis):
+        assert [name[-2:] for name in names] == ["32", "64"]
+
+
+def test_names_are_told_apart_in_little_room():
+    assert charts.told_apart(["gptq", "rtn"]) == ["gptq", "rtn"]
+    alike = ["a" * 40 + "1" + "b" * 40, "a" * 40 + "2" + "b" * 40]
+    assert charts.told_apart(alike) == alike, "neither end tells them apart"
+    assert [len(name) for name in charts.told_apart(LONG)] == [34, 34]
 
 
 def test_what_was_achieved_stands_beside_what_is_possible(filled, read):

@@ -11,6 +11,7 @@ from harness_dashboard.queries.compared import independent_interval
 from harness.records import CellKind, CellResult, Item, KernelUse, Record, Status
 from harness.store import queries as stored
 from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, SMALL, variant_row
 
 ACCURACY, DECODE = "acc · hellaswag", f"decode_latency · {SMALL}"
@@ -488,3 +489,11 @@ def test_why_a_variant_is_as_fast_as_it_is(store, sweep):
     assert found[1].kernels == kernels
     assert found[1].value("decode_latency") == 1.0
     assert queries.explanations(store, [1, 2], "b8-p1-g1", None)[1].verdict == "launch-bound"
+
+
+def test_a_capital_beyond_ascii_is_found_as_it_is_written(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        add_cell(store, add_sweep(store), "gptq", model="./Übung")
+        for word in ("./Übung", "Übung gptq", "bung"):
+            assert queries.matching(store, Filters(search=word), None) == [1], word
+        assert queries.matching(store, Filters(search="Äpfel"), None) == []

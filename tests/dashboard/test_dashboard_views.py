@@ -16,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 from harness.errors import ConfigError, MissingExtra, StoreError
 from harness.records import CellKind, CellResult, Record, Status
 from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import MODEL, SHAPE, fill, variant_row
 
 VIEWS = ("overview", "pareto", "compare")
@@ -229,6 +230,41 @@ def test_pareto_takes_a_third_figure_and_logarithms(filled_path, monkeypatch):
     assert app.query_params["log_y"] == "1"
 
 
+def test_pareto_names_what_a_logarithmic_axis_cannot_show(tmp_path, monkeypatch):
+    path = tmp_path / "zero.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        for method, kl, size in (("baseline", 0.0, 2.0), ("gptq", 0.1, 1.0)):
+            records = Record("mean_kl", kl, "nats"), Record("bits_per_byte", size, "bits/byte")
+            add_cell(store, sweep, method, *records, task="t")
+    address = {"quality": "mean_kl · t", "cost": "bits_per_byte · t"}
+    app = draw("pareto", path, monkeypatch, **address)
+    assert not any(each.value.startswith("Not drawn") for each in app.text)
+    app = draw("pareto", path, monkeypatch, **address, log_y="1")
+    [told] = [each.value for each in app.text if each.value.startswith("Not drawn")]
+    assert told.endswith(": baseline")
+
+
+def test_pareto_flags_points_of_different_devices(tmp_path, monkeypatch):
+    path = tmp_path / "two.db"
+    with Store.open(path) as store:
+        for name, seconds in (("a GPU", 0.010), ("another GPU", 0.001)):
+            sweep = add_sweep(store, device_name=name)
+            for method, factor in (("baseline", 1.0), ("gptq", 0.9)):
+                about = {"scenario": "b1-p8-g8", "device_name": name}
+                latency = Record("decode_latency", seconds * factor, "s")
+                add_cell(store, sweep, method, latency, Record("weight_bytes", 8.0 * factor, "B"), **about)
+    address = {"quality": "decode_latency · b1-p8-g8", "cost": "weight_bytes · b1-p8-g8"}
+    app = draw("pareto", path, monkeypatch, **address)
+    assert "same conditions" in app.warning[0].value
+    flagged = table(app, 0)
+    assert set(flagged["figure"]) == set(address.values())
+    assert set(flagged["what"]) == {"device"}
+    assert flagged["values"][0] == "a GPU in sweep 1; another GPU in sweep 2"
+    app = draw("pareto", path, monkeypatch, **address, device="a GPU")
+    assert not app.warning, "all of one device"
+
+
 def test_pareto_draws_several_models_apart(filled_path, monkeypatch):
     both = {"on": [MODEL, SHAPE], "cost": "weight_bytes · b1-p512-g64"}
     app = draw("pareto", filled_path, monkeypatch, quality="decode_latency · b1-p512-g64", **both)
@@ -263,6 +299,8 @@ def test_compare_takes_the_variants_of_the_address(filled_path, monkeypatch):
     options = table(app, 3)
     assert options.columns.tolist() == ["gptq:bits=4", "wanda:sparsity=0.5"]
     assert options.loc["marks"].tolist() == ["", "simulated"]
+    assert set(table(app)["variant"]) == {"wanda:sparsity=0.5 (simulated)"}
+    assert table(app, 2).columns[-1] == "wanda:sparsity=0.5 (simulated)"
     app = draw("compare", filled_path, monkeypatch, variant=["3"])
     assert app.info[0].value == "Choose at least 2 variants."
     app = draw("compare", filled_path, monkeypatch, variant=["3", "no number", "77"])

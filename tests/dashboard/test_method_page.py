@@ -18,6 +18,7 @@ from pydantic import Field
 
 from harness.errors import PluginError
 from harness.method import Method, Options
+from harness.records import Record
 from harness.store.store import Store
 from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import HOSTILE
@@ -298,3 +299,15 @@ def test_the_plugins_are_read_once(path, monkeypatch):
         draw("method", path, monkeypatch, name=name)
     assert len(asked) == 1
     method._read_once.clear()
+
+
+def test_rows_on_random_weights_and_from_elsewhere_are_marked(tmp_path, monkeypatch, installed):
+    path = tmp_path / "marks.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        score = Record("weight_bytes", 1.0, "B")
+        add_cell(store, sweep, "gptq", score, model="shape:m", synthetic=True)
+        add_cell(store, sweep, "gptq", score, simulated=True)
+    app = draw("method", path, monkeypatch, name="gptq")
+    rows = app.dataframe[1].value
+    assert dict(zip(rows["model"], rows["marks"], strict=True)) == {"shape:m": "synthetic", "m": "simulated"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -181,6 +182,37 @@ def test_axes_are_logarithmic_with_units_and_direction(store, about):
     fitted = [trace for trace in figure.data if trace.mode == "lines"]
     slope = math.log(fitted[0].y[1] / fitted[0].y[0]) / math.log(2048 / 128)
     assert slope == pytest.approx(fits["exponent"].iloc[0])
+
+
+def test_lines_whose_names_begin_alike_have_two_names(store, about):
+    names = [f"smoothquant:alpha=0.75+gptq:bits={bits}" for bits in (3, 4)]
+    chosen = ids(about, "baseline", "window")
+    about = about[about["variant"].isin(chosen)].assign(name=names)
+    timed = scaling_data.read_timed(store, chosen, None)
+    lines = scaling_data.growth_of(timed, Axis.PROMPT_LEN, (1, 16), ["prefill_latency"])
+    points = scaling_data.points(lines, about, "prefill_latency")
+    fits = scaling_data.fits(lines, about, ["prefill_latency"])
+    figure = scaling_charts.growth(points, fits, Axis.PROMPT_LEN, "prefill_latency")
+    legend = [trace.name for trace in figure.data if trace.mode == "lines+markers"]
+    assert [name[-6:] for name in legend] == ["bits=3", "bits=4"]
+
+
+def test_simulated_lines_are_marked_wherever_they_stand(tmp_path, monkeypatch):
+    path = tmp_path / "simulated.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        for method, slope in (("baseline", 1e-5), ("wanda", 2e-5)):
+            for length in (128, 512, 2048):
+                about = {"scenario": f"b1-p{length}-g16", "simulated": method == "wanda"}
+                add_cell(store, sweep, method, *scenario_records(1, length, slope, 0.0), **about)
+    app = draw("scaling", path, monkeypatch)
+    drawn = json.loads(app.get("plotly_chart")[0].proto.spec)
+    lines = [trace for trace in drawn["data"] if trace["mode"] == "lines+markers"]
+    assert [line["name"] for line in lines] == ["baseline", "wanda (simulated)"]
+    assert [line["marker"]["symbol"] for line in lines] == ["circle", "square-open"]
+    assert all("wanda (simulated)" in text for text in lines[1]["hovertext"])
+    assert set(app.dataframe[0].value["variant"]) == {"baseline", "wanda (simulated)"}
+    assert any("wanda (simulated)" in each.value for each in app.text), "the crossing in words"
 
 
 def test_a_unit_from_the_store_is_no_html(store, about):

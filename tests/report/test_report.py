@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from html.parser import HTMLParser
 
@@ -137,7 +138,9 @@ def test_fronts_hold_what_nothing_beats(report):
     assert not any(front.model == SHAPE for front in report.fronts), "nothing was scored there"
     simulated = next(point for point in front.points if point.method == "wanda:sparsity=0.5")
     assert simulated.hollow
-    assert f"- {MODEL}, token\\_perplexity · wikitext against" in to_markdown(report)
+    text = to_markdown(report)
+    assert f"- {MODEL} on {front.device}, token\\_perplexity · wikitext against" in text
+    assert "wanda:sparsity=0.5 (simulated)" in scatter(front)
 
 
 def test_scores_of_the_first_few_items_are_in_a_figure_of_their_own(tmp_path):
@@ -159,6 +162,38 @@ def test_scores_of_the_first_few_items_are_in_a_figure_of_their_own(tmp_path):
         "acc · grammar": {"baseline": 0.6, "rtn": 0.5},
         "acc · grammar (limit 10)": {"baseline": 0.7, "rtn": 0.9},
     }
+
+
+def test_variants_that_are_called_alike_are_told_apart(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = store.open_sweep(command="c", config={}, manifest={}, cells_planned=9)
+        for dtype, scale in (("float32", 1.0), ("bfloat16", 0.5)):
+            for method, acc in (("baseline", 0.6), ("rtn", 0.5)):
+                family = "baseline" if method == "baseline" else "quantization"
+                row = variant_row(
+                    method, ((method, {}),), family, dtype=dtype, key=f"{method} {dtype}",
+                    simulated=method == "rtn",
+                )  # fmt: skip
+                store.write_variant(sweep, row)
+                slow = Record("verdict", 1.0, "1", note=f"slower in {dtype}")
+                size = Record("weight_bytes", scale * (4.0 if method == "rtn" else 8.0), "B")
+                for kind, task, shape, record in (
+                    (CellKind.TRANSFORM, None, None, size),
+                    (CellKind.TASK, "grammar", None, Record("acc", acc, "fraction")),
+                    (CellKind.SCENARIO, None, "b1-p8-g8", slow),
+                ):
+                    result = CellResult(f"{row.key}/{kind}", row.key, Status.OK, records=(record,))
+                    store.write_cell(sweep, result, kind=kind, task=task, scenario=shape)
+        report = make_report(store)
+    names = {f"{method} · {dtype}" for method in ("baseline", "rtn") for dtype in ("float32", "bfloat16")}
+    names = {f"{name} (simulated)" if name.startswith("rtn") else name for name in names}
+    assert {point.name for point in report.fronts[0].points} == names
+    assert {(method, words) for _, method, _, words in report.verdicts} == {
+        (name, f"slower in {'bfloat16' if 'bfloat16' in name else 'float32'}") for name in names
+    }
+    assert report.table.columns[:4] == ["model", "method", "dtype", "scenario"]
+    assert {row["dtype"] for row in report.table.rows} == {"float32", "bfloat16"}
+    assert "rtn · bfloat16 (simulated), baseline" in to_markdown(report)
 
 
 def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
@@ -186,13 +221,36 @@ def test_the_front(points, directions, best):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "log"), [(0.1, 0.11, False), (-3, 12345, False), (2.0, 2.4, True), (-3, 9, True)]
+    ("low", "high", "log"),
+    [
+        (0.1, 0.11, False),
+        (-3, 12345, False),
+        (2.0, 2.4, True),
+        (-3, 9, True),
+        (1, 43, True),
+        (-17, 318, True),
+    ],
 )
 def test_ticks_are_few_and_inside(low, high, log):
     found = ticks(low, high, log=log)
-    ends = (10**low, 10**high) if log else (low, high)
+    ends = (10.0**low, 10.0 ** min(high, 308)) if log else (low, high)
     assert 1 <= len(found) <= 13
     assert all(ends[0] * 0.999 - 1e-9 <= value <= ends[1] * 1.001 + 1e-9 for value in found)
+
+
+def test_an_infinite_score_is_named_and_not_drawn(report):
+    from dataclasses import replace
+
+    front = next(each for each in report.fronts if each.model == MODEL)
+    first, *others = front.points
+    broken = replace(front, points=(replace(first, y=math.inf, y_bounds=None), *others))
+    text = to_html(replace(report, fronts=(broken,)))
+    assert f"Not drawn, because infinite: {html.escape(first.name)}." in text
+    assert scatter(broken).count("<circle") == len(others)
+    assert scatter(replace(front, points=(replace(first, y=math.inf),))) == ""
+    unbounded = replace(front, points=(replace(first, y_bounds=(first.y, math.inf)), *others))
+    assert scatter(unbounded).count("<circle") == len(front.points)
+    assert "inf" not in scatter(unbounded)
 
 
 def test_one_value_for_all_still_has_a_figure(report):
