@@ -23,6 +23,8 @@ from harness.job import CellJob, Message, OutOfDisk, Phase, Progress, VariantJob
 from harness.records import CellKind, CellResult, KernelUse, Record, Scenario, Status, VariantReport
 
 if TYPE_CHECKING:
+    from pluggy import PluginManager
+
     from harness.plugins import LoadedPlugins
     from harness.scoring import VariantScorer
     from harness.transforming import MadeVariant
@@ -115,7 +117,8 @@ class _Variant:
 
         plugins = load_plugins(job.plugins)
         _observed(
-            plugins.manager.hook.variant_started,
+            plugins.manager,
+            "variant_started",
             label=job.label,
             model=job.model.info.label,
             options={name: dict(options) for name, options in job.chain},
@@ -221,7 +224,7 @@ class _Variant:
         return load_original(self.job, self.plugins).model
 
     def observe(self, result: CellResult) -> None:
-        _observed(self.plugins.manager.hook.cell_finished, result=result)
+        _observed(self.plugins.manager, "cell_finished", result=result)
 
 
 def _marked_simulated(record: Record) -> Record:
@@ -229,11 +232,15 @@ def _marked_simulated(record: Record) -> Record:
     return replace(record, mode=mode)
 
 
-def _observed(hook: Callable[..., Any], **arguments: Any) -> None:
-    try:
-        hook(**arguments)
-    except (Exception, SystemExit):  # an observer must not decide a cell
-        log.exception("an observing plugin failed")
+def _observed(manager: PluginManager, hook: str, **arguments: Any) -> None:
+    """Call an observing hook of each plugin by itself: pluggy would stop at the first that raises."""
+    plugins = manager.get_plugins()
+    for implementation in reversed(getattr(manager.hook, hook).get_hookimpls()):  # pluggy's order
+        observer = manager.subset_hook_caller(hook, plugins - {implementation.plugin})
+        try:
+            observer(**arguments)
+        except (Exception, SystemExit):  # an observer must not decide a cell
+            log.exception("the observing plugin %s failed", implementation.plugin_name)
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from harness.config import SweepConfig
 from harness.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class SweepNeed:
 
     Args:
         limit: items a task at least; None means all of them.
+        train_steps, calibration_samples and the like: the budget; None means a sweep's default.
         making_s, cell_s: what making a variant (its process, training) and measuring one of its cells take
             on two idle CPU cores, in seconds; an estimate until the store knows better.
     """
@@ -98,14 +100,32 @@ class SweepNeed:
             return False
         if cell.scenario is not None and cell.scenario not in self.scenarios:
             return False
-        return _is_enough(cell.limit, self.limit) and self._is_trained_as_asked(cell.training)
-
-    def _is_trained_as_asked(self, training: Mapping[str, str] | None) -> bool:
-        """`training`: the budget that made the variant, None where it trained nothing."""
-        asked = {"steps": self.train_steps, "batch_size": self.train_batch_size, "len": self.train_len}
-        return training is None or all(
-            training.get(name) == str(value) for name, value in asked.items() if value is not None
+        trained = {"steps": self.train_steps, "batch_size": self.train_batch_size, "len": self.train_len}
+        calibrated = {"samples": self.calibration_samples, "len": self.calibration_len}
+        return (
+            _is_enough(cell.limit, self.limit)
+            and _is_spent_as_asked(cell, cell.training, trained, "train")
+            and _is_spent_as_asked(cell, cell.calibration, calibrated, "calibration")
         )
+
+
+def _is_spent_as_asked(
+    cell: StoredCell, spent: Mapping[str, str] | None, asked: Mapping[str, int | None], of: str
+) -> bool:
+    """Whether a budget (None where nothing of it was spent) is the one that is asked for.
+
+    Args:
+        asked: None is for a score what a sweep spends by default, and anything where the device decides
+            that; times and sizes do not depend on it.
+        of: what the options of a sweep for it begin with.
+    """
+    wanted = dict(asked)
+    if cell.task is not None:
+        fields = SweepConfig.model_fields
+        wanted |= {name: fields[f"{of}_{name}"].default for name, n in asked.items() if n is None}
+    return spent is None or all(
+        spent.get(name) == str(value) for name, value in wanted.items() if value is not None
+    )
 
 
 def _is_enough(limit: int | None, wanted: int | None) -> bool:

@@ -79,6 +79,8 @@ class Finding:
     @property
     def side(self) -> Side:
         """What it says to the claim: supports, contradicts or open."""
+        if not self.is_number:
+            return Side.OPEN
         if self.p is None or self.lower == self.upper:
             distance = self.value - self.bound if self.expected is Side.ABOVE else self.bound - self.value
             is_there = distance > 1e-9 * max(1.0, abs(self.bound))  # rounding is no effect
@@ -87,6 +89,11 @@ class Finding:
             return Side.OPEN
         is_above = self.lower > self.bound
         return Side.SUPPORTS if is_above == (self.expected is Side.ABOVE) else Side.CONTRADICTS
+
+    @property
+    def is_number(self) -> bool:
+        """Whether nothing of it is NaN, which lies on no side of a bound."""
+        return not any(math.isnan(each) for each in (self.value, self.lower, self.upper, self.p or 0.0))
 
     @property
     def has_spread(self) -> bool:
@@ -140,6 +147,8 @@ def concluded(findings: Sequence[Finding]) -> Decision:
             return Decision(Outcome.DOES_NOT_HOLD, _against(strongest), found, p)
         why = f"{_against(strongest)}, but not clearly enough as one of {len(found)} figures (p = {p:.2g})"
         return Decision(Outcome.NOT_DECIDABLE, why, found, p)
+    if broken := next((finding for finding in found if not finding.is_number), None):
+        return Decision(Outcome.NOT_DECIDABLE, f"{_shown(broken)} says nothing", found)
     hardest = max((finding.p or 0.0 for finding in tested), default=None)
     open_ = [finding for finding in found if finding.side is Side.OPEN]
     if open_:

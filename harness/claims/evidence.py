@@ -60,7 +60,15 @@ class StoredCell:
     @property
     def training(self) -> dict[str, str] | None:
         """The budget that trained the variant (steps, batch_size, len); None where nothing was trained."""
-        text = self.conditions.facts.get("training")
+        return self._budget("training")
+
+    @property
+    def calibration(self) -> dict[str, str] | None:
+        """The budget that calibrated the variant (samples, len); None where it needed none."""
+        return self._budget("calibration")
+
+    def _budget(self, name: str) -> dict[str, str] | None:
+        text = self.conditions.facts.get(name)
         return None if text is None else dict(part.split(" ", 1) for part in str(text).split(", "))
 
 

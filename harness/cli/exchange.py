@@ -68,6 +68,7 @@ def export(
     from harness.cli.results import statuses_of, sweep_number
     from harness.cli.sweep import database
     from harness.store.exchange_export import Wanted, export_results
+    from harness.store.selection import require_known
     from harness.store.store import Store
 
     wanted = Wanted(
@@ -86,6 +87,8 @@ def export(
     }
     leave_out = [name for name, given in left_out.items() if given]
     with Store.open_readonly(database(db)) as store:
+        with store.reading() as connection:
+            require_known(connection, models=wanted.models, methods=wanted.methods, tasks=wanted.tasks)
         if layout is Layout.LM_EVAL:
             _export_lm_eval(store, file, wanted, leave_out, with_host)
             return

@@ -40,16 +40,18 @@ def report(
     from harness.report.content import make_report
     from harness.report.markdown import to_markdown
     from harness.report.page import to_html
+    from harness.store.selection import require_known
     from harness.store.store import Store
 
+    wanted = {
+        "models": split_optional(models),
+        "methods": split_optional(methods),
+        "tasks": split_optional(tasks),
+    }
     with Store.open_readonly(database(db)) as store:
-        found = make_report(
-            store,
-            sweep=sweep_number(sweep),
-            models=split_optional(models),
-            methods=split_optional(methods),
-            tasks=split_optional(tasks),
-        )
+        with store.reading() as connection:
+            require_known(connection, **wanted)
+        found = make_report(store, sweep=sweep_number(sweep), **wanted)
     if html is not None:
         _write(html, to_html(found))
     if markdown is not None:

@@ -59,19 +59,20 @@ def results(
     from harness.chain import split_optional
     from harness.cli.sweep import database
     from harness.store import queries
+    from harness.store.selection import require_known
     from harness.store.store import Store
 
     statuses = statuses_of(status)
+    wanted = {
+        "models": split_optional(models),
+        "methods": split_optional(methods),
+        "tasks": split_optional(tasks),
+        "metrics": split_optional(metrics),
+    }
     with Store.open_readonly(database(db)) as store:
-        frame = queries.results(
-            store,
-            sweep=sweep_number(sweep),
-            models=split_optional(models),
-            methods=split_optional(methods),
-            tasks=split_optional(tasks),
-            metrics=split_optional(metrics),
-            statuses=statuses,
-        )
+        with store.reading() as connection:
+            require_known(connection, **wanted)
+        frame = queries.results(store, sweep=sweep_number(sweep), statuses=statuses, **wanted)
         rows = rows_of(frame)
         conditions = conditions_by_cell(store, rows)
         if percentiles:

@@ -77,8 +77,13 @@ def resolve_tasks(names: Sequence[str], include_paths: Sequence[Path] = ()) -> t
     found: dict[str, ResolvedTask] = {}
     for name in names:
         for entry in finder.expand(name):
-            if entry.name not in found:
+            known = found.get(entry.name)
+            if known is None:
                 found[entry.name] = finder.resolve(entry)
+            elif entry.yaml_path and os.path.realpath(entry.yaml_path) != os.path.realpath(known.yaml_path):
+                raise ConfigError(
+                    f"task {entry.name!r} is defined by both {known.yaml_path} and {_place(entry)}"
+                )
     return tuple(found.values())
 
 

@@ -66,11 +66,11 @@ def load_task(task: ResolvedTask, *, seed: int) -> LoadedTask:
             else:
                 loaded = TaskManager(include_defaults=False).load([str(task.yaml_path)])
     except (datasets.exceptions.DatasetsError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"the data of task {task.name!r} cannot be loaded: {reason}") from error
+        raise ConfigError(f"the data of task {task.name!r} cannot be loaded: {_reason(error)}") from error
+    except StopIteration as error:  # what `datasets` makes of files that are empty
+        raise ConfigError(f"the data of task {task.name!r} cannot be loaded: there are none") from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"task {task.name!r} cannot be built: {reason}") from error
+        raise ConfigError(f"task {task.name!r} cannot be built: {_reason(error)}") from error
     for leaf in loaded["tasks"].values():
         _check(task.name, leaf)
         # As lm-eval's own entry point does.
@@ -78,6 +78,16 @@ def load_task(task: ResolvedTask, *, seed: int) -> LoadedTask:
             leaf.set_config(key="num_fewshot", value=0)
         leaf.set_fewshot_seed(seed=seed)
     return LoadedTask(task.name, loaded["tasks"], loaded.get("groups", {}))
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    # `datasets` only says that something did; what it was is the cause (a line that is no JSON).
+    if type(error) is datasets.exceptions.DatasetGenerationError and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())[:300]
+    # The text of a KeyError is the key alone.
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) else text
 
 
 def _check(name: str, leaf: Any) -> None:

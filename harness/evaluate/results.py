@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import handle_non_serializable
 
-from harness.errors import NumericalFailure
+from harness.errors import ConfigError, NumericalFailure
 from harness.evaluate.intervals import (
     RESAMPLES,
     bootstrap_ratio,
@@ -136,6 +136,9 @@ def items_of(loaded: LoadedTask, samples: Mapping[str, Sequence[Mapping[str, Any
 
     What explains an outcome (log-likelihoods, the response, the group) is kept with the first metric
     of a document, once. Documents of a group's members are numbered through.
+
+    Raises:
+        ConfigError: the documents lack the field that a task names as its `item_group`.
     """
     items: list[Item] = []
     start = 0
@@ -203,6 +206,10 @@ def _details_of(
         if isinstance(target := sample["target"], int):
             detail["target"] = target
         if group_field is not None:
+            if group_field not in sample["doc"]:
+                raise ConfigError(
+                    f"the documents of task {name!r} have no field {group_field!r} (item_group)"
+                )
             detail["group"] = sample["doc"][group_field]
         details[int(sample["doc_id"]), sample["filter"]] = detail
     return details

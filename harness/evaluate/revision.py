@@ -34,6 +34,8 @@ def task_revision(name: str, task: TaskFile, *, run_python: bool = True) -> str:
         ConfigError: a local data file is absent, or `data_revision()` fails.
     """
     functions = functions_in(task.content)
+    answers = [_own_data_revision(name, each) for each in _definitions(task.content)] if run_python else []
+    answers = [answer for answer in answers if answer is not None]
     folders = sorted({function.file.parent for function in functions if function.file.is_file()})
     python = [file for folder in folders for file in sorted(folder.glob("*.py"))]
     return content_key(
@@ -41,13 +43,13 @@ def task_revision(name: str, task: TaskFile, *, run_python: bool = True) -> str:
             "yaml": [[path.name, file_hash(path)] for path in task.files],
             "python": [[path.name, file_hash(path)] for path in python],
             "data": [[path.name, file_hash(path)] for path in data_files(name, task.content)],
-            "data_revision": _own_data_revision(name, task.content) if run_python else None,
+            "data_revision": answers if len(answers) > 1 else next(iter(answers), None),
         }
     )
 
 
 def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
-    """The local files that a task reads through `datasets`, sorted.
+    """The local files that a task, or what a group defines in place, reads through `datasets`, sorted.
 
     As `datasets` does, relative paths start at the working directory. Addresses (``https://...``) are
     left out: they count as named.
@@ -55,6 +57,19 @@ def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
     Raises:
         ConfigError: a named file does not exist.
     """
+    return sorted({file for each in _definitions(content) for file in _data_files(name, each)})
+
+
+def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The content of a file, and of a group's the tasks and groups that it defines or changes in place."""
+    yield content
+    members = content.get("task")
+    for member in members if isinstance(members, list) else ():
+        if isinstance(member, Mapping):
+            yield from _definitions(member)
+
+
+def _data_files(name: str, content: Mapping[str, Any]) -> set[Path]:
     found: set[Path] = set()
     folder = content.get("dataset_path")
     if isinstance(folder, str) and Path(folder).is_dir():
@@ -69,7 +84,7 @@ def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:
         if not matches and isinstance(folder, str) and "/" not in folder:
             raise ConfigError(f"task {name!r} reads {base / pattern}, which does not exist")
         found.update(match for match in matches if match.is_file())
-    return sorted(found)
+    return found
 
 
 def _options(name: str, content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from harness.errors import UnknownName
 from harness.records import CellKind
 from harness.store.tables import cells, imports, records, sweep_cells, sweeps, variants
 
-__all__ = ["TRANSFORM_LABEL", "current", "narrowed", "scenario_label", "sweep_number"]
+__all__ = ["TRANSFORM_LABEL", "current", "narrowed", "require_known", "scenario_label", "sweep_number"]
 
 TRANSFORM_LABEL = "transform"
 Query = TypeVar("Query", bound=Select[*tuple[Any, ...]])
@@ -82,6 +82,32 @@ def narrowed(
         if wanted is not None:
             query = query.where(column.in_([str(name) for name in wanted]))
     return query if methods is None else query.where(_is_method(methods))
+
+
+def require_known(
+    connection: Connection,
+    *,
+    models: Iterable[str] | None = None,
+    methods: Iterable[str] | None = None,
+    tasks: Iterable[str] | None = None,
+    metrics: Iterable[str] | None = None,
+) -> None:
+    """Refuse names, as `narrowed` takes them, of which a store has nothing at all: they are misspelt.
+
+    Raises:
+        UnknownName: one of them; names the near ones.
+    """
+    for kind, column, wanted in (
+        ("model", variants.c.model, models),
+        ("method", variants.c.method, methods),
+        ("task", cells.c.task, tasks),
+        ("metric", records.c.metric, metrics),
+    ):
+        for name in wanted or ():
+            is_it = _is_method([name]) if kind == "method" else column == name
+            if connection.execute(select(column).where(is_it).limit(1)).first() is None:
+                known = connection.execute(select(column).where(column.is_not(None)).distinct())
+                raise UnknownName(f"{kind} in this store:", name, known.scalars())
 
 
 def _is_method(labels: Iterable[str]) -> ColumnElement[bool]:

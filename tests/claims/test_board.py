@@ -18,7 +18,7 @@ from harness.store.exchange_read import read_results
 from harness.store.store import Store
 from tests.claims.rows import MODEL, begin, claim, scored, timed, write
 
-HOLDS, OPEN = Outcome.HOLDS, Outcome.NOT_DECIDABLE
+HOLDS, FAILS, OPEN = Outcome.HOLDS, Outcome.DOES_NOT_HOLD, Outcome.NOT_DECIDABLE
 BETTER = loses_less("good", than="bad", model=MODEL, task="text")
 
 
@@ -87,6 +87,23 @@ def test_rows_of_another_training_budget_do_not_count(store, steps, outcome):
     trained(store, steps)
     need = SweepNeed((MODEL,), ("good", "bad"), ("text",), train_steps=100, train_batch_size=8, train_len=64)
     assert only(store, claim(BETTER, need=need)).decision.outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "default", "tokens"),
+    [("calibration", "samples", 128, "calibration_tokens"), ("training", "steps", 100, "trained_tokens")],
+)
+def test_rows_of_another_budget_than_a_sweeps_own_do_not_count(store, kind, name, default, tokens):
+    whole = {"samples": 128} if kind == "calibration" else {"steps": 100, "batch_size": 8, "len": 128}
+    for spent, gain in ((default, 0.5), (1, -0.5)):  # the newer rows say the opposite
+        sweep = begin(store, workload={"budget": {kind: {**whole, name: spent}}})
+        pair(store, sweep, gain)
+        for method in ("good", "bad"):
+            write(store, sweep, method, "b1-p64-g16", [Record(tokens, 512.0, "tokens")])
+    assert only(store).decision.outcome is HOLDS
+    asked = {"calibration": "calibration_samples", "training": "train_steps"}[kind]
+    need = SweepNeed((MODEL,), ("good", "bad"), ("text",), **{asked: 1})
+    assert only(store, claim(BETTER, need=need)).decision.outcome is FAILS
 
 
 def test_rows_outside_of_the_grid_do_not_count(store):

@@ -314,6 +314,19 @@ def test_one_part_against_it_is_enough_and_pays_for_being_one_of_many():
     assert (weak.outcome, weak.p) == (OPEN, pytest.approx(0.06))
 
 
+@pytest.mark.parametrize("expected", [Side.ABOVE, Side.BELOW])
+@pytest.mark.parametrize("broken", ["value", "lower", "upper", "p"])
+def test_a_figure_that_is_no_number_decides_nothing(expected, broken):
+    changed = finding(1, expected=expected, **({"p": math.nan} if broken == "p" else {}))
+    changed = changed if broken == "p" else replace(changed, **{broken: math.nan})
+    decision = concluded([changed])
+    assert (decision.outcome, decision.p) == (OPEN, None)
+    assert "says nothing" in decision.why
+    unspread = replace(changed, value=math.nan, p=None)
+    assert concluded([unspread]).outcome is OPEN
+    assert concluded([finding(-1, p=0.001), changed]).outcome is FAILS  # one part against it is enough
+
+
 def test_a_claim_without_findings_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         concluded([])

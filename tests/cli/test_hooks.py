@@ -125,3 +125,31 @@ def test_a_plugin_that_uses_every_hook(harness, tmp_path, tiny_llama):
     assert {s["label"] for s in by_hook["variant_started"]} == {"mine · baseline", "mine · half"}
     assert {s["dtype"] for s in by_hook["load_model"]} == {"float32"}
     assert [s["status"] for s in by_hook["cell_finished"]] == ["ok"] * 4
+
+
+def test_an_observer_that_fails_silences_no_other(harness, tmp_path):
+    observer = """
+from harness import hookimpl
+
+@hookimpl
+def variant_started(label):
+    open({file!r}, "a").write("started ")
+    {then}
+
+@hookimpl
+def cell_finished():
+    open({file!r}, "a").write("finished ")
+    {then}
+"""
+    ends = {"first": "pass", "second": "raise RuntimeError", "third": "raise SystemExit", "last": "pass"}
+    plugins = []
+    for name, then in ends.items():
+        (tmp_path / f"{name}.py").write_text(observer.format(file=str(tmp_path / f"{name}.log"), then=then))
+        plugins += ["--plugin", f"{name}.py"]
+    ran = harness(
+        "sweep", *plugins, "--methods", "baseline", "--models", "zoo:opt-4m", "--tasks", "none",
+        "--prompt-lens", "8", "--new-tokens", "2", "--device", "cpu",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    seen = {name: (tmp_path / f"{name}.log").read_text() for name in ends}
+    assert seen == dict.fromkeys(ends, "started finished finished ")

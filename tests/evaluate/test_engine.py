@@ -470,6 +470,33 @@ def test_how_many_tokens_a_task_asks_for_may_be_said_by_any_name(name, model, to
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be loaded: there are none"),
+        ('{"question": "one"\n', "cannot be loaded: .*JSON parse error"),
+    ],
+)
+def test_data_that_cannot_be_read_say_what_is_wrong_with_them(content, message, folder, model, tokenizer):
+    (folder / "data.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        evaluate("pick", model, tokenizer, folder)
+
+
+def test_a_split_that_is_not_there_is_named_as_a_key(folder, model, tokenizer):
+    path = folder / "pick.yaml"
+    path.write_text(path.read_text().replace("test_split: test", "test_split: absent"))
+    with pytest.raises(ConfigError, match="task 'pick' cannot be built: KeyError: 'absent'"):
+        evaluate("pick", model, tokenizer, folder)
+
+
+def test_an_item_group_that_no_document_has(folder, model, tokenizer):
+    path = folder / "pick.yaml"
+    path.write_text(f"{path.read_text()}\nmetadata: {{item_group: absent}}\n")
+    with pytest.raises(ConfigError, match="documents of task 'pick' have no field 'absent'"):
+        evaluate("pick", model, tokenizer, folder)
+
+
+@pytest.mark.parametrize(
     ("text", "error", "message"),
     [
         ("dataset_path: no/such_set\ntest_split: test", ConfigError, "data set .no/such_set. is not"),

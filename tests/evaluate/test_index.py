@@ -127,6 +127,16 @@ def test_a_duplicate_name_names_both(folder, tmp_path, no_lm_eval):
         resolve_tasks(["kjv"], [folder])
 
 
+def test_two_files_of_one_name_are_not_one_task(folder, tmp_path_factory, no_lm_eval):
+    other = tmp_path_factory.mktemp("other") / "other.yaml"
+    other.write_text((folder / "mine.yaml").read_text() + "num_fewshot: 1\n")
+    mine = str(folder / "mine.yaml")
+    assert len(resolve_tasks([mine, "mine", mine], [folder])) == 1
+    for names in ([mine, str(other)], ["mine", str(other)]):
+        with pytest.raises(ConfigError, match=r"'mine' is defined by both .*mine\.yaml and .*other\.yaml"):
+            resolve_tasks(names, [folder])
+
+
 def test_groups_and_tags(few_of_lm_eval):
     (group,) = resolve_tasks(["blimp"])
     assert (group.kind, group.origin, group.output_type) == ("group", "lm-eval", "multiple_choice")
@@ -169,6 +179,34 @@ def test_the_revision_names_yaml_includes_python_and_data(folder, no_lm_eval):
     assert changed()
     (folder / "notes.txt").write_text("nothing to do with it")
     assert not changed()
+
+
+def test_the_revision_of_a_group_names_the_data_of_tasks_defined_in_place(folder, no_lm_eval, monkeypatch):
+    monkeypatch.setattr(index, "lm_eval_catalog", dict)
+    group = {
+        "group": "g",
+        "task": [
+            {
+                "task": "here",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": "here.jsonl"}},
+            },
+            {"group": "inner", "task": [{"task": "own", "custom_dataset": "FUNCTION"}]},
+        ],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }
+    monkeypatch.chdir(folder)
+    (folder / "here.jsonl").write_text("{}\n")
+    (folder / "g.yaml").write_text(json.dumps(group).replace('"FUNCTION"', "!function helper.load"))
+    (folder / "helper.py").write_text(
+        "import pathlib\ndef data_revision(): return pathlib.Path('version').read_text()\n"
+    )
+    (folder / "version").write_text("1")
+    seen = [resolve_tasks(["g"], [folder])[0].revision]
+    for file in ("here.jsonl", "version"):
+        (folder / file).write_text('{"q": 2}\n')
+        seen.append(resolve_tasks(["g"], [folder])[0].revision)
+    assert len(set(seen)) == 3
 
 
 def test_the_revision_is_the_same_on_another_machine(folder, tmp_path_factory, no_lm_eval):

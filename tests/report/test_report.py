@@ -307,7 +307,8 @@ def test_markdown_goes_to_standard_output(command):
         ((), "say what to write: --html FILE or --markdown FILE"),
         (("--html", "no/such/folder/r.html"), "cannot be written: No such file or directory"),
         (("--html", "."), "cannot be written"),
-        (("--html", "r.html", "--models", "nobody"), "nothing is stored there"),
+        (("--html", "r.html", "--models", "nobody"), "unknown model in this store: 'nobody'"),
+        (("--html", "r.html", "--tasks", "wikitxt"), "'wikitxt'; did you mean 'wikitext'?"),
         (("--html", "r.html", "--sweep", "99"), "99"),
     ],
 )

@@ -53,6 +53,27 @@ def both(tmp_path, harness):
     return tmp_path / "results.db"
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "near"),
+    [
+        ("--models", "zoo:nobody", "unknown model in this store: 'zoo:nobody'"),
+        ("--methods", "baseline,gptqq", "unknown method in this store: 'gptqq'; did you mean 'gptq'?"),
+        ("--tasks", "kvj", "unknown task in this store: 'kvj'"),
+        ("--metrics", "decode_latenzy", "in this store: 'decode_latenzy'; did you mean 'decode_latency'?"),
+    ],
+)
+def test_a_name_that_a_store_has_nothing_of_is_refused(harness, tmp_path, option, name, near):
+    measure(tmp_path / "results.db", 1.0, 2.0)
+    for command in (("results",), ("results", "--format", "json"), ("results", "export", "out.jsonl")):
+        if option == "--metrics" and "export" in command:
+            continue
+        code, out, err = harness(*command, option, name)
+        assert (code, out) == (2, "")
+        assert near in err
+    assert not (tmp_path / "out.jsonl").exists()
+    assert harness("results", "--methods", "gptq", "--status", "oom", "--format", "json")[1] == "[]\n"
+
+
 def test_what_the_commands_say(harness, tmp_path):
     with Store.open(tmp_path / "measured.db") as store:
         fill(store)

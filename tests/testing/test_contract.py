@@ -177,6 +177,34 @@ class _WithoutState(_HiddenState):
         self.hidden = torch.zeros_like(self.hidden)
 
 
+class _Plain(nn.Module):
+    """Holds its weight in bfloat16 where neither a checkpoint nor a size sees it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.hidden = linear.weight.detach().to(torch.bfloat16)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.hidden.to(x.dtype), self.bias)
+
+
+def test_weights_in_plain_attributes_are_no_state():
+    def hide(model, _options, _context):
+        return replace_linears(model, lambda _name, linear: _Plain(linear))
+
+    with pytest.raises(AssertionError, match="saved and loaded"):
+        check_method(_method(hide, family="quantization"), model="llama")
+
+
+def test_options_without_a_default_are_refused():
+    class Required(Options):
+        path: str
+
+    with pytest.raises(AssertionError, match=r"named without options, and \['path'\] have no default"):
+        check_method(_method(options=Required), model="llama", options={"path": "x"})
+
+
 def _forgets_its_state(model, _options, _context):
     return replace_linears(model, lambda _name, linear: _WithoutState(linear))
 
