@@ -290,3 +290,32 @@ def test_a_package_is_a_package(tmp_path, monkeypatch):
     for name in ("sys", "this", "json"):
         with pytest.raises(HarnessError, match=r"not a package with a folder model|no config\.json"):
             describe(parse_model(f"package:{name}"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_folder_that_was_changed_since_it_was_described_is_refused(folder, file):
+    described = describe(parse_model(str(folder)))
+
+    def again():
+        return load(described, torch.device("cpu"), torch.float32, 0)
+
+    os.utime(folder / file, (1, 1))  # touched, the same content
+    assert again().tokenizer is not None
+    if file == "model.safetensors":
+        tensors = load_file(folder / file)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        os.utime(folder / file, (1, 1))
+    else:
+        (folder / file).write_text((folder / file).read_text() + "\n")
+    with pytest.raises(ConfigError, match="were changed since the sweep began; run the same command again"):
+        again()
+    assert _load(folder).tokenizer is not None
+
+
+def test_a_file_that_came_into_a_folder_since_it_was_described_is_a_change(folder):
+    described = describe(parse_model(str(folder)))
+    (folder / "notes.md").write_text("decides nothing")
+    load(described, torch.device("cpu"), torch.float32, 0)
+    (folder / "added_tokens.json").write_text("{}")
+    with pytest.raises(ConfigError, match="were changed since the sweep began"):
+        load(described, torch.device("cpu"), torch.float32, 0)
