@@ -320,6 +320,10 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForMaskedLM if any("ForMaskedLM" in name for name in names) else AutoModel
 
 
+# The older ones are only a vocabulary: GPT-2's vocab.json with merges.txt, BERT's vocab.txt, SentencePiece's.
+_OF_TOKENIZERS = ("*token*", "vocab.*", "*.model", "*.tiktoken")
+
+
 def _tokenizer(spec: ModelSpec, info: ModelInfo) -> Any:
     from transformers import AutoTokenizer
 
@@ -331,7 +335,7 @@ def _tokenizer(spec: ModelSpec, info: ModelInfo) -> Any:
             raise NotApplicable("scratch models use the zoo's tokenizer, and the zoo is empty")
         return AutoTokenizer.from_pretrained(ZOO_DIR / names[0])
     directory = _checked_files(spec)
-    if spec.source == "local" and not any(directory.glob("*token*")):
+    if spec.source == "local" and not any(any(directory.glob(name)) for name in _OF_TOKENIZERS):
         return None  # speed and memory can be measured without one
     try:
         tokenizer = AutoTokenizer.from_pretrained(
