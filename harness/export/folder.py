@@ -161,8 +161,10 @@ def write_checkpoint(contents: Contents, folder: Path, *, model: Any, tokenizer:
 
     def add(name: str, tensor: torch.Tensor) -> None:
         plain = tensor.detach().cpu().contiguous()
-        # Layers may share a tensor (an input scale); each gets its own, or only one would be written.
-        tensors[name] = plain.clone() if plain.data_ptr() in addresses else plain
+        # Layers may share a tensor (an input scale); each gets its own, or only one would be written. A part
+        # of a larger tensor (the scales that GPTQ finds) is not written unless it is copied.
+        is_part = plain.untyped_storage().nbytes() != plain.numel() * plain.element_size()
+        tensors[name] = plain.clone() if is_part or plain.data_ptr() in addresses else plain
         addresses.add(tensors[name].data_ptr())
 
     for name, tensor in contents.rest.items():

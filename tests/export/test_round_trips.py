@@ -204,6 +204,14 @@ def test_the_bundled_model_loads_in_a_process_without_the_harness(tmp_path):
     assert found["sum"] == pytest.approx(float(ours.double().sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_scales_of_gptq_that_are_a_part_of_a_larger_tensor_are_written(family, tmp_path):
+    model = tiny_model(family)
+    method = load_plugins().method("gptq")  # groups of 128: one a row in layers of 128 columns
+    model = method.transform(model, method.options.parse({}, method="gptq"), make_context(model))
+    assert write(model, tmp_path / "out").checks[0].passed
+
+
 def test_settings_of_generation_that_contradict_each_other_travel(tmp_path):
     model = tiny_model("llama")
     # What Llama 2 came with: transformers loads it, and does not write it.
