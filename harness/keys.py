@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["content_key", "file_hash", "tree_hash"]
+__all__ = ["content_key", "file_hash", "file_stamps", "tree_hash"]
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -33,3 +33,15 @@ def tree_hash(directory: Path, names: list[str]) -> str:
     for name in sorted(names):
         digest.update(name.encode() + b"\0" + file_hash(directory / name).encode())
     return digest.hexdigest()
+
+
+def file_stamps(directory: Path, names: list[str]) -> tuple[tuple[str, int, int, int], ...]:
+    """Of the named files of a folder: name, bytes, number and the time of their last change of any kind.
+
+    Where these are as they were, so are the contents; where they are not, only the contents tell.
+    """
+    found = []
+    for name in sorted(names):
+        about = (directory / name).stat()
+        found.append((name, about.st_size, about.st_ino, about.st_ctime_ns))
+    return tuple(found)

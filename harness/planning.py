@@ -162,6 +162,14 @@ def _models(config: SweepConfig, plugins: LoadedPlugins, device: str) -> tuple[M
     labels = [model.info.label for model in described]
     if doubled := next((label for label in labels if labels.count(label) > 1), None):
         raise ConfigError(f"model {doubled!r} is named twice")
+    # Rows are known by the content: those of the second would be stored under the name of the first.
+    first: dict[str, str] = {}
+    for model in described:
+        other = first.setdefault(model.identity, model.info.label)
+        if other != model.info.label:
+            raise ConfigError(
+                f"models {other!r} and {model.info.label!r} have the same content; name one of them"
+            )
     return tuple(described)
 
 

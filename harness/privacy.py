@@ -12,6 +12,7 @@ __all__ = ["in_texts", "without_identity", "without_passwords"]
 _URL_PASSWORD = re.compile(r"(?P<head>\b[\w+.-]+://[^\s:/@?#]*):\S*@")
 _NAMED_PASSWORD = re.compile(r"(?P<name>\b(?:password|passwd|pwd)=)[^\s&'\"]+", re.IGNORECASE)
 _HOMES = "home|root|Users|tmp|mnt|media|scratch"
+_OF_USERS = ("home", "Users")
 # A path from the root or from a home directory, of at least two parts: not the end of an address or of
 # a relative path, but behind an option's letter (-I/home/me) where it begins like a home.
 _PATH = re.compile(
@@ -42,15 +43,17 @@ def in_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def without_identity(text: str, names: Sequence[str] = ()) -> str:
-    """The text without passwords, absolute paths (their last part stays) and these names of machines.
+    """The text without passwords, absolute paths and these names of machines.
 
+    The last part of a path stays, unless it is a home directory and so names its user.
     Doing it twice changes nothing more.
 
     >>> without_identity("gpu-box-7 cannot read /home/me/models/x.bin", ["gpu-box-7"])
     '<host> cannot read <path>/x.bin'
     """
+    text = without_passwords(text)
     if "/" in text:
-        text = _PATH.sub(_last_part, without_passwords(text))
+        text = _PATH.sub(_last_part, text)
     for name in names:
         if len(name) >= _SHORTEST_NAME:
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", "<host>", text)
@@ -59,4 +62,7 @@ def without_identity(text: str, names: Sequence[str] = ()) -> str:
 
 def _last_part(match: re.Match[str]) -> str:
     parts = [part for part in match.group().removeprefix("file://").split("/") if part]
-    return match.group() if len(parts) < 2 else f"<path>/{parts[-1]}"  # "/x" alone names no place
+    if len(parts) < 2:
+        return match.group()  # "/x" alone names no place
+    # Of a home directory itself, the last part is the name of its user.
+    return "<path>" if len(parts) == 2 and parts[0] in _OF_USERS else f"<path>/{parts[-1]}"

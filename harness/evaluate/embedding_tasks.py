@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import ConfigError
 from harness.evaluate.hub_data import pinned
+from harness.evaluate.revision import require_unchanged
 from harness.evaluate.yaml_files import FunctionRef, YamlReader
 from harness.importing import import_file
 
@@ -126,11 +127,13 @@ def load_embedding_data(task: ResolvedTask, limit: int | None) -> EmbeddingData:
     """Read the data of a task: the first `limit` documents that are judged, all that train the probe.
 
     Raises:
-        ConfigError: the data cannot be loaded, lack a split or a column, or hold no such labels or scores.
+        ConfigError: the data cannot be loaded, lack a split or a column, hold no such labels or scores, or a
+            file of the task was changed since it was resolved.
     """
     content = YamlReader().read(task.yaml_path).content
     definition = embedding_definition(task.name, content)
     rows = _Rows(task.name, _dataset(task, content))
+    require_unchanged(task.name, task.files)
     fields = definition.text_fields
     judged = rows.of(definition.test_split, (*fields, definition.target_field), limit)
     group = definition.group_field

@@ -24,7 +24,7 @@ from harness.evaluate.catalog import (
 )
 from harness.evaluate.embedding_tasks import EMBEDDING_TYPES, embedding_definition
 from harness.evaluate.hub_data import DataCommit, DataCommits
-from harness.evaluate.revision import task_revision
+from harness.evaluate.revision import hashed_files, task_revision
 from harness.evaluate.yaml_files import YamlReader
 from harness.keys import content_key
 
@@ -51,6 +51,7 @@ class ResolvedTask:
     output_type: str | None
     revision: str
     data: tuple[DataCommit, ...] = ()  # the data sets of the hub, at the commits that `revision` counts
+    files: tuple[tuple[Path, str], ...] = ()  # a user's own, with the hashes that `revision` counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,7 @@ class _Finder:
         if entry.output_type in EMBEDDING_TYPES:
             embedding_definition(entry.name, self.reader.read(entry.yaml_path).content)
         data = self._data(entry)
+        revision, files = self._revision(entry)
         return ResolvedTask(
             name=entry.name,
             origin=_origin(entry),
@@ -181,7 +183,8 @@ class _Finder:
             yaml_path=entry.yaml_path,
             include_dirs=(),
             output_type=entry.output_type,
-            revision=_with_data(self._revision(entry), data),
+            revision=_with_data(revision, data),
+            files=files,
         )
 
     def _resolve_group(self, group: Entry) -> ResolvedTask:
@@ -193,7 +196,8 @@ class _Finder:
             raise ConfigError(
                 f"group {group.name!r} aggregates tasks of encoders, which no group can; name its members"
             )
-        parts = {entry.name: self._revision(entry) for entry in (group, *members)}
+        found = {entry.name: self._revision(entry) for entry in (group, *members)}
+        parts = {name: revision for name, (revision, _) in found.items()}
         data = tuple(dict.fromkeys(each for entry in (group, *members) for each in self._data(entry)))
         return ResolvedTask(
             name=group.name,
@@ -204,6 +208,7 @@ class _Finder:
             include_dirs=tuple(sorted(path for path in folders if not folders & set(path.parents))),
             output_type=types.pop() if len(types) == 1 else None,
             revision=_with_data(content_key(parts), data),
+            files=tuple(dict.fromkeys(file for _, files in found.values() for file in files)),
         )
 
     def _members(self, entry: Entry, seen: dict[str, Entry]) -> list[Entry]:
@@ -220,11 +225,17 @@ class _Finder:
             return ()
         return self.data_commits.of(self.reader.read(entry.yaml_path).content)
 
-    def _revision(self, entry: Entry) -> str:
+    def _revision(self, entry: Entry) -> tuple[str, tuple[tuple[Path, str], ...]]:
+        """The content hash of an entry, and where it is a user's own, the files behind it."""
         if entry.yaml_path is None:
-            return content_key({"members": list(entry.members)})
-        run_python = _origin(entry) != "lm-eval"
-        return task_revision(entry.name, self.reader.read(entry.yaml_path), run_python=run_python)
+            return content_key({"members": list(entry.members)}), ()
+        origin, task = _origin(entry), self.reader.read(entry.yaml_path)
+        hashed = hashed_files(entry.name, task)
+        revision = task_revision(entry.name, task, hashed, run_python=origin != "lm-eval")
+        if origin != "include":
+            return revision, ()  # as constant as the package that they belong to
+        files = (file for of_kind in hashed.values() for file in of_kind)
+        return revision, tuple((path.absolute(), digest) for path, digest in files)
 
 
 def _with_data(revision: str, data: Sequence[DataCommit]) -> str:

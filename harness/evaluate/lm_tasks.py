@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from harness.errors import ConfigError, NotApplicable
 from harness.evaluate.hub_data import pinned
 from harness.evaluate.index import ResolvedTask
+from harness.evaluate.revision import require_unchanged
 
 __all__ = ["ROLLING", "LoadedTask", "load_task"]
 
@@ -54,7 +55,8 @@ def load_task(task: ResolvedTask, *, seed: int) -> LoadedTask:
     """Build lm-eval's objects; reads the data.
 
     Raises:
-        ConfigError: the data set cannot be loaded (no network, no such set) or the task is broken.
+        ConfigError: the data set cannot be loaded (no network, no such set), the task is broken, or a file of
+            it was changed since it was resolved.
         NotApplicable: the task runs generated code, or needs images or sound.
     """
     try:
@@ -71,6 +73,7 @@ def load_task(task: ResolvedTask, *, seed: int) -> LoadedTask:
         raise ConfigError(f"the data of task {task.name!r} cannot be loaded: there are none") from error
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"task {task.name!r} cannot be built: {_reason(error)}") from error
+    require_unchanged(task.name, task.files)
     for leaf in loaded["tasks"].values():
         _check(task.name, leaf)
         # As lm-eval's own entry point does.

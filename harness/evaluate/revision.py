@@ -8,7 +8,7 @@ revision), and what a module's own ``data_revision()`` answers.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,69 @@ from harness.evaluate.yaml_files import FunctionRef, TaskFile, functions_in
 from harness.importing import import_file
 from harness.keys import content_key, file_hash
 
-__all__ = ["data_files", "task_revision"]
+__all__ = ["data_files", "hashed_files", "require_unchanged", "task_revision"]
 
 DATA_REVISION = "data_revision"  # the function that a task's Python file may define
 
 
-def task_revision(name: str, task: TaskFile, *, run_python: bool = True) -> str:
+FileHashes = Mapping[str, Sequence[tuple[Path, str]]]
+
+
+def hashed_files(name: str, task: TaskFile) -> FileHashes:
+    """The files of a task with the SHA-256 (hex) of each: ``yaml``, ``python`` and ``data``.
+
+    Args:
+        name: for messages.
+        task: the merged content and the YAML files it came from.
+
+    Raises:
+        ConfigError: a local data file is absent.
+    """
+    functions = functions_in(task.content)
+    folders = sorted({function.file.parent for function in functions if function.file.is_file()})
+    found = {
+        "yaml": task.files,
+        "python": [file for folder in folders for file in sorted(folder.glob("*.py"))],
+        "data": data_files(name, task.content),
+    }
+    return {kind: [(path, file_hash(path)) for path in paths] for kind, paths in found.items()}
+
+
+def task_revision(name: str, task: TaskFile, hashed: FileHashes, *, run_python: bool = True) -> str:
     """SHA-256 (hex) of the content of a task (see the module).
 
     Args:
         name: for messages.
         task: the merged content and the YAML files it came from.
+        hashed: of `hashed_files`.
         run_python: ask `data_revision()`; off for lm-eval's own tasks, none of which defines one.
 
     Raises:
-        ConfigError: a local data file is absent, or `data_revision()` fails.
+        ConfigError: `data_revision()` fails.
     """
-    functions = functions_in(task.content)
     answers = [_own_data_revision(name, each) for each in _definitions(task.content)] if run_python else []
     answers = [answer for answer in answers if answer is not None]
-    folders = sorted({function.file.parent for function in functions if function.file.is_file()})
-    python = [file for folder in folders for file in sorted(folder.glob("*.py"))]
     return content_key(
         {
-            "yaml": [[path.name, file_hash(path)] for path in task.files],
-            "python": [[path.name, file_hash(path)] for path in python],
-            "data": [[path.name, file_hash(path)] for path in data_files(name, task.content)],
+            **{kind: [[path.name, digest] for path, digest in files] for kind, files in hashed.items()},
             "data_revision": answers if len(answers) > 1 else next(iter(answers), None),
         }
     )
+
+
+def require_unchanged(name: str, files: Sequence[tuple[Path, str]]) -> None:
+    """Raise `ConfigError` where one of a task's files was changed since it was hashed: what the task asks now
+    would be stored under the key of what it asked. Called after they were read, so that nothing comes in
+    between."""
+    for path, digest in files:
+        try:
+            is_same = file_hash(path) == digest
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise ConfigError(
+                f"{path.name} of task {name!r} was changed since the sweep began; run the same command again"
+            )
 
 
 def data_files(name: str, content: Mapping[str, Any]) -> list[Path]:

@@ -7,6 +7,7 @@ folder behind, named ``.NAME.`` and eight letters.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ MANIFEST = "harness.json"
 """The file that says where a checkpoint comes from; its presence marks a folder as an export."""
 
 _SHARD = "5GB"
+_TAKEN = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR})
 _ROOM = 64 << 20  # for the tokenizer and whatever else is small
 
 
@@ -71,9 +73,11 @@ def replacing_folder(folder: Path, *, needed_bytes: int) -> Iterator[Path]:
         needed_bytes: asked of the disk before anything is written.
 
     Raises:
+        ConfigError: something else was written there meanwhile, which stays.
         DiskFull: there is no room for it, or no longer.
     """
     folder = folder.absolute()
+    earlier = _seen(folder)
     free = shutil.disk_usage(folder.parent).free
     if free < needed_bytes + _ROOM:
         raise DiskFull(
@@ -88,7 +92,7 @@ def replacing_folder(folder: Path, *, needed_bytes: int) -> Iterator[Path]:
             _say_full(error, partial)
             raise
         _give_usual_modes(partial)
-        _put_in_place(partial, folder)
+        _put_in_place(partial, folder, earlier)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -102,17 +106,37 @@ def _give_usual_modes(folder: Path) -> None:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        os.rename(partial, folder)  # an empty folder gives way
+def _seen(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder with something in it from a later one; None where nothing would be lost."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    about = folder.stat()
+    return about.st_ino, about.st_mtime_ns  # a number may be given again to another folder
+
+
+def _put_in_place(partial: Path, folder: Path, earlier: tuple[int, int] | None) -> None:
+    """Rename the folder, in place of nothing or of what was there when it was begun (`earlier`)."""
+    meanwhile = ConfigError(
+        f"{folder} was written by something else meanwhile; it was left as it is, and nothing was exported"
+    )
+    if earlier is None or not folder.is_dir():
+        try:
+            os.rename(partial, folder)  # an empty folder gives way
+        except OSError as error:
+            if error.errno in _TAKEN:
+                raise meanwhile from None
+            raise
         return
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         os.rename(folder, old)
         try:
+            if _seen(old) != earlier:
+                raise meanwhile
             os.rename(partial, folder)
         except BaseException:
-            os.rename(old, folder)
+            if partial.exists():
+                os.rename(old, folder)
             raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
@@ -137,8 +161,10 @@ def write_checkpoint(contents: Contents, folder: Path, *, model: Any, tokenizer:
 
     def add(name: str, tensor: torch.Tensor) -> None:
         plain = tensor.detach().cpu().contiguous()
-        # Layers may share a tensor (an input scale); each gets its own, or only one would be written.
-        tensors[name] = plain.clone() if plain.data_ptr() in addresses else plain
+        # Layers may share a tensor (an input scale); each gets its own, or only one would be written. A part
+        # of a larger tensor (the scales that GPTQ finds) is not written unless it is copied.
+        is_part = plain.untyped_storage().nbytes() != plain.numel() * plain.element_size()
+        tensors[name] = plain.clone() if is_part or plain.data_ptr() in addresses else plain
         addresses.add(tensors[name].data_ptr())
 
     for name, tensor in contents.rest.items():
@@ -152,8 +178,14 @@ def write_checkpoint(contents: Contents, folder: Path, *, model: Any, tokenizer:
     if (quantization := contents.quantization_config) is not None:
         config.quantization_config = quantization
     config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        try:
+            generation.save_pretrained(folder)
+        except ValueError:
+            # It loads settings that contradict each other, as Llama 2's do (a temperature without sampling),
+            # and refuses to write them: the original's travel as they are.
+            generation.to_json_file(folder / "generation_config.json", use_diff=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -17,13 +17,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from harness.errors import ConfigError
-from harness.keys import tree_hash
+from harness.keys import file_stamps, tree_hash
 
 __all__ = [
     "CONTENT_SUFFIXES",
     "PICKLE_ADVICE",
     "check_checkpoint",
     "checkpoint_hash",
+    "checkpoint_stamps",
     "needs_remote_code",
     "read_json",
     "weight_candidates",
@@ -50,11 +51,26 @@ def checkpoint_hash(directory: Path) -> str:
     Raises:
         ConfigError: a file cannot be read.
     """
-    names = [path.name for path in directory.iterdir() if path.suffix in CONTENT_SUFFIXES and path.is_file()]
     try:
-        return tree_hash(directory, names)
+        return tree_hash(directory, _content_names(directory))
     except OSError as error:
         raise ConfigError(f"model directory {directory} cannot be read: {error.strerror}") from None
+
+
+def checkpoint_stamps(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells without reading them that the files of `checkpoint_hash` are as they were.
+
+    Raises:
+        ConfigError: a file cannot be looked at.
+    """
+    try:
+        return file_stamps(directory, _content_names(directory))
+    except OSError as error:
+        raise ConfigError(f"model directory {directory} cannot be read: {error.strerror}") from None
+
+
+def _content_names(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir() if path.suffix in CONTENT_SUFFIXES and path.is_file()]
 
 
 def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: bool) -> None:

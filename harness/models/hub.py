@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.errors import ConfigError
+from harness.folders import replacing
 from harness.models.checkpoint import CONTENT_SUFFIXES, PICKLE_ADVICE, weight_candidates
 from harness.models.hub_client import HubUnavailable, use_bounded_client
 
@@ -115,15 +116,16 @@ def fetch_description(name: str, commit: str, *, trust_remote_code: bool) -> Pat
     """Download all of a model but its weights; returns the folder.
 
     Raises:
-        NotOnHub: it has no config.json, or the download broke.
+        NotOnHub: it has no config.json, its files cannot be listed, or the download broke.
     """
+    is_known = _snapshot(name, commit, "model") is not None
     folder = _fetch(name, commit, "config.json")
     if folder is None:
         raise NotOnHub(f"model {name!r} is no checkpoint in Hugging Face format: it has no config.json")
     wanted = [suffix for suffix in CONTENT_SUFFIXES if suffix not in _WEIGHTS]
     if not trust_remote_code:
         wanted.remove(".py")
-    for file in _listed(name, commit):
+    for file in _listed(name, commit, or_cached=is_known):
         if "/" not in file and file.endswith(tuple(wanted)):
             _fetch(name, commit, file)
     return folder
@@ -174,7 +176,8 @@ def remember(name: str, revision: str | None, kind: Kind, commit: str) -> None:
     note = _repository(name, kind) / "refs" / (revision or "main")
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(commit, encoding="ascii")
+        with replacing(note) as file:  # who reads it meanwhile finds the old commit or the new one
+            file.write(commit.encode("ascii"))
     except OSError as error:  # a cache that cannot be written can still be read
         log.debug("%s: %s", note, error)
 
@@ -201,8 +204,15 @@ def _cached_commit(name: str, revision: str | None, kind: Kind, what: str, probl
     return commit
 
 
-def _listed(name: str, commit: str) -> list[str]:
-    """The files of a commit: the hub's list, or what is in the cache."""
+def _listed(name: str, commit: str, *, or_cached: bool = True) -> list[str]:
+    """The files of a commit: the hub's list, or what is in the cache.
+
+    Args:
+        or_cached: the cache may answer; not where it holds only what was downloaded just now.
+
+    Raises:
+        NotOnHub: neither tells.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -210,7 +220,11 @@ def _listed(name: str, commit: str) -> list[str]:
     try:
         info = HfApi().model_info(name, revision=commit, timeout=LOOKUP_TIMEOUT_S)
         return sorted(sibling.rfilename for sibling in info.siblings or ())
-    except (HubUnavailable, OfflineModeIsEnabled, HfHubHTTPError, KeyError, TypeError, ValueError):
+    except (HubUnavailable, OfflineModeIsEnabled, HfHubHTTPError, KeyError, TypeError, ValueError) as error:
+        if not or_cached:
+            # Without its tokenizer's files it would be another model under the same commit.
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise NotOnHub(f"model {name!r}: the hub does not list its files ({reason})") from None
         folder = _snapshot(name, commit, "model")
         return _names(folder.iterdir()) if folder is not None else []
 
@@ -241,9 +255,13 @@ def _fetch(name: str, commit: str, file: str) -> Path | None:
     try:
         return Path(HfApi().hf_hub_download(name, file, revision=commit)).parent
     except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, OfflineModeIsEnabled) or cached is not None:
+        if isinstance(error.__cause__, OfflineModeIsEnabled):
             return None
-        raise NotOnHub(f"{what} cannot be downloaded and is not in the local cache") from None
+        # The hub has it, or cannot say: without it, it would be another model under the same commit.
+        reason = ""
+        if isinstance(error.__cause__, HfHubHTTPError):
+            reason = f": the hub answers {error.__cause__.response.status_code}"
+        raise NotOnHub(f"{what} cannot be downloaded and is not in the local cache{reason}") from None
     except EntryNotFoundError:
         return None
     except OfflineModeIsEnabled:

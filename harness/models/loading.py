@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from harness.errors import ConfigError, MissingExtra, NotApplicable, UnknownName
 from harness.models import hub
-from harness.models.checkpoint import check_checkpoint, checkpoint_hash, needs_remote_code, read_json
+from harness.models.checkpoint import (
+    check_checkpoint,
+    checkpoint_hash,
+    checkpoint_stamps,
+    needs_remote_code,
+    read_json,
+)
 from harness.models.info import ModelInfo, info_from_config
 from harness.models.known import known_info, remember_info
 from harness.models.registry import ModelEntry
@@ -42,12 +48,14 @@ ZOO_DIR = Path(__file__).parent.parent / "zoo" / "checkpoints"
 class ModelDescription:
     """What the grid knows of a model before any weight is loaded.
 
-    `identity` decides what the model computes: the hash of its files, its revision, or its shape.
+    `identity` decides what the model computes: the hash of its files, its revision, or its shape. `stamps`
+    are those of the files that were hashed (see `checkpoint_stamps`).
     """
 
     spec: ModelSpec
     info: ModelInfo
     identity: str
+    stamps: tuple[tuple[str, int, int, int], ...] = ()
 
 
 @dataclass
@@ -101,6 +109,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
         UnknownName: no such zoo, shape or scratch model.
         MissingExtra: the model's package is not installed.
     """
+    stamps: tuple[tuple[str, int, int, int], ...] = ()
     if spec.source in ("shape", "scratch"):
         config = build_config(spec.source, spec.name)
         identity = f"{spec.source}:{json.dumps(config.to_dict(), sort_keys=True, default=str)}"
@@ -116,8 +125,9 @@ def describe(spec: ModelSpec) -> ModelDescription:
         directory = _directory(spec)
         check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
         info, remote = _read_info(directory, spec)
+        stamps = checkpoint_stamps(directory)  # before they are hashed: a change meanwhile is seen
         identity = f"files:{checkpoint_hash(directory)}{remote}"
-    return ModelDescription(spec, info, f"{identity}{_modifier_identity(spec)}")
+    return ModelDescription(spec, info, f"{identity}{_modifier_identity(spec)}", stamps)
 
 
 def _read_info(directory: Path, spec: ModelSpec) -> tuple[ModelInfo, str]:
@@ -167,8 +177,8 @@ def load(description: ModelDescription, device: torch.device, dtype: torch.dtype
     """Load the model onto the device, in eval mode, with its modifiers applied.
 
     Raises:
-        ConfigError: the checkpoint cannot be loaded, or does not hold the model that its config.json
-            describes.
+        ConfigError: the checkpoint cannot be loaded, does not hold the model that its config.json
+            describes, or was changed since it was described.
         NumericalFailure: a weight is NaN or infinite.
     """
     from harness.nn.outliers import inject_outliers
@@ -183,7 +193,22 @@ def load(description: ModelDescription, device: torch.device, dtype: torch.dtype
     for name, options in spec.modifiers:
         if name == "outliers":
             model = inject_outliers(model, **_outlier_options(options))
-    return LoadedModel(model.eval(), _tokenizer(spec, description.info), description.info)
+    tokenizer = _tokenizer(spec, description.info)
+    _require_described(description)
+    return LoadedModel(model.eval(), tokenizer, description.info)
+
+
+def _require_described(description: ModelDescription) -> None:
+    """Raise `ConfigError` where files were changed since they were described: what they give would be stored
+    under the key of what they were. Asked after they were read, so that no change comes in between."""
+    spec = description.spec
+    if not description.stamps or checkpoint_stamps(_directory(spec)) == description.stamps:
+        return
+    if describe(spec).identity != description.identity:  # else it was only copied or touched
+        raise ConfigError(
+            f"the files of model {spec.label!r} were changed since the sweep began; "
+            "run the same command again"
+        )
 
 
 # --- where the files are -----------------------------------------------------------------------------
@@ -295,6 +320,10 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForMaskedLM if any("ForMaskedLM" in name for name in names) else AutoModel
 
 
+# The older ones are only a vocabulary: GPT-2's vocab.json with merges.txt, BERT's vocab.txt, SentencePiece's.
+_OF_TOKENIZERS = ("*token*", "vocab.*", "*.model", "*.tiktoken")
+
+
 def _tokenizer(spec: ModelSpec, info: ModelInfo) -> Any:
     from transformers import AutoTokenizer
 
@@ -306,7 +335,7 @@ def _tokenizer(spec: ModelSpec, info: ModelInfo) -> Any:
             raise NotApplicable("scratch models use the zoo's tokenizer, and the zoo is empty")
         return AutoTokenizer.from_pretrained(ZOO_DIR / names[0])
     directory = _checked_files(spec)
-    if spec.source == "local" and not any(directory.glob("*token*")):
+    if spec.source == "local" and not any(any(directory.glob(name)) for name in _OF_TOKENIZERS):
         return None  # speed and memory can be measured without one
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from harness.cli.app import run
+from harness.models.loading import ZOO_DIR
 from harness.store.tables import VERSION_TABLE
 
 SWEEP = ("sweep", "--methods", "rtn")
@@ -56,6 +57,10 @@ def _empty_folder(tmp_path, monkeypatch):
         ((*SWEEP, "--models", "a/b/c"), ("model directory 'a/b/c' does not exist",)),
         ((*SWEEP, "--models", "a--b/c"), ("neither a hub id",)),
         ((*SWEEP, "--models", "C:\\x"), ("unknown model source 'C'", "a directory is ./name")),
+        (
+            (*SWEEP, "--models", f"zoo:opt-4m,{ZOO_DIR / 'opt-4m'}"),
+            ("models 'zoo:opt-4m' and", "have the same content; name one of them"),
+        ),
         ((*SWEEP, "--models", "org/name@a b"), ("a branch, a tag or a commit must follow the @",)),
         ((*SWEEP, "--models", ""), ("--models: names no model",)),
         ((*SWEEP, "--models", "zoo:llama-6m+outliers:k=nan"), ("k='nan' cannot be read",)),

@@ -15,6 +15,8 @@ from harness.privacy import in_texts, without_identity, without_passwords
         ("~/models/x and ~jane/models/x", "<path>/x and <path>/x"),
         ("--text=/data/kjv.txt", "--text=<path>/kjv.txt"),
         ("-I/home/jane/include", "-I<path>/include"),
+        ("cannot write /home/jane: full", "cannot write <path>: full"),
+        ("/Users/jane/ and /home/jane/x", "<path> and <path>/x"),
         ("see:/opt/x/y", "see:<path>/y"),
         ("file:///home/jane/x", "<path>/x"),
         ("[/a/b,/c/d]", "[<path>/b,<path>/d]"),
@@ -30,6 +32,10 @@ from harness.privacy import in_texts, without_identity, without_passwords
 )
 def test_places(text, kept):
     assert without_identity(text) == kept
+
+
+def test_a_password_is_hidden_in_a_text_without_a_path_too():
+    assert without_identity("cannot log in (user=me password=s3cret") == "cannot log in (user=me password=***"
 
 
 def test_names_of_machines_are_whole_words():

@@ -266,6 +266,16 @@ def test_the_revision_follows_the_data(tmp_path):
     assert resolve_tasks([str(path)])[0].revision != before
 
 
+@pytest.mark.parametrize("file", ["pairs.jsonl", "alike.yaml"])
+def test_a_task_that_was_changed_since_it_was_resolved_is_refused(file, tmp_path):
+    (task,) = resolve_tasks([str(similarity(tmp_path))])
+    (tmp_path / file).write_text((tmp_path / file).read_text())  # the same content
+    load_embedding_data(task, None)
+    (tmp_path / file).write_text((tmp_path / file).read_text() + "\n")
+    with pytest.raises(ConfigError, match=rf"{file} of task 'alike' was changed since the sweep began"):
+        load_embedding_data(task, None)
+
+
 def test_without_a_network_a_hub_task_says_what_is_missing():
     """Tests run with HF_HUB_OFFLINE=1 and an empty cache."""
     for name, data in (("sst2_probe", "stanfordnlp/sst2"), ("stsb_cosine", "sentence-transformers/stsb")):

@@ -19,6 +19,7 @@ from harness.evaluate.engine import evaluate_task, make_reference, wants_referen
 from harness.evaluate.index import resolve_tasks
 from harness.evaluate.intervals import wilson
 from harness.evaluate.lm import InMemoryLM
+from harness.evaluate.lm_tasks import load_task
 from harness.evaluate.minimal_pairs import minimal_pairs
 from harness.evaluate.plan import Query
 from harness.evaluate.reference import load_reference
@@ -140,6 +141,18 @@ def test_other_kinds_are_lm_evals(name, model, tokenizer, folder):
     }
     metrics = {{"perplexity": "target_perplexity"}.get(key, key): value for key, value in metrics.items()}
     assert mine == pytest.approx(metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pick", "both"])
+@pytest.mark.parametrize("file", ["data.jsonl", "pick.yaml"])
+def test_a_task_that_was_changed_since_it_was_resolved_is_refused(name, file, folder):
+    (task,) = resolve_tasks([name], [folder])
+    assert load_task(task, seed=0).tasks
+    with (folder / file).open("a") as opened:
+        opened.write("\n")
+    with pytest.raises(ConfigError, match=rf"{file} of task '{name}' was changed since the sweep began"):
+        load_task(task, seed=0)
+    assert load_task(resolve_tasks([name], [folder])[0], seed=0).tasks
 
 
 def test_a_group_is_aggregated_as_lm_eval_does(model, tokenizer, folder):

@@ -16,6 +16,7 @@ from sqlalchemy import update
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.config import SweepConfig
+from harness.errors import ConfigError
 from harness.export.folder import replacing_folder
 from harness.export.remaking import find_variant
 from harness.store.store import Store
@@ -286,6 +287,39 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="ill"), replacing_folder(tmp_path / "out", needed_bytes=0) as partial:
         (partial / "harness.json").write_text("new")
     assert (tmp_path / "out" / "harness.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("before", [None, "empty", "an export"])
+@pytest.mark.parametrize("meanwhile", ["files", "an export", "a file"])
+def test_what_comes_into_the_folder_meanwhile_stays(before, meanwhile, tmp_path):
+    out = tmp_path / "out"
+    if before is not None:
+        out.mkdir()
+    if before == "an export":
+        (out / "harness.json").write_text("old")
+
+    def come():
+        if out.exists():
+            shutil.rmtree(out)
+        if meanwhile == "a file":
+            out.write_text("mine")
+        elif meanwhile == "files":
+            out.mkdir()
+            (out / "notes.txt").write_text("mine")
+        else:  # as a second export does
+            with replacing_folder(out, needed_bytes=0) as second:
+                (second / "harness.json").write_text("mine")
+
+    def export():
+        with replacing_folder(out, needed_bytes=0) as partial:
+            (partial / "harness.json").write_text("new")
+            come()
+
+    with pytest.raises(ConfigError, match="meanwhile"):
+        export()
+    (kept,) = [out] if out.is_file() else out.iterdir()
+    assert kept.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
 from harness.corpus import kjv_held_out_chapters
 from harness.errors import ExportRejected, NotApplicable
@@ -202,6 +202,23 @@ def test_the_bundled_model_loads_in_a_process_without_the_harness(tmp_path):
     assert found["top"] == ours.argmax(-1).tolist()
     assert found["dtype"] == "torch.float32"
     assert found["sum"] == pytest.approx(float(ours.double().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_scales_of_gptq_that_are_a_part_of_a_larger_tensor_are_written(family, tmp_path):
+    model = tiny_model(family)
+    method = load_plugins().method("gptq")  # groups of 128: one a row in layers of 128 columns
+    model = method.transform(model, method.options.parse({}, method="gptq"), make_context(model))
+    assert write(model, tmp_path / "out").checks[0].passed
+
+
+def test_settings_of_generation_that_contradict_each_other_travel(tmp_path):
+    model = tiny_model("llama")
+    # What Llama 2 came with: transformers loads it, and does not write it.
+    model.generation_config = GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=7)
+    write(model, tmp_path / "out")
+    loaded = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (loaded.temperature, loaded.top_p, loaded.eos_token_id) == (0.6, 0.9, 7)
 
 
 def test_half_precision_is_held_to_its_own_tolerance(tmp_path):

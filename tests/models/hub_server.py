@@ -84,6 +84,7 @@ class Hub:
     cut_after: dict[str, int] = field(default_factory=dict)
     honour_ranges: bool = True
     statuses: list[tuple[int, dict[str, str]]] = field(default_factory=list)  # of the next requests
+    refused: dict[str, int] = field(default_factory=dict)  # endings of paths, and what they are answered with
     elsewhere: Hub | None = None  # the host that the bytes of files come from
 
     def add(
@@ -126,6 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers = self.hub.statuses.pop(0)
             self._send(status, b"", headers, body=body)
             return
+        for ending, status in self.hub.refused.items():
+            if path.endswith(ending):
+                self._send(status, b"", {}, body=body)
+                return
         for name, repository in self.hub.repositories.items():
             if path.startswith(f"/{name}/resolve/"):
                 self._file(repository, path.removeprefix(f"/{name}/resolve/"), body=body)

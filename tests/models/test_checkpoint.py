@@ -290,3 +290,55 @@ def test_a_package_is_a_package(tmp_path, monkeypatch):
     for name in ("sys", "this", "json"):
         with pytest.raises(HarnessError, match=r"not a package with a folder model|no config\.json"):
             describe(parse_model(f"package:{name}"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_folder_that_was_changed_since_it_was_described_is_refused(folder, file):
+    described = describe(parse_model(str(folder)))
+
+    def again():
+        return load(described, torch.device("cpu"), torch.float32, 0)
+
+    os.utime(folder / file, (1, 1))  # touched, the same content
+    assert again().tokenizer is not None
+    if file == "model.safetensors":
+        tensors = load_file(folder / file)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+        os.utime(folder / file, (1, 1))
+    else:
+        (folder / file).write_text((folder / file).read_text() + "\n")
+    with pytest.raises(ConfigError, match="were changed since the sweep began; run the same command again"):
+        again()
+    assert _load(folder).tokenizer is not None
+
+
+def test_a_file_that_came_into_a_folder_since_it_was_described_is_a_change(folder):
+    described = describe(parse_model(str(folder)))
+    (folder / "notes.md").write_text("decides nothing")
+    load(described, torch.device("cpu"), torch.float32, 0)
+    (folder / "added_tokens.json").write_text("{}")
+    with pytest.raises(ConfigError, match="were changed since the sweep began"):
+        load(described, torch.device("cpu"), torch.float32, 0)
+
+
+def test_a_vocabulary_alone_is_a_tokenizer(tmp_path):
+    """As the first BERT and GPT-2 came; without one, methods would be calibrated on random tokens."""
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertForMaskedLM(BertConfig(vocab_size=7, intermediate_size=64, **sizes)).save_pretrained(
+        tmp_path / "bert"
+    )
+    (tmp_path / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nlight\nday\n")
+    GPT2LMHeadModel(GPT2Config(vocab_size=4, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    words = {"<|endoftext|>": 0, "d": 1, "a": 2, "da": 3}
+    (tmp_path / "gpt2" / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "gpt2" / "merges.txt").write_text("#version: 0.2\nd a\n")
+    for name, text, tokens in (("bert", "day light", [6, 5]), ("gpt2", "dad", [3, 1])):
+        tokenizer = _load(tmp_path / name).tokenizer
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == tokens
+        for file in (tmp_path / name).glob("vocab.*"):
+            file.unlink()
+        assert _load(tmp_path / name).tokenizer is None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 
 import pytest
 import torch
 
 from harness.errors import ConfigError
-from harness.models.hub import NotOnHub, resolve_commit
+from harness.models.hub import NotOnHub, remember, resolve_commit
 from harness.models.loading import describe, fetch, load
 from harness.models.spec import parse_model
 from tests.models.hub_server import serve_hub
@@ -79,6 +80,51 @@ def test_the_cache_serves_without_the_hub(hub, checkpoint, monkeypatch, caplog):
     assert offline.identity == described.identity
     assert _load(offline).tokenizer is not None
     assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("status", [403, 520])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "tokenizer.json", "model.safetensors"])
+def test_a_file_that_the_hub_refuses_is_not_left_out(hub, checkpoint, file, status):
+    hub.add("org/tiny", checkpoint)
+    hub.refused[f"/{file}"] = status
+    with pytest.raises(NotOnHub, match=rf"{file} cannot be downloaded.*the hub answers {status}"):
+        fetch(_describe())
+    hub.refused.clear()
+    described = _describe()
+    fetch(described)
+    assert _load(described).tokenizer is not None
+
+
+@pytest.mark.parametrize("status", [403, 503, 520])
+def test_a_model_whose_files_are_not_listed_is_not_taken_for_one_without_any(hub, checkpoint, status):
+    sha = hub.add("org/tiny", checkpoint).head
+    hub.refused[f"/revision/{sha}"] = status
+    with pytest.raises(NotOnHub, match=f"does not list its files.*{status}"):
+        _describe()
+    hub.refused.clear()
+    described = _describe()
+    fetch(described)
+    # What is all in the cache needs no list.
+    hub.refused[f"/revision/{sha}"] = status
+    assert _load(_describe(f"org/tiny@{sha}")).tokenizer is not None
+
+
+def test_the_note_of_a_revision_is_never_seen_half_written(hub, checkpoint, tmp_path, monkeypatch):
+    first = hub.add("org/tiny", checkpoint).head
+    _describe()
+    (note,) = (tmp_path / "hub-cache").rglob("refs/main")
+    (checkpoint / "generation_config.json").write_text('{"max_length": 7}')
+    second = hub.repositories["org/tiny"].commit(checkpoint)
+    seen, replace = [], os.replace
+
+    def watching(source, target):
+        seen.append(note.read_text())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watching)
+    remember("org/tiny", None, "model", second)
+    assert (seen[-1:], note.read_text()) == ([first], second)
+    assert [path.name for path in note.parent.iterdir()] == ["main"]
 
 
 def test_offline_without_the_weights_is_one_clear_error(hub, checkpoint, monkeypatch):
