@@ -59,6 +59,19 @@ def presses_ctrl_c(model, options, context):
     raise KeyboardInterrupt
 
 
+class _Unprintable(Exception):
+    def __str__(self):
+        raise AttributeError("no text")
+
+
+def raises_unprintable(model, options, context):
+    raise _Unprintable
+
+
+def raises_a_book(model, options, context):
+    raise ValueError("first words " + "x" * (8 * MIB) + " last words")
+
+
 def segfaults(model, options, context):
     ctypes.string_at(0)
 
@@ -334,6 +347,8 @@ METHODS = {
     "exits-with-zero": exits_with_zero,
     "calls-sys-exit": calls_sys_exit,
     "presses-ctrl-c": presses_ctrl_c,
+    "raises-unprintable": raises_unprintable,
+    "raises-a-book": raises_a_book,
     "segfaults": segfaults,
     "hangs": hangs,
     "kills-itself": kills_itself,
