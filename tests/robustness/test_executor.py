@@ -75,6 +75,15 @@ def test_a_server_that_is_killed_at_every_message(server, slots):
     assert len(killed) >= 3
 
 
+def test_a_server_that_nobody_asked_for_a_worker_ends_at_once():
+    """As after a misspelt method: nobody waits for its imports."""
+    made = ForkServer()
+    made.ensure_running()
+    started = time.monotonic()
+    made.close()
+    assert time.monotonic() - started < 2
+
+
 def test_a_worker_that_never_begins_ends_the_sweep_with_its_reason(server):
     with pytest.raises(HarnessError, match=r"^no worker can be started: RuntimeError: no such device$"):
         run(server, jobs.never_begins)
