@@ -32,7 +32,7 @@ __all__ = ["LocalExecutor"]
 TRANSFORM = "transform"
 START_LIMIT_S = 300.0  # for a worker to start, imports of the fork server included
 FAREWELL_S = 10.0  # for a worker to end when it has given everything it owes
-_STARTS = 5  # workers in a row that may die before they start; a server that is killed takes some with it
+_STARTS = 5  # times in a row that workers may die before they start, where a killed server takes all at once
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
@@ -248,7 +248,7 @@ class LocalExecutor:
 
     def _count_failed_start(self, ended: Ended, worker: _Running) -> None:
         self._failed_starts += 1
-        if worker.overdue or self._failed_starts == _STARTS:
+        if worker.overdue or self._failed_starts == _STARTS * self.slots:
             said = worker.link.log_tail or self._server.last_words() or _how_it_died(ended.exit_code)
             raise HarnessError(f"no worker can be started: {said.splitlines()[-1]}")
 

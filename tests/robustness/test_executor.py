@@ -75,6 +75,27 @@ def test_a_server_that_is_killed_at_every_message(server, slots):
     assert len(killed) >= 3
 
 
+def test_a_server_that_is_killed_before_many_workers_start(server, monkeypatch):
+    """They all die with it, and count as one failure to start."""
+    asked = 0
+
+    def new_channel():
+        nonlocal asked
+        server.ensure_running()
+        pid = int(Path("server.pid").read_text())
+        if asked == 0:
+            os.kill(pid, signal.SIGSTOP)  # as if at its imports
+        channel = ForkServer.new_channel(server)
+        asked += 1
+        if asked == 8:
+            os.kill(pid, signal.SIGKILL)
+        return channel
+
+    monkeypatch.setattr(server, "new_channel", new_channel)
+    found = run(server, jobs.works, "abcdefgh", 8)
+    assert [result.status for result in found] == [Status.OK] * 24
+
+
 def test_a_server_that_nobody_asked_for_a_worker_ends_at_once():
     """As after a misspelt method: nobody waits for its imports."""
     made = ForkServer()
