@@ -33,6 +33,7 @@ TRANSFORM = "transform"
 START_LIMIT_S = 300.0  # for a worker to start, imports of the fork server included
 FAREWELL_S = 10.0  # for a worker to end when it has given everything it owes
 _STARTS = 5  # times in a row that workers may die before they start, where a killed server takes all at once
+_LONGEST_WAIT_S = 1e6  # the operating system's waits overflow at twenty-five days
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
@@ -146,7 +147,8 @@ class LocalExecutor:
             if self._interrupts is not None:
                 selector.register(self._interrupts, selectors.EVENT_READ)
             nearest = min(worker.deadline for worker in running)
-            ready = [key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))]
+            left = min(max(0.0, nearest - time.monotonic()), _LONGEST_WAIT_S)
+            ready = [key.data for key, _ in selector.select(left)]
         if self._interrupts is not None:
             self._interrupts.check()
         now = time.monotonic()

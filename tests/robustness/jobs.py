@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from harness.job import Budget, CellJob, Phase, VariantJob
@@ -41,6 +42,13 @@ def works(job, send):
         send(Phase(cell.key))
         send(CellResult(cell.key, job.variant_key, Status.OK))
     return 0
+
+
+def scores_together(job, send):
+    send(Phase("transform"))
+    send(Phase(job.cells[0].key, cells=len(job.cells)))
+    time.sleep(0.1)
+    return works(job, send)
 
 
 def never_begins(job, send):

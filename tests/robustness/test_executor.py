@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.config import LONGEST_S
 from harness.errors import HarnessError
 from harness.executors import local
 from harness.executors.link import Ended, Link
@@ -31,7 +32,7 @@ def server(nursery, tmp_path, monkeypatch):
     nursery.wait_until_empty()
 
 
-def run(server, function, names=("job",), slots=1, on_result=lambda _: None, **options):
+def run(server, function, names=("job",), slots=1, on_result=lambda _: None, timeout_s=30.0, **options):
     """All results of jobs whose workers run this function."""
     found = []
 
@@ -40,7 +41,7 @@ def run(server, function, names=("job",), slots=1, on_result=lambda _: None, **o
             found.append(message)
         on_result(message)
 
-    executor = LocalExecutor(slots, 30.0, server=server, target=f"{HERE}:{function.__name__}", **options)
+    executor = LocalExecutor(slots, timeout_s, server=server, target=f"{HERE}:{function.__name__}", **options)
     executor.run([make_job(name) for name in names], take)
     return found
 
@@ -94,6 +95,11 @@ def test_a_server_that_is_killed_before_many_workers_start(server, monkeypatch):
     monkeypatch.setattr(server, "new_channel", new_channel)
     found = run(server, jobs.works, "abcdefgh", 8)
     assert [result.status for result in found] == [Status.OK] * 24
+
+
+def test_the_longest_time_limit_of_many_cells_is_no_overflow(server):
+    found = run(server, jobs.scores_together, timeout_s=LONGEST_S)
+    assert [result.status for result in found] == [Status.OK] * 3
 
 
 def test_a_server_that_nobody_asked_for_a_worker_ends_at_once():
