@@ -52,6 +52,7 @@ class _Running:
     phase_started: float = field(default_factory=time.monotonic)
     started_at: str = field(default_factory=lambda: _now())
     has_given: bool = False
+    is_late: bool = False  # its time was up while what it had sent was still to be read
     overdue: bool = False
 
 
@@ -107,7 +108,7 @@ class LocalExecutor:
                     for worker in self._ready(running):
                         for message in worker.link.pump():
                             self._handle(worker, message, on_message)
-                        if worker.link.ended is None and time.monotonic() >= worker.deadline:
+                        if worker.link.ended is None and _is_overdue(worker):
                             worker.overdue = True
                             worker.link.stop()
                         if worker.link.ended is not None:
@@ -170,7 +171,7 @@ class LocalExecutor:
             self._failed_starts = 0
             worker.phase, worker.phase_started = message.name, time.monotonic()
             worker.phase_cells = min(max(1, message.cells), len(worker.owed))
-            worker.started_at = _now()
+            worker.started_at, worker.is_late = _now(), False
             worker.deadline = time.monotonic() + self.timeout_s * worker.phase_cells
         elif isinstance(message, CellResult):
             if worker.owed.pop(message.key, None) is None or message.variant_key != worker.job.variant_key:
@@ -257,6 +258,18 @@ class LocalExecutor:
     def _rest(self, worker: _Running, lost: Iterable[str]) -> VariantJob:
         gone = set(lost)
         return replace(worker.job, cells=tuple(cell for key, cell in worker.owed.items() if key not in gone))
+
+
+def _is_overdue(worker: _Running) -> bool:
+    """Whether its time is up, and nothing of what it sent in time is still to be read.
+
+    While this process was held up (by a locked store, or stopped with Ctrl-Z) the worker went on: what it
+    finished counts. It may be more than one look at the channel brings.
+    """
+    now = time.monotonic()
+    if now >= worker.deadline and not worker.is_late and worker.link.has_more:
+        worker.is_late, worker.deadline = True, now + FAREWELL_S
+    return now >= worker.deadline
 
 
 def _ran_out_of_memory(printed: str | None) -> bool:

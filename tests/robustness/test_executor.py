@@ -97,6 +97,22 @@ def test_a_server_that_is_killed_before_many_workers_start(server, monkeypatch):
     assert [result.status for result in found] == [Status.OK] * 24
 
 
+def test_what_was_finished_while_the_parent_was_held_up_counts(server):
+    """By a locked store, or by Ctrl-Z: the result was sent in time, and is too long to be read at once."""
+    held_up = []
+
+    def hold_up(message):
+        if isinstance(message, CellResult) and not held_up:
+            held_up.append(message.key)
+            time.sleep(2.5)
+
+    found = run(server, jobs.gives_megabytes, ("early", "late"), 2, on_result=hold_up, timeout_s=2.0)
+    assert held_up == ["early-0"]
+    assert {result.key: result.reason for result in found} == {
+        f"{name}-{i}": None for name in ("early", "late") for i in range(3)
+    }
+
+
 def test_the_longest_time_limit_of_many_cells_is_no_overflow(server):
     found = run(server, jobs.scores_together, timeout_s=LONGEST_S)
     assert [result.status for result in found] == [Status.OK] * 3
