@@ -56,6 +56,7 @@ def run_worker(job: VariantJob, send: Send) -> int:
     # What a method left changed must not decide how it is timed and scored.
     torch.set_num_threads(max(1, job.threads))
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     together: dict[str, float] | None = None
     for cell in job.cells:
         if cell.task is not None and together is None:

@@ -188,6 +188,14 @@ def changes_everything(model, options, context):
     raise ValueError("changed everything")
 
 
+def leaves_defaults(model, options, context):
+    """What a notebook begins with, and a method may leave behind."""
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float16)
+    torch.set_num_threads(3)
+    return scale(model, options, context)
+
+
 # --- memory ---------------------------------------------------------------------------------------------
 
 
@@ -358,6 +366,7 @@ METHODS = {
     "floods": floods,
     "closes-output": closes_output,
     "changes-everything": changes_everything,
+    "leaves-defaults": leaves_defaults,
     "eats-bytes": eats_bytes,
     "eats-numpy": eats_numpy,
     "eats-torch": eats_torch,

@@ -23,6 +23,7 @@ OUTCOMES = {
     "floods": ("failed", "flooded"),
     "closes-output": ("failed", "closed file"),  # loading the baseline beside it prints
     "changes-everything": ("failed", ""),
+    "leaves-defaults": ("ok", ""),
     "records-an-object": ("failed", "cannot be stored: CellResult.records['odd'].value must be a number"),
     "records-numpy": ("ok", ""),
     "records-a-lambda": ("failed", "cannot be stored: CellResult.records['odd'].unit must be a text"),
