@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -196,7 +197,7 @@ def _run(
         plan.config.jobs,
         plan.config.timeout_s,
         _devices(plan),
-        memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
+        memory_limit_bytes=None if limit_gib is None else math.ceil(limit_gib * 2**30),
         interrupts=interrupts,
     )
     executor.run(jobs, on_message)
