@@ -194,7 +194,7 @@ def _run(
             jobs.append(replace(variant_job(plan, variant, frozenset(keys)), ceilings=ceilings))
     limit_gib = plan.config.memory_limit_gib
     executor = LocalExecutor(
-        plan.config.jobs,
+        max(1, min(plan.config.jobs, len(jobs))),  # they share the memory, and none is for who never comes
         plan.config.timeout_s,
         _devices(plan),
         memory_limit_bytes=None if limit_gib is None else math.ceil(limit_gib * 2**30),
