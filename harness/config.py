@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 MOST = 2**31 - 1  # of anything that is counted: what is larger is a slip of the finger
 MOST_JOBS = 1024
 LONGEST_S = 1e6  # more than eleven days; the operating system's waits overflow at twenty-five
+MOST_GIB = 1e6  # a pebibyte; the operating system's limits overflow at eight thousand
 
 
 class SweepConfig(BaseModel):
@@ -44,7 +45,7 @@ class SweepConfig(BaseModel):
     plugin: tuple[str, ...] = ()
     jobs: int = Field(default=1, ge=1, le=MOST_JOBS)
     timeout_s: float = Field(default=3600.0, gt=0, le=LONGEST_S)
-    memory_limit_gib: float | None = Field(default=None, gt=0)
+    memory_limit_gib: float | None = Field(default=None, gt=0, le=MOST_GIB)
     train_steps: int = Field(default=100, ge=0, le=MOST)
     train_batch_size: int = Field(default=8, ge=1, le=MOST)
     train_len: int = Field(default=128, ge=2, le=MOST)

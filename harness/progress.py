@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self, cast
 
 from harness.cli.output import clean, format_value
 from harness.records import CellKind, CellResult, Status
@@ -148,4 +148,23 @@ def make_reporter(*, quiet: bool) -> QuietReporter:
         return PlainReporter()
     from rich.console import Console
 
-    return LiveReporter(Console(stderr=True))
+    return LiveReporter(Console(stderr=True, file=cast("IO[str]", _Unheard(sys.stderr))))
+
+
+class _Unheard:
+    """A terminal that may be closed while it is written to: the sweep goes on, as with plain lines."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

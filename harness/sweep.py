@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import uuid
 from collections import Counter
 from collections.abc import Mapping
@@ -193,10 +194,10 @@ def _run(
             jobs.append(replace(variant_job(plan, variant, frozenset(keys)), ceilings=ceilings))
     limit_gib = plan.config.memory_limit_gib
     executor = LocalExecutor(
-        plan.config.jobs,
+        max(1, min(plan.config.jobs, len(jobs))),  # they share the memory, and none is for who never comes
         plan.config.timeout_s,
         _devices(plan),
-        memory_limit_bytes=None if limit_gib is None else int(limit_gib * 2**30),
+        memory_limit_bytes=None if limit_gib is None else math.ceil(limit_gib * 2**30),
         interrupts=interrupts,
     )
     executor.run(jobs, on_message)

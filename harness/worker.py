@@ -33,6 +33,7 @@ __all__ = ["EXIT_CONTEXT_BROKEN", "run_worker"]
 
 Send = Callable[[Message], None]
 EXIT_CONTEXT_BROKEN = 75  # after a CUDA error that stays: the cells that are left need a new process
+LONGEST_REASON, LONGEST_TRACEBACK = 1000, 40_000  # characters
 log = logging.getLogger("harness.worker")
 
 
@@ -57,6 +58,7 @@ def run_worker(job: VariantJob, send: Send) -> int:
     # What a method left changed must not decide how it is timed and scored.
     torch.set_num_threads(max(1, job.threads))
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     together: dict[str, float] | None = None
     for cell in job.cells:
         if cell.task is not None and together is None:
@@ -250,7 +252,7 @@ def _failure(error: BaseException, job: VariantJob, where: str) -> CellResult:
     """The status and the reason for an exception; the traceback is kept for what is not our own."""
     status = _status_of(error)
     expected = isinstance(error, HarnessError)
-    text = " ".join(str(error).split())
+    text = " ".join(_words_of(error)[: 10 * LONGEST_REASON].split())
     reason = text if expected else f"{type(error).__name__}: {text}".rstrip(": ")
     if status is Status.OOM:
         reason = f"out of memory {where}: {reason}"
@@ -260,9 +262,25 @@ def _failure(error: BaseException, job: VariantJob, where: str) -> CellResult:
         key="",
         variant_key=job.variant_key,
         status=status,
-        reason=reason[:1000],
-        traceback=None if status is Status.NOT_APPLICABLE else "".join(traceback.format_exception(error)),
+        reason=reason[:LONGEST_REASON],
+        traceback=None if status is Status.NOT_APPLICABLE else _traceback(error),
     )
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback, of which every cell of the variant keeps a copy: not the megabytes of a long message."""
+    text = "".join(traceback.format_exception(error))
+    half = LONGEST_TRACEBACK // 2
+    left_out = len(text) - 2 * half
+    return text if left_out <= 0 else f"{text[:half]}\n[... {left_out:,} left out ...]\n{text[-half:]}"
+
+
+def _words_of(error: BaseException) -> str:
+    """What an exception says; nothing where it cannot be asked, which is no reason to end the process."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _place(cell: CellJob, job: VariantJob) -> str:
@@ -298,7 +316,7 @@ def _says_no_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, Exception) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, Exception) and any(words in _words_of(error) for words in _NO_MEMORY)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -316,7 +334,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _is_cuda_error(error: BaseException) -> bool:
     """Whether the CUDA context may be lost: after most errors every later call fails as well."""
-    return _status_of(error) is not Status.OOM and any("CUDA error" in str(each) for each in _causes(error))
+    return _status_of(error) is not Status.OOM and any(
+        "CUDA error" in _words_of(each) for each in _causes(error)
+    )
 
 
 def _free_memory() -> None:

@@ -29,7 +29,7 @@ from harness.cli import (
     sweep,
     why,
 )
-from harness.cli.output import clean
+from harness.cli.output import clean, say
 from harness.errors import HarnessError
 
 __all__ = ["app", "run"]
@@ -153,4 +153,4 @@ def _say(message: str) -> None:
     if len(line) > LONGEST_MESSAGE:
         # What is wrong stands at the end, what it is about at the beginning.
         line = f"{line[: LONGEST_MESSAGE // 2]} … {line[-LONGEST_MESSAGE // 2 :]}"
-    typer.echo(f"error: {line}", err=True)
+    say(f"error: {line}", err=True)

@@ -27,8 +27,12 @@ class Format(StrEnum):
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print one line that may hold what others wrote."""
-    typer.echo(clean(text), err=err)
+    """Print one line that may hold what others wrote; on standard error nobody need be there to read it."""
+    try:
+        typer.echo(clean(text), err=err)
+    except OSError:  # its terminal or pipe was closed
+        if not err:
+            raise
 
 
 def print_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -248,6 +249,9 @@ def _run(
                 print_summary(store, outcome)
             ending.choose(target, models)
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads the tables; the exit code still says how it went
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            # Nobody reads the tables: a pipe or a terminal was closed. The exit code still says how it went.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return outcome.exit_code

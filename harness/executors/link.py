@@ -93,6 +93,13 @@ class Link:
     def wants_to_write(self) -> bool:
         return bool(self._outgoing)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether more can be read at once, or a part of something has come."""
+        waiting = select.poll()
+        waiting.register(self._channel, select.POLLIN)
+        return self._frames.has_part or bool(waiting.poll(0))
+
     def fileno(self) -> int:
         return self._channel.fileno()
 

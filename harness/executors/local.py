@@ -32,7 +32,8 @@ __all__ = ["LocalExecutor"]
 TRANSFORM = "transform"
 START_LIMIT_S = 300.0  # for a worker to start, imports of the fork server included
 FAREWELL_S = 10.0  # for a worker to end when it has given everything it owes
-_STARTS = 5  # workers in a row that may die before they start; a server that is killed takes some with it
+_STARTS = 5  # times in a row that workers may die before they start, where a killed server takes all at once
+_LONGEST_WAIT_S = 1e6  # the operating system's waits overflow at twenty-five days
 _FROM_OUTSIDE = frozenset({-signal.SIGKILL, -signal.SIGTERM})
 
 
@@ -51,6 +52,7 @@ class _Running:
     phase_started: float = field(default_factory=time.monotonic)
     started_at: str = field(default_factory=lambda: _now())
     has_given: bool = False
+    is_late: bool = False  # its time was up while what it had sent was still to be read
     overdue: bool = False
 
 
@@ -106,7 +108,7 @@ class LocalExecutor:
                     for worker in self._ready(running):
                         for message in worker.link.pump():
                             self._handle(worker, message, on_message)
-                        if worker.link.ended is None and time.monotonic() >= worker.deadline:
+                        if worker.link.ended is None and _is_overdue(worker):
                             worker.overdue = True
                             worker.link.stop()
                         if worker.link.ended is not None:
@@ -146,7 +148,8 @@ class LocalExecutor:
             if self._interrupts is not None:
                 selector.register(self._interrupts, selectors.EVENT_READ)
             nearest = min(worker.deadline for worker in running)
-            ready = [key.data for key, _ in selector.select(max(0.0, nearest - time.monotonic()))]
+            left = min(max(0.0, nearest - time.monotonic()), _LONGEST_WAIT_S)
+            ready = [key.data for key, _ in selector.select(left)]
         if self._interrupts is not None:
             self._interrupts.check()
         now = time.monotonic()
@@ -168,7 +171,7 @@ class LocalExecutor:
             self._failed_starts = 0
             worker.phase, worker.phase_started = message.name, time.monotonic()
             worker.phase_cells = min(max(1, message.cells), len(worker.owed))
-            worker.started_at = _now()
+            worker.started_at, worker.is_late = _now(), False
             worker.deadline = time.monotonic() + self.timeout_s * worker.phase_cells
         elif isinstance(message, CellResult):
             if worker.owed.pop(message.key, None) is None or message.variant_key != worker.job.variant_key:
@@ -248,13 +251,25 @@ class LocalExecutor:
 
     def _count_failed_start(self, ended: Ended, worker: _Running) -> None:
         self._failed_starts += 1
-        if worker.overdue or self._failed_starts == _STARTS:
+        if worker.overdue or self._failed_starts == _STARTS * self.slots:
             said = worker.link.log_tail or self._server.last_words() or _how_it_died(ended.exit_code)
             raise HarnessError(f"no worker can be started: {said.splitlines()[-1]}")
 
     def _rest(self, worker: _Running, lost: Iterable[str]) -> VariantJob:
         gone = set(lost)
         return replace(worker.job, cells=tuple(cell for key, cell in worker.owed.items() if key not in gone))
+
+
+def _is_overdue(worker: _Running) -> bool:
+    """Whether its time is up, and nothing of what it sent in time is still to be read.
+
+    While this process was held up (by a locked store, or stopped with Ctrl-Z) the worker went on: what it
+    finished counts. It may be more than one look at the channel brings.
+    """
+    now = time.monotonic()
+    if now >= worker.deadline and not worker.is_late and worker.link.has_more:
+        worker.is_late, worker.deadline = True, now + FAREWELL_S
+    return now >= worker.deadline
 
 
 def _ran_out_of_memory(printed: str | None) -> bool:

@@ -32,11 +32,14 @@ class Launched:
         self, control: socket.socket, process: subprocess.Popen[bytes] | None, log: IO[bytes]
     ) -> None:
         self.control, self._process, self._log = control, process, log
+        self.was_asked = False  # for a worker: then it may have something to clean up
 
     def close(self) -> None:
         """Hang up, upon which it ends."""
         self.control.close()
         if self._process is not None:
+            if not self.was_asked:
+                self._process.kill()  # its imports, which it may be at still, are for nobody
             try:
                 self._process.wait(_END_LIMIT_S)
             except subprocess.TimeoutExpired:
@@ -102,6 +105,7 @@ class ForkServer:
                 assert self._launched is not None
                 try:
                     socket.send_fds(self._launched.control, [b"f"], [theirs.fileno()])
+                    self._launched.was_asked = True
                 except OSError:  # it was killed
                     self.close()
                 else:

@@ -46,6 +46,11 @@ class Frames:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
+    @property
+    def has_part(self) -> bool:
+        """Whether the bytes so far end within a frame."""
+        return bool(self._buffer)
+
     def feed(self, data: bytes) -> list[tuple[Kind, bytes]]:
         """The frames that these bytes complete.
 

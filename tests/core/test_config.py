@@ -41,6 +41,7 @@ def test_lists_are_written_with_commas():
         ({"batch_sizes": "0"}, "--batch-sizes"),
         ({"dtype": "int8"}, "--dtype"),
         ({"timeout_s": -1}, "--timeout"),
+        ({"memory_limit_gib": 1e12}, "--memory-limit"),
         ({"executor": "slurm"}, "--executor"),
     ],
 )

@@ -59,6 +59,19 @@ def presses_ctrl_c(model, options, context):
     raise KeyboardInterrupt
 
 
+class _Unprintable(Exception):
+    def __str__(self):
+        raise AttributeError("no text")
+
+
+def raises_unprintable(model, options, context):
+    raise _Unprintable
+
+
+def raises_a_book(model, options, context):
+    raise ValueError("first words " + "x" * (8 * MIB) + " last words")
+
+
 def segfaults(model, options, context):
     ctypes.string_at(0)
 
@@ -173,6 +186,14 @@ def changes_everything(model, options, context):
     sys.setrecursionlimit(100_000)
     gc.disable()
     raise ValueError("changed everything")
+
+
+def leaves_defaults(model, options, context):
+    """What a notebook begins with, and a method may leave behind."""
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float16)
+    torch.set_num_threads(3)
+    return scale(model, options, context)
 
 
 # --- memory ---------------------------------------------------------------------------------------------
@@ -334,6 +355,8 @@ METHODS = {
     "exits-with-zero": exits_with_zero,
     "calls-sys-exit": calls_sys_exit,
     "presses-ctrl-c": presses_ctrl_c,
+    "raises-unprintable": raises_unprintable,
+    "raises-a-book": raises_a_book,
     "segfaults": segfaults,
     "hangs": hangs,
     "kills-itself": kills_itself,
@@ -343,6 +366,7 @@ METHODS = {
     "floods": floods,
     "closes-output": closes_output,
     "changes-everything": changes_everything,
+    "leaves-defaults": leaves_defaults,
     "eats-bytes": eats_bytes,
     "eats-numpy": eats_numpy,
     "eats-torch": eats_torch,

@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from harness.job import Budget, CellJob, Phase, VariantJob
-from harness.records import CellKind, CellResult, Status
+from harness.records import CellKind, CellResult, Item, Status
 
 HERE = "tests.robustness.jobs"
 
@@ -41,6 +42,24 @@ def works(job, send):
         send(Phase(cell.key))
         send(CellResult(cell.key, job.variant_key, Status.OK))
     return 0
+
+
+def gives_megabytes(job, send):
+    """At once; of the variant "late" half a second later."""
+    items = tuple(Item(i, "acc", 1.0, {"text": "x" * 200}) for i in range(10_000))
+    send(Phase("transform"))
+    for cell in job.cells:
+        send(Phase(cell.key))
+        time.sleep(0.5 if job.label == "late" else 0.0)
+        send(CellResult(cell.key, job.variant_key, Status.OK, items=items))
+    return 0
+
+
+def scores_together(job, send):
+    send(Phase("transform"))
+    send(Phase(job.cells[0].key, cells=len(job.cells)))
+    time.sleep(0.1)
+    return works(job, send)
 
 
 def never_begins(job, send):

@@ -49,13 +49,14 @@ class Nursery:
             assert time.monotonic() < deadline, "the nursery does not start"
             time.sleep(0.05)
 
-    def sweep(self, folder, *arguments, kill_at=None, closed=(), patches=None, **environment):
+    def sweep(self, folder, *arguments, kill_at=None, closed=(), terminal=None, patches=None, **environment):
         """``harness ARGUMENTS`` as a process of its own, in `folder`.
 
         Args:
             kill_at: ``(moment, number, signal)``: it sends that to itself (by default SIGKILL) at that
                 statement or commit of its store.
             closed: of 1 and 2 those whose reader is gone.
+            terminal: the path of one that both are.
             patches: ``{"module:name": value}``, set before it begins.
         """
         connection = socket.socket(socket.AF_UNIX)
@@ -66,6 +67,7 @@ class Nursery:
             "environment": {"HARNESS_CACHE": str(folder / "cache")} | environment,
             "kill_at": kill_at,
             "closed": closed,
+            "terminal": terminal,
             "patches": patches or {},
             "nursery": self.path,
         }
@@ -307,7 +309,7 @@ def _sweep(request):
             unread, file = os.pipe()
             os.close(unread)
         else:
-            file = os.open(name, os.O_WRONLY | os.O_APPEND)
+            file = os.open(request["terminal"] or name, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
         os.dup2(file, number)
         os.close(file)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115

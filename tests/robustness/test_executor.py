@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.config import LONGEST_S
 from harness.errors import HarnessError
 from harness.executors import local
 from harness.executors.link import Ended, Link
@@ -31,7 +32,7 @@ def server(nursery, tmp_path, monkeypatch):
     nursery.wait_until_empty()
 
 
-def run(server, function, names=("job",), slots=1, on_result=lambda _: None, **options):
+def run(server, function, names=("job",), slots=1, on_result=lambda _: None, timeout_s=30.0, **options):
     """All results of jobs whose workers run this function."""
     found = []
 
@@ -40,7 +41,7 @@ def run(server, function, names=("job",), slots=1, on_result=lambda _: None, **o
             found.append(message)
         on_result(message)
 
-    executor = LocalExecutor(slots, 30.0, server=server, target=f"{HERE}:{function.__name__}", **options)
+    executor = LocalExecutor(slots, timeout_s, server=server, target=f"{HERE}:{function.__name__}", **options)
     executor.run([make_job(name) for name in names], take)
     return found
 
@@ -73,6 +74,57 @@ def test_a_server_that_is_killed_at_every_message(server, slots):
     assert sorted(result.key for result in found) == [f"{name}-{i}" for name in "abcdef" for i in range(3)]
     assert {result.status for result in found} == {Status.OK}
     assert len(killed) >= 3
+
+
+def test_a_server_that_is_killed_before_many_workers_start(server, monkeypatch):
+    """They all die with it, and count as one failure to start."""
+    asked = 0
+
+    def new_channel():
+        nonlocal asked
+        server.ensure_running()
+        pid = int(Path("server.pid").read_text())
+        if asked == 0:
+            os.kill(pid, signal.SIGSTOP)  # as if at its imports
+        channel = ForkServer.new_channel(server)
+        asked += 1
+        if asked == 8:
+            os.kill(pid, signal.SIGKILL)
+        return channel
+
+    monkeypatch.setattr(server, "new_channel", new_channel)
+    found = run(server, jobs.works, "abcdefgh", 8)
+    assert [result.status for result in found] == [Status.OK] * 24
+
+
+def test_what_was_finished_while_the_parent_was_held_up_counts(server):
+    """By a locked store, or by Ctrl-Z: the result was sent in time, and is too long to be read at once."""
+    held_up = []
+
+    def hold_up(message):
+        if isinstance(message, CellResult) and not held_up:
+            held_up.append(message.key)
+            time.sleep(2.5)
+
+    found = run(server, jobs.gives_megabytes, ("early", "late"), 2, on_result=hold_up, timeout_s=2.0)
+    assert held_up == ["early-0"]
+    assert {result.key: result.reason for result in found} == {
+        f"{name}-{i}": None for name in ("early", "late") for i in range(3)
+    }
+
+
+def test_the_longest_time_limit_of_many_cells_is_no_overflow(server):
+    found = run(server, jobs.scores_together, timeout_s=LONGEST_S)
+    assert [result.status for result in found] == [Status.OK] * 3
+
+
+def test_a_server_that_nobody_asked_for_a_worker_ends_at_once():
+    """As after a misspelt method: nobody waits for its imports."""
+    made = ForkServer()
+    made.ensure_running()
+    started = time.monotonic()
+    made.close()
+    assert time.monotonic() - started < 2
 
 
 def test_a_worker_that_never_begins_ends_the_sweep_with_its_reason(server):

@@ -14,6 +14,8 @@ OUTCOMES = {
     "exits-with-zero": ("crashed", "ended with exit code 0 without a result"),
     "calls-sys-exit": ("failed", "SystemExit"),
     "presses-ctrl-c": ("failed", "KeyboardInterrupt"),
+    "raises-unprintable": ("failed", "_Unprintable"),
+    "raises-a-book": ("failed", "ValueError: first words xxx"),
     "segfaults": ("crashed", "SIGSEGV"),
     "kills-itself": ("crashed", "SIGKILL, twice"),
     "leaves-family": ("ok", ""),
@@ -21,6 +23,7 @@ OUTCOMES = {
     "floods": ("failed", "flooded"),
     "closes-output": ("failed", "closed file"),  # loading the baseline beside it prints
     "changes-everything": ("failed", ""),
+    "leaves-defaults": ("ok", ""),
     "records-an-object": ("failed", "cannot be stored: CellResult.records['odd'].value must be a number"),
     "records-numpy": ("ok", ""),
     "records-a-lambda": ("failed", "cannot be stored: CellResult.records['odd'].unit must be a text"),
@@ -84,6 +87,16 @@ def test_the_log_of_a_flood_is_its_beginning_and_its_end(swept):
     assert log.endswith("last words")
     assert "[... 104,8" in log  # 100 MiB
     assert len(log) < 5000
+
+
+def test_the_traceback_of_a_long_message_is_its_beginning_and_its_end(swept):
+    query = (
+        "SELECT traceback FROM cells JOIN variants ON variants.id = variant_id WHERE method = 'raises-a-book'"
+    )
+    [(text,)] = set(stored.rows(swept.folder, query))
+    assert "in raises_a_book" in text
+    assert text.endswith(" last words\n")
+    assert len(text) < 50_000
 
 
 def test_a_segmentation_fault_says_where(swept):

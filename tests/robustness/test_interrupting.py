@@ -126,6 +126,20 @@ def test_a_sweep_whose_readers_are_gone_measures_all_the_same(nursery, tmp_path,
     assert results.err == ""
 
 
+def test_a_terminal_that_is_closed_stops_no_sweep_that_was_disowned(nursery, tmp_path, command):
+    """``harness sweep & disown`` and the window closed: it shows its progress to nobody, and goes on."""
+    ours, theirs = os.openpty()
+    swept = nursery.sweep(tmp_path, *command("hangs,scale", "--timeout", 3), terminal=os.ttyname(theirs))
+    shown = b""
+    while b"hangs" not in shown:
+        shown += os.read(ours, 1 << 16)
+    os.close(ours)
+    os.close(theirs)
+    assert swept.wait() == 1
+    assert {status for status, _ in stored.statuses(tmp_path)["scale"].values()} == {"ok"}
+    assert stored.rows(tmp_path, "SELECT status FROM sweeps") == [("finished",)]
+
+
 # --- a sweep that could not say that it ended ----------------------------------------------------------
 
 

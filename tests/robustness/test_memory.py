@@ -133,3 +133,9 @@ def test_kills_are_counted_in_the_cgroup_or_else_on_the_machine(machine):
 def test_workers_share_what_is_available(monkeypatch):
     monkeypatch.setattr(limits, "available_bytes", lambda: 40 * GIB)
     assert limits.default_limit_bytes(4) == 9 * GIB
+
+
+def test_slots_that_nobody_needs_have_no_share(nursery, tmp_path, command):
+    """A thousandth of a machine's memory is not enough for a worker."""
+    swept = nursery.sweep(tmp_path, *command("scale", "--jobs", 1000, task=False))
+    assert swept.wait() == 0, swept.err
