@@ -10,6 +10,8 @@ __all__ = ["in_texts", "without_identity", "without_passwords"]
 
 # Up to the last @, so that a password that should have been percent-encoded is hidden whole.
 _URL_PASSWORD = re.compile(r"(?P<head>\b[\w+.-]+://[^\s:/@?#]*):\S*@")
+_WEB_USER = re.compile(r"(?P<head>\bhttps?://)[^\s:/@?#]+@")  # a token, as a rule
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _NAMED_PASSWORD = re.compile(r"(?P<name>\b(?:password|passwd|pwd)=)[^\s&'\"]+", re.IGNORECASE)
 _HOMES = "home|root|Users|tmp|mnt|media|scratch"
 _OF_USERS = ("home", "Users")
@@ -23,12 +25,14 @@ _SHORTEST_NAME = 4  # a machine called "vm" would be found in many a text
 
 
 def without_passwords(text: str) -> str:
-    """The text with the passwords of URLs hidden.
+    """The text with the passwords of URLs hidden, and tokens of the hub and of web addresses.
 
     >>> without_passwords("harness sweep --db postgresql://me:secret@host/results")
     'harness sweep --db postgresql://me:***@host/results'
     """
-    return _NAMED_PASSWORD.sub(r"\g<name>***", _URL_PASSWORD.sub(r"\g<head>:***@", text))
+    text = _URL_PASSWORD.sub(r"\g<head>:***@", text)
+    text = _HUB_TOKEN.sub("hf_***", _WEB_USER.sub(r"\g<head>***@", text))
+    return _NAMED_PASSWORD.sub(r"\g<name>***", text)
 
 
 def in_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -34,6 +34,24 @@ def test_places(text, kept):
     assert without_identity(text) == kept
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"HF_TOKEN=hf_{'aB3' * 11} harness sweep", "HF_TOKEN=hf_*** harness sweep"),
+        ("pip install git+https://ghp123@host/x", "pip install git+https://***@host/x"),
+        ("https://me:ghp123@host/x", "https://me:***@host/x"),
+        (
+            "https://host/x@main and postgresql://me@host/db",
+            "https://host/x@main and postgresql://me@host/db",
+        ),
+        ("huggingface_hub.hf_hub_download, hf_transfer", "huggingface_hub.hf_hub_download, hf_transfer"),
+    ],
+)
+def test_tokens(text, kept):
+    assert without_passwords(text) == kept
+    assert without_passwords(kept) == kept
+
+
 def test_a_password_is_hidden_in_a_text_without_a_path_too():
     assert without_identity("cannot log in (user=me password=s3cret") == "cannot log in (user=me password=***"
 
