@@ -181,6 +181,7 @@ def _columns(rows: Sequence[Row], meanings: Mapping[int, str]) -> list[_Column]:
 _SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),
+    "B/token": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")),  # the column says of what
 }
 
 

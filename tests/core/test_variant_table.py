@@ -48,6 +48,12 @@ def test_alike_rows_have_no_footnote(store, results):
     assert "!" not in results()
 
 
+def test_a_cache_is_told_in_bytes(store, results):
+    record = Record("kv_cache_bytes_per_token", 524288.0, "B/token")
+    add_cell(store, add_sweep(store), "baseline", record, scenario=SHAPE)
+    assert "524.3 kB" in results()
+
+
 def test_rows_of_other_devices_versions_and_modes_are_named(store, results):
     first, second = add_sweep(store), add_sweep(store, versions={"torch": "2.12"}, gpu={"driver": "590"})
     add_cell(store, first, "baseline", timed("decode_latency", around(0.01)), scenario=SHAPE)
