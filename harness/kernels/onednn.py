@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from harness.cpuinfo import cpu_fact
+from harness.kernels import dense
 
 __all__ = ["OneDnnProducts", "onednn_products"]
 
@@ -64,7 +65,7 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
             for each in (x, weight, *(() if bias is None else (bias,)))
         )
         # torch adds any bias that can be expanded; oneDNN reads as many neighbours as there are outputs.
-        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
+        and (bias is None or dense.fits_bias(bias, weight))
     )
 
 

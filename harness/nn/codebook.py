@@ -17,7 +17,7 @@ from harness.kernels.stored import StoredMatrix
 from harness.nn.codebook_weight import SCALE_BLOCK, CodebookWeight, Outliers, ScaleCodes
 from harness.nn.kept_types import KeptTypes
 from harness.nn.packing import PLANES, choose_tile, pack_matrix, packed_columns, unpack_matrix
-from harness.nn.quantized import PackedLinear
+from harness.nn.quantized import PackedLinear, stored_bias
 
 __all__ = ["CodebookLinear", "PackedCodebook"]
 
@@ -200,7 +200,7 @@ class CodebookLinear(PackedCodebook, PackedLinear):
         layer = cls(weight.in_features, weight.codes.shape[0], bits=weight.bits, device="meta")
         layer._store(weight)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            layer.bias = stored_bias(bias)
         return layer
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from harness.kernels import table as table_kernels
 from harness.nn.anatomy import anatomy_of, find
 from harness.nn.codebook import PackedCodebook
 from harness.nn.codebook_weight import CodebookWeight
-from harness.nn.quantized import PackedLinear
+from harness.nn.quantized import PackedLinear, stored_bias
 from harness.nn.surgery import replace_module
 
 __all__ = ["CodebookEmbedding", "TiedHead", "find_embedding", "replace_embedding"]
@@ -120,7 +120,7 @@ class TiedHead(PackedLinear):
         self.embedding = embedding
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.bits = embedding.bits
-        self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+        self.bias = None if bias is None else stored_bias(bias)
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> str:
         """What the forward pass runs for so many rows of activations of this type."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
 from harness.kernels import fp8
-from harness.nn.quantized import ActivationScale, PackedLinear
+from harness.nn.quantized import ActivationScale, PackedLinear, stored_bias
 
 __all__ = ["Fp8Format", "Fp8Linear"]
 
@@ -95,7 +95,7 @@ class Fp8Linear(PackedLinear):
         if input_scale is not None:
             layer.input_scale = input_scale.detach().float().view(1).to(codes.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            layer.bias = stored_bias(bias)
         return layer
 
     @staticmethod

@@ -20,11 +20,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from harness.errors import ConfigError, NumericalFailure
 from harness.kernels import int8, outlier_int8
-from harness.nn.quantized import Int8Linear
+from harness.nn.quantized import Int8Linear, stored_bias
 from harness.nn.quantizer import quantize_weight
 from harness.records import Record
 
@@ -191,7 +190,7 @@ class OutlierInt8Linear(Int8Linear):
             layer.kept.copy_(weight.index_select(1, columns).t())
             layer.place[columns] = torch.arange(columns.numel(), dtype=torch.int32, device=weight.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            layer.bias = stored_bias(bias)
         return layer
 
     @property

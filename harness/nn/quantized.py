@@ -29,7 +29,7 @@ from harness.nn.packing import (
 from harness.nn.quantized_tokens import QuantizedTokens
 from harness.nn.quantizer import QuantizedWeight
 
-__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear"]
+__all__ = ["ActivationScale", "Int8Linear", "PackedLinear", "QuantizedLinear", "stored_bias"]
 
 ActivationScale = Literal["per-token", "per-tensor-dynamic", "per-tensor-static"]
 
@@ -50,6 +50,11 @@ class PackedLinear(KeptTypes):
             return x.new_empty(*x.shape[:-1], self.out_features)
         y = run(x.reshape(-1, self.in_features))
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def stored_bias(bias: torch.Tensor) -> nn.Parameter:
+    """A bias [out] as a layer keeps it: with no gradient, and side by side, as the kernels read it."""
+    return nn.Parameter(bias.detach().contiguous(), requires_grad=False)
 
 
 class QuantizedLinear(PackedLinear):
@@ -131,7 +136,7 @@ class QuantizedLinear(PackedLinear):
         layer.codes, layer.scales, layer.zeros = packed.codes, packed.scales, packed.zeros
         layer.order = weight.order
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            layer.bias = stored_bias(bias)
         layer._moved()
         return layer
 
@@ -283,7 +288,7 @@ class Int8Linear(PackedLinear):
         if input_scale is not None:
             layer.input_scale = input_scale.detach().float().view(1).to(layer.codes.device)
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            layer.bias = stored_bias(bias)
         return layer
 
     @property

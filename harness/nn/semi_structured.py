@@ -20,7 +20,7 @@ from torch.nn import functional
 from harness.errors import ConfigError
 from harness.kernels import semi_structured as kernel
 from harness.nn.packing import pack_rows, unpack_rows
-from harness.nn.quantized import PackedLinear
+from harness.nn.quantized import PackedLinear, stored_bias
 
 __all__ = ["SemiStructuredLinear", "compress_2_of_4", "decompress_2_of_4", "misfit"]
 
@@ -136,7 +136,7 @@ class SemiStructuredLinear(PackedLinear):
         """Store a 2:4 matrix [out, in], and a bias as it is."""
         self.values, self.meta = compress_2_of_4(weight)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+            self.bias = stored_bias(bias)
         self._prefer_packed()
 
     @property
