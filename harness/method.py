@@ -234,16 +234,22 @@ class Method:
             raise PluginError(f"method name {self.name!r} must be lower-case words joined by hyphens")
         if not (isinstance(self.options, type) and issubclass(self.options, Options)):
             raise PluginError(f"method {self.name!r}: options must be a subclass of harness.Options")
-        if problem := self.options.problem():
-            raise PluginError(f"method {self.name!r}: its options are no JSON: {problem}")
         if not callable(self.transform):
             raise PluginError(f"method {self.name!r}: transform must be callable")
+        # Of the bundled ones the page of methods is made of it, and asking takes time at every start.
+        if not self.is_bundled and (problem := self.options.problem()):
+            raise PluginError(f"method {self.name!r}: its options are no JSON: {problem}")
         if self.family not in FAMILIES:
             raise PluginError(
                 f"method {self.name!r}: unknown family {self.family!r}; known: {', '.join(FAMILIES)}"
             )
         if not callable(self.needs):
             self._checked_needs(self.needs)
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it is one of the package's own."""
+        return str(getattr(self.transform, "__module__", "")).startswith("harness_plugins.")
 
     def needs_of(self, options: Options) -> frozenset[str]:
         """What the method needs with these options."""
@@ -297,7 +303,7 @@ class Method:
             raise PluginError(f"method {self.name!r}: the source of its transform cannot be found")
         own = Path(file)
         sources = [own, *sorted(own.parent.glob("_*.py"))]
-        if self.transform.__module__.startswith("harness_plugins."):
+        if self.is_bundled:
             host = Path(__file__).parent
             sources += sorted((host / "nn").rglob("*.py")) + sorted((host / "kernels").rglob("*.py"))
         return sources

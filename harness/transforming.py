@@ -110,9 +110,7 @@ def _require_sources(chain: Chain, job: VariantJob) -> None:
     stored under the key of what it was. Bundled methods are imported once, before."""
     for step, planned in zip(chain.steps, job.sources, strict=False):
         method = step.method
-        if method.transform.__module__.startswith("harness_plugins."):
-            continue
-        if method.source_hash != planned:
+        if not method.is_bundled and method.source_hash != planned:
             raise PluginError(
                 f"{method.name}: its source was edited since the sweep began; run the same command again"
             )

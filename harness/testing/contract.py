@@ -82,7 +82,7 @@ def check_method(
     """
     parsed = method.options.parse(dict(options or {}), method=method.name)
     _check_options(method, parsed)
-    if method.transform.__module__.startswith("harness_plugins."):
+    if method.is_bundled:
         _check_card(method)
     if "cuda" in method.needs_of(parsed) and not torch.cuda.is_available():
         return ContractReport(method.name, skipped=dict.fromkeys(TINY_FAMILIES, "needs CUDA"))
