@@ -124,8 +124,9 @@ def _draw_words(chosen: _Chosen, explained: Mapping[int, Explanation]) -> None:
     said = {variant: each.verdict for variant, each in explained.items() if each.verdict}
     if said:
         st.subheader("In words")
+    names = marked_names(chosen.about)
     for variant, verdict in said.items():
-        st.text(f"{marked_names(chosen.about)[variant]}: {verdict}")
+        st.text(f"{names[variant]}: {verdict}")
 
 
 def _draw_figures(chosen: _Chosen, columns: Sequence[Column], values: pd.DataFrame) -> None:

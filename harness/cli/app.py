@@ -29,7 +29,7 @@ from harness.cli import (
     sweep,
     why,
 )
-from harness.cli.output import clean, say
+from harness.cli.output import clean, discard_output, say
 from harness.errors import HarnessError
 
 __all__ = ["app", "run"]
@@ -118,13 +118,15 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return _unread()
+    except BrokenPipeError:  # `harness results | head`
+        discard_output()
+        return 0
     except SystemExit as stop:
         if (sys.stdout, sys.stderr) == streams:
             return stop.code if isinstance(stop.code, int) else 1
         sys.stdout, sys.stderr = streams  # Typer wraps them where their reader is gone, and exits with 1
-        return _unread()
+        discard_output()
+        return 0
     except OSError as error:
         # What the operating system refuses (a name that is too long, a folder that may not be read) says
         # itself what is wrong.
@@ -140,12 +142,6 @@ def _open_closed_streams() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def _unread() -> int:
-    """The reader of our output is gone (`harness results | head`): that is no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _say(message: str) -> None:

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -14,7 +16,7 @@ import typer
 
 from harness.untrusted import clean, spreadsheet_cell
 
-__all__ = ["Format", "clean", "format_value", "print_rows", "say"]
+__all__ = ["Format", "clean", "discard_output", "format_value", "print_rows", "say"]
 
 
 class Format(StrEnum):
@@ -33,6 +35,11 @@ def say(text: str, *, err: bool = False) -> None:
     except OSError:  # its terminal or pipe was closed
         if not err:
             raise
+
+
+def discard_output() -> None:
+    """Write to nowhere from here on: the reader of standard output is gone, which is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_rows(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.output import say
+from harness.cli.output import discard_output, say
 
 if TYPE_CHECKING:
     from harness.config import SweepConfig
@@ -253,5 +253,5 @@ def _run(
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             # Nobody reads the tables: a pipe or a terminal was closed. The exit code still says how it went.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
     return outcome.exit_code
