@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.kernels.selection import WRITING, Launch, Writing, select, takes_vector
+from harness.kernels.selection import WRITING, Launch, Writing, select, takes_matrix, takes_vector
 from harness.kernels.stored import Form
 
 __all__ = ["MOST_FUSED_ROWS", "WRITINGS", "candidates"]
@@ -46,6 +46,14 @@ _ROWS_TOGETHER = (
     Launch("few", 16, 16, warps=8, stages=2),
     Launch("few", 32, 16, stages=2),
     Launch("few", 32, 16, warps=8, stages=1),
+)
+_MATRIX = (
+    Launch("matrix", 128, 256, warps=8, stages=6),
+    Launch("matrix", 128, 128, warps=8, stages=4),
+    Launch("matrix", 128, 64, warps=8, stages=8),
+    Launch("matrix", 256, 64, warps=8, stages=6),
+    Launch("matrix", 256, 32, warps=8, stages=8),
+    Launch("matrix", 128, 32, warps=8, stages=12),
 )
 _GEMV = (
     Launch("gemv", 64, warps=2, programs=16),
@@ -97,14 +105,16 @@ def candidates(form: Form, rows: int) -> list[Launch]:
 
 
 def _some(form: Form, rows: int) -> list[Launch]:
+    matrix = _MATRIX if takes_matrix(form) and rows > 16 else ()
     if rows > 64:
-        return list(_MANY)
+        return [*matrix, *_MANY[:7]] if matrix else list(_MANY)
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     found = [replace(launch, block_m=block_m) for launch in _FEW]
     if not form.is_table and not form.has_float_zeros and form.bits != 3:
         found.append(Launch("small", 64, 64))
     if block_m <= 32 and takes_vector(form):
-        found = [*(replace(launch, block_m=block_m) for launch in _ROWS_TOGETHER), *found]
+        together = _ROWS_TOGETHER if rows <= 16 else _ROWS_TOGETHER[:3]
+        found = [*(replace(launch, block_m=block_m) for launch in together), *found]
     if block_m == 64:
         found += [Launch("fused", 128, 64, programs=2, warps=8, sums=False), _MANY[6]]
-    return found
+    return [*(launch for launch in matrix if launch.block_m <= block_m), *found]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +22,14 @@ __all__ = [
     "Writing",
     "rows_per_program",
     "select",
+    "split_blocks",
+    "takes_matrix",
     "takes_vector",
     "tiles_abreast",
     "tiles_per_step",
 ]
 
-Kernel = Literal["gemv", "wide", "vector", "few", "small", "fused"]
+Kernel = Literal["gemv", "wide", "vector", "few", "small", "fused", "matrix"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,10 @@ class Launch:
         block_n: rows of the matrix a program. block_m: rows of activations a program, at most; 1 for gemv,
             wide and vector.
         words: 32-bit words of every matrix row a step. Of three bits those of the low plane.
-        programs: for each multiprocessor; the columns are split until there are so many.
+        programs: for each multiprocessor; the columns are split until there are so many (not *matrix*: see
+            `split_blocks`).
         stages: steps whose words are on their way at once; of *vector* and *few* for each warp, a power of
-            two.
+            two; of *matrix* halves of tiles of x in shared memory, two or more.
         sums: *fused* only: the scale is applied to the sum of a group, where a step is inside one.
     """
 
@@ -85,6 +89,9 @@ MOST_MATRICES = 3
 """Matrices that share a launch of *vector* or *few*."""
 SHARING = ("vector", "few")
 """Kernels that multiply several matrices in one launch, and take what `takes_vector` says."""
+# Of *matrix*, in steps of a program: its start and end, the launch that adds up, and sums added in one.
+_AROUND, _ADDING, _ADDED = 5, 3, 64
+_MOST_SPLITS = 16
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
@@ -100,12 +107,21 @@ RULES: tuple[Rule, ...] = (
     Rule((4,), 8, Launch("few", block_n=16, block_m=16, stages=4)),
     Rule((3,), 16, Launch("fused", block_n=128, block_m=16, programs=2)),
     Rule(_ALL, 16, Launch("fused", block_n=64, block_m=16, programs=4)),
+    # On Hopper: the more rows a block of x has, the less is unpacked for each product. Where rows of the
+    # matrix are few, narrow blocks of them are more programs.
+    Rule((4,), 32, Launch("matrix", block_n=256, block_m=32, warps=8, stages=8), least_out=8192),
+    Rule((4,), 32, Launch("matrix", block_n=128, block_m=32, warps=8, stages=12)),
+    Rule((4,), 64, Launch("matrix", block_n=256, block_m=64, warps=8, stages=6), least_out=8192),
+    Rule((4,), 64, Launch("matrix", block_n=128, block_m=64, warps=8, stages=8)),
+    Rule((4,), 128, Launch("matrix", block_n=128, block_m=128, warps=8, stages=4)),
+    Rule((4,), 4096, Launch("matrix", block_n=128, block_m=256, warps=8, stages=6), least_out=8192),
+    Rule((4,), 2048, Launch("matrix", block_n=128, block_m=256, warps=8, stages=6)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
     Rule((4,), 64, Launch("fused", block_n=128, block_m=64, programs=2)),
     Rule((3,), 64, Launch("fused", block_n=128, block_m=64, programs=2, warps=8)),
     Rule(_ALL, 64, Launch("fused", block_n=64, block_m=64, programs=2)),
     # From here on arithmetic counts: a tile of weights is unpacked once for 128 rows. Beyond 128 rows
-    # writing the matrix takes less time than what a library product is ahead by.
+    # writing the matrix takes less time than what a library product is ahead of these by.
     Rule((4,), 128, Launch("fused", block_n=256, block_m=128, programs=1, warps=8, sums=False)),
     Rule((8,), 128, Launch("fused", block_n=128, block_m=128, programs=1, warps=8, sums=False)),
     # Narrow fields take more slices of x a step, and shared memory for them.
@@ -119,11 +135,14 @@ RULES: tuple[Rule, ...] = (
 """The first that fits is taken; where none does, the matrix is written out and multiplied by the library."""
 
 
-def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) -> Launch | None:
+def select(
+    form: Form, rows: int, activation_bits: int, *, vector: bool = True, matrix: bool = True
+) -> Launch | None:
     """How to multiply so many rows with such a matrix; None: write it out in full precision first.
 
     Args:
         vector: whether the device runs *vector* and *few*.
+        matrix: whether it runs *matrix*.
     """
     if not form.fits:
         return None
@@ -137,6 +156,7 @@ def select(form: Form, rows: int, activation_bits: int, *, vector: bool = True) 
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
             and not (rule.launch.kernel in SHARING and not (vector and takes_vector(form)))
+            and not (rule.launch.kernel == "matrix" and not (matrix and takes_matrix(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -155,6 +175,38 @@ def takes_vector(form: Form) -> bool:
         and words in (8, 16)
         and form.columns <= _MOST_COLUMNS
     )
+
+
+def takes_matrix(form: Form) -> bool:
+    """Whether *matrix* reads such a matrix: each field of a tile's row is what one instruction sums over."""
+    return (
+        form.bits == 4
+        and form.tile == 128
+        and not form.is_table
+        and not form.has_float_zeros
+        and not form.has_outliers
+    )
+
+
+def split_blocks(blocks: int, tiles: int, processors: int) -> tuple[int, int]:
+    """Blocks of a result that get one program of *matrix* each, and the programs for each of the others.
+
+    Programs take turns on the multiprocessors, one on each. The blocks of full turns are not split; those
+    that are left would keep a part of the device waiting, so their columns are shared out.
+
+    Args:
+        tiles: steps of a program that sums over all columns.
+    """
+    left = blocks % processors
+
+    def steps(splits: int) -> float:
+        turns = math.ceil(left * splits / processors)
+        adding = _ADDING + left * splits / _ADDED if splits > 1 else 0
+        return turns * (math.ceil(tiles / splits) + _AROUND) + adding
+
+    splits = min(range(1, min(_MOST_SPLITS, tiles) + 1), key=steps)
+    splits = math.ceil(tiles / math.ceil(tiles / splits))  # none without a tile
+    return (blocks - left, splits) if splits > 1 else (blocks, 1)
 
 
 def tiles_per_step(form: Form, words: int, least: int = 1) -> int:

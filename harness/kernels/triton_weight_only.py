@@ -45,6 +45,7 @@ __all__ = [
     "prepare_dequantize",
     "prepare_several",
     "processors",
+    "shared_arguments",
 ]
 
 _KERNELS = {
@@ -111,6 +112,10 @@ def prepare(
     x = _padded(x, weight)
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
+    if launch.kernel == "matrix":
+        from harness.kernels import matrix
+
+        return matrix.prepare(x, weight, bias, launch, device_processors)
     if launch.kernel in SHARING:
         call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
         return [call]
@@ -129,7 +134,7 @@ def prepare(
     target = y
     if splits > 1:
         target = torch.empty(splits, rows, out, dtype=torch.float32, device=x.device)
-    shared = _shared(weight, chunk, block_n)
+    shared = shared_arguments(weight, chunk, block_n)
     constants = {**shared.constants, "BLOCK_N": block_n, "HAS_BIAS": bias is not None, "SPLIT": splits > 1}
     if not is_gemv:
         constants |= {"BLOCK_M": block_m, "SUMS": _can_sum(weight, launch, shared.constants)}
@@ -170,7 +175,7 @@ def _prepare_wide(x: torch.Tensor, weight: StoredMatrix, bias: torch.Tensor | No
     """One launch whatever the sizes: its programs hold all columns, a stretch at a time."""
     rows, out, tiles = x.shape[0], weight.out_features, weight.codes.shape[0]
     chunk = tiles_abreast(weight.form, launch.words)
-    shared = _shared(weight, chunk, launch.block_n)
+    shared = shared_arguments(weight, chunk, launch.block_n)
     used = ("BITS", "TILE", "CHUNK", "SCALES", "ZEROS", "EVEN")
     constants = {name: shared.constants[name] for name in used}
     constants |= {"BLOCK_N": launch.block_n, "HAS_BIAS": bias is not None, "num_warps": launch.warps}
@@ -215,7 +220,7 @@ def prepare_several(
     for place in range(MOST_MATRICES):
         index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
         weight, output = weights[index], outputs[index]
-        shared = _shared(weight, 1, launch.block_n)
+        shared = shared_arguments(weight, 1, launch.block_n)
         codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
         bias = biases[index] if biases else codes
         matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
@@ -262,7 +267,7 @@ def prepare_dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writin
     w = torch.empty(out, weight.in_features, dtype=dtype, device=weight.codes.device)
     block_n = writing.block_n
     chunk = tiles_per_step(weight.form, writing.words)
-    shared = _shared(weight, chunk, block_n)
+    shared = shared_arguments(weight, chunk, block_n)
     tiles = weight.codes.shape[0]
     arguments = (
         *shared.tensors, w, out, weight.in_features, tiles,
@@ -277,14 +282,16 @@ def prepare_dequantize(weight: StoredMatrix, dtype: torch.dtype, writing: Writin
 
 
 @dataclass(frozen=True, slots=True)
-class _Shared:
+class SharedArguments:
+    """What the kernels are given of a matrix."""
+
     tensors: tuple[torch.Tensor, ...]
     zero_bytes: int
     tiles_per_group: int
     constants: dict[str, Any]
 
 
-def _shared(weight: StoredMatrix, chunk: int, block_n: int) -> _Shared:
+def shared_arguments(weight: StoredMatrix, chunk: int, block_n: int) -> SharedArguments:
     """What every launch passes of a matrix; for an absent tensor another one, which is not read."""
     codes, scales, zeros = weight.codes.view(torch.int32), weight.scales, weight.zeros
     tiles, tiles_per_group = codes.shape[0], weight.group_columns // weight.tile
@@ -301,7 +308,7 @@ def _shared(weight: StoredMatrix, chunk: int, block_n: int) -> _Shared:
         "EVEN": weight.out_features % block_n == 0 and tiles % chunk == 0,
     }
     present = tuple(codes if tensor is None else tensor for tensor in tensors)
-    return _Shared(present, 0 if zeros is None else zeros.shape[1], tiles_per_group, constants)
+    return SharedArguments(present, 0 if zeros is None else zeros.shape[1], tiles_per_group, constants)
 
 
 def _kind_of_scale(weight: StoredMatrix) -> int:

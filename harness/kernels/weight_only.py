@@ -30,6 +30,7 @@ __all__ = [
     "linears",
     "make_ready",
     "name_of",
+    "runs_matrix",
     "runs_vector",
     "share_a_launch",
 ]
@@ -66,19 +67,27 @@ def launch_for(form: Form, rows: int, dtype: torch.dtype, device: torch.device) 
     if not fits_triton(form, dtype, device):
         return None
     bits = torch.finfo(dtype).bits
-    return select(form, rows, bits, vector=runs_vector(device))
+    return select(form, rows, bits, vector=runs_vector(device), matrix=runs_matrix(device))
 
 
 def runs_vector(device: torch.device) -> bool:
     """Whether the kernels written in Gluon run on a CUDA device: NVIDIA's tensor cores since compute
     capability 8.0, and a Triton whose Gluon is the one they were written in."""
-    return torch.version.hip is None and _capability(device) >= (8, 0) and _has_gluon()
+    return (
+        torch.version.hip is None
+        and _capability(device) >= (8, 0)
+        and _has_gluon("gluon_few", "gluon_sparse_rows", "gluon_vector")
+    )
+
+
+def runs_matrix(device: torch.device) -> bool:
+    """Whether the kernel with Hopper's own instructions runs, which no later device has."""
+    return torch.version.hip is None and _capability(device)[0] == 9 and _has_gluon("gluon_matrix")
 
 
 @functools.cache
-def _has_gluon() -> bool:
+def _has_gluon(*modules: str) -> bool:
     # An experimental part of Triton, of which another version may lack names or have others.
-    modules = ("gluon_few", "gluon_sparse_rows", "gluon_vector")
     try:
         for name in modules:
             importlib.import_module(f"harness.kernels.{name}")

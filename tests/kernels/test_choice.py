@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from harness.errors import NotApplicable
-from harness.kernels import bench, fp8, int8, reference, weight_only
+from harness.kernels import bench, fp8, int8, reference, selection, weight_only
 from harness.kernels.selection import (
     RULES,
     Launch,
+    Rule,
     rows_per_program,
     select,
+    split_blocks,
+    takes_matrix,
     takes_vector,
     tiles_abreast,
     tiles_per_step,
@@ -35,6 +38,7 @@ def with_triton(monkeypatch):
     """As on a CUDA machine: only the choice is made, nothing runs."""
     monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
     monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
+    monkeypatch.setattr(weight_only, "runs_matrix", lambda device: True)
     monkeypatch.setattr(int8, "has_triton", lambda device: True)
 
 
@@ -54,8 +58,9 @@ def test_without_cuda_weights_are_dequantized():
         (4, 1, "triton w4a16 vector"),
         (4, 2, "triton w4a16 few"),
         (4, 9, "triton w4a16 fused"),
-        (4, 128, "triton w4a16 fused"),
-        (4, 129, "triton dequantize+matmul"),
+        (4, 17, "triton w4a16 matrix"),
+        (4, 2048, "triton w4a16 matrix"),
+        (4, 2049, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 wide"),
         (8, 16, "triton w8a16 fused"),
         (3, 1, "triton w3a16 vector"),
@@ -174,8 +179,68 @@ def test_sixteen_rows_are_read_again_where_there_are_many_outputs():
     few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
     assert [select(form, 8, 16).kernel for form in (few, many)] == ["few", "few"]
     assert [select(form, 16, 16).kernel for form in (few, many)] == ["fused", "few"]
-    assert select(many, 17, 16).kernel == "fused"
+    assert select(many, 17, 16, matrix=False).kernel == "fused"
     assert select(many, 8, 16, vector=False).kernel == "fused"
+
+
+def test_the_blocks_of_hoppers_kernel_grow_with_the_rows():
+    few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
+
+    def blocks(form, rows):
+        launch = select(form, rows, 16)
+        assert launch.kernel == "matrix"
+        return launch.block_n, launch.block_m
+
+    assert [blocks(few, rows) for rows in (17, 33, 65, 129, 2048)] == [
+        (128, 32), (128, 64), (128, 128), (128, 256), (128, 256)
+    ]  # fmt: skip
+    assert [blocks(many, rows) for rows in (17, 33, 65, 129, 4096)] == [
+        (256, 32), (256, 64), (128, 128), (128, 256), (128, 256)
+    ]  # fmt: skip
+    assert select(few, 2049, 16) is None
+    assert select(many, 4097, 16) is None
+    assert select(few, 16, 16).kernel == "fused"
+
+
+@pytest.mark.parametrize(
+    ("form", "takes"),
+    [
+        (form_of(), True),
+        (form_of(group=256), True),
+        (form_of(group=64), False),  # tiles of half the columns
+        (form_of(2), False),
+        (form_of(3), False),
+        (form_of(8), False),
+        (form_of(is_table=True), False),
+        (form_of(has_float_zeros=True), False),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_for_many_rows_takes(monkeypatch, form, takes):
+    assert takes_matrix(form) == takes
+    fused = Launch("fused", block_n=64, block_m=16)
+    rules = (Rule((4,), 512, Launch("matrix", 256, 128, warps=8)), Rule((2, 3, 4, 8), 512, fused))
+    monkeypatch.setattr(selection, "RULES", (*rules, Rule((2, 3, 4, 8), 512, fused, table=True)))
+    assert (select(form, 512, 16).kernel == "matrix") == takes
+    assert select(form, 512, 16, matrix=False).kernel == "fused"
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tiles", "expected"),
+    [
+        (132, 32, (132, 1)),
+        (264, 32, (264, 1)),
+        (64, 32, (0, 2)),
+        (43, 32, (0, 3)),
+        (172, 32, (132, 3)),  # forty of the second turn fill it in three parts
+        (131, 32, (131, 1)),
+        (86, 32, (86, 1)),  # two turns of a third take longer
+        (688, 32, (660, 4)),
+        (16, 1, (16, 1)),  # nothing to share
+    ],
+)
+def test_blocks_that_fill_a_device(blocks, tiles, expected):
+    assert split_blocks(blocks, tiles, 132) == expected
 
 
 @pytest.mark.parametrize("missing", [None, "gluon_few", "gluon_sparse_rows", "gluon_vector"])
@@ -195,12 +260,19 @@ def test_a_triton_without_gluon_has_other_kernels(monkeypatch, missing):
         weight_only._has_gluon.cache_clear()
 
 
+@pytest.mark.parametrize(("capability", "runs"), [((8, 9), False), ((9, 0), True), ((10, 0), False)])
+def test_instructions_that_one_generation_has(monkeypatch, capability, runs):
+    monkeypatch.setattr(weight_only, "_capability", lambda device: capability)
+    monkeypatch.setattr(weight_only, "_has_gluon", lambda *modules: True)
+    assert weight_only.runs_matrix(torch.device("cuda")) == runs
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_table", [False, True])
 def test_one_choice_for_all_rows(bits, is_table):
     """The first rule that reaches so far; from some number of rows on none does."""
     form = form_of(bits, is_table=is_table)
-    launches = [select(form, rows, 16) for rows in range(1, 300)]
+    launches = [select(form, rows, 16) for rows in (*range(1, 300), 4096, 4097)]
     assert launches[0] is not None
     assert launches[0].kernel == ("gemv" if is_table else "vector" if bits < 8 else "wide")
     assert launches[-1] is None
@@ -208,6 +280,8 @@ def test_one_choice_for_all_rows(bits, is_table):
     assert written_out == sorted(written_out), "never back to a kernel"
     for rows, launch in enumerate(launches, 1):
         assert launch is None or launch.kernel != "fused" or rows <= launch.block_m
+    others = [select(form, rows, 16, matrix=False) for rows in (128, 129)]
+    assert [launch is not None for launch in others] == [not is_table, False]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_the_launch_is_chosen_for_the_rows_of_all(monkeypatch):
     monkeypatch.setattr(harness.kernels, "triton_weight_only", runner, raising=False)
     monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
     monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
+    monkeypatch.setattr(weight_only, "runs_matrix", lambda device: False)
     x = torch.randn(1, 256, dtype=torch.bfloat16)
     for together in (weights[:1], weights):
         codes, scales, zeros = zip(*((each.codes, each.scales, each.zeros) for each in together), strict=True)

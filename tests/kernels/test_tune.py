@@ -14,7 +14,7 @@ import torch
 from harness.errors import ConfigError
 from harness.kernels import reference, tune
 from harness.kernels.candidates import MOST_FUSED_ROWS, candidates
-from harness.kernels.selection import select, takes_vector
+from harness.kernels.selection import select, takes_matrix, takes_vector
 from harness.kernels.stored import stored
 from harness.kernels.tune_worker import SCHEMES, Part, Trial, compile_part, graph_time, tune_part
 from harness.nn.codebook import CodebookLinear
@@ -41,6 +41,7 @@ def test_candidates(scheme, rows):
     assert ("wide" in kernels) == (rows == 1 and not form.is_table)
     assert ("vector" in kernels) == (rows == 1 and takes_vector(form))
     assert ("few" in kernels) == (1 < rows <= 32 and takes_vector(form))
+    assert ("matrix" in kernels) == (16 < rows <= MOST_FUSED_ROWS and takes_matrix(form))
     if form.is_table or form.has_float_zeros or form.bits == 3:
         assert "small" not in kernels
     if rows > MOST_FUSED_ROWS:
