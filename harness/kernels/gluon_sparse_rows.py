@@ -17,6 +17,8 @@ What a warp reads at once is a *unit*: 64 bytes of the values of each of 16 rows
 64 columns of 16 bits or 128 of 8. Every warp has units of its own and goes through them alone; what it needs
 later is on its way meanwhile. At the end the sums of the warps are added up in a fixed order.
 
+Matrices that read the same x may share a launch, as in `harness.kernels.gluon_vector`.
+
 The language is Gluon, Triton's own for explicit layouts; it has no sparse product, so that is assembly, of
 which one element of a tensor is the register of one thread.
 """
@@ -25,6 +27,7 @@ which one element of a tensor is the register of one thread.
 # mypy: disallow-untyped-decorators=false, disallow-untyped-calls=false
 # mypy: disable-error-code="assignment,var-annotated"
 # ruff: noqa: RUF005 (the language adds tuples, it does not unpack into them)
+# ruff: noqa: SIM102 (what is known when compiling is asked first, and leaves no code)
 
 from __future__ import annotations
 
@@ -242,15 +245,19 @@ def _total(a, b, c, d):
 @gluon.jit
 def sparse_few_kernel(
     x_ptr, words_ptr, bias_ptr, x_scales_ptr, scales_ptr, out_ptr, M, N, x_stride, units,
-    KIND: gl.constexpr, BLOCKS: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr,
-    WIDE: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
+    words_1, bias_1, scales_1, out_1, N_1,  # last, which leaves the code for one matrix as it was
+    words_2, bias_2, scales_2, out_2, N_2,
+    MATRICES: gl.constexpr, KIND: gl.constexpr, BLOCKS: gl.constexpr, COUNT: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, HAS_BIAS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """``x W^T + bias`` [M, N] for x [M, 32 * units] and W [N, ...] in cuSPARSELt's form, both int32 words.
+    """``x W^T + bias`` [M, N] for x [M, 32 * units] and W [N, ...] in cuSPARSELt's form, both int32 words;
+    and for the second and third W (MATRICES).
 
-    A program has 16 * BLOCKS rows of W (1, 2 or 4 blocks; N a multiple of 64) and all columns. KIND: "bf16"
-    or "f16"; "s8" or "e4m3", whose sums are multiplied with the scales, float32, of rows of x [M] and of W
-    [N]. COUNT: 8 or 16, at least M. STAGES: units that a warp has on their way. WIDE: x is read
-    16 bytes at once, half of them for nothing. `x_stride`: in words.
+    A program has 16 * BLOCKS rows of one W (1, 2 or 4 blocks; N a multiple of 64) and all columns: its first
+    index counts them, its second the matrices, which have the same type and columns. KIND: "bf16" or "f16";
+    "s8" or "e4m3", whose sums are multiplied with the scales, float32, of rows of x [M] and of W [N]. COUNT:
+    8 or 16, at least M. STAGES: units that a warp has on their way. WIDE: x is read 16 bytes at once, half
+    of them for nothing. `x_stride`: in words.
     """
     BITS: gl.constexpr = 8 if KIND == "s8" or KIND == "e4m3" else 16
     WORDS: gl.constexpr = 16 // BITS  # of metadata that a thread has of each part of a unit
@@ -293,8 +300,17 @@ def sparse_few_kernel(
             m = gl.minimum(lane // 4 + 8 * eight, M - 1)
             x_at = x_at + (own * 32 + (m * x_stride + lane % 4 // 2 * 8 + lane % 2)[None, :],)
     own_x = own_values if WIDE else own
-    rows = ()
+    if MATRICES > 1:
+        if gl.program_id(1) == 1:
+            words_ptr, bias_ptr, scales_ptr, out_ptr, N = words_1, bias_1, scales_1, out_1, N_1
+    if MATRICES > 2:
+        if gl.program_id(1) == 2:
+            words_ptr, bias_ptr, scales_ptr, out_ptr, N = words_2, bias_2, scales_2, out_2, N_2
     first_row = gl.program_id(0) * (16 * BLOCKS)
+    if MATRICES > 1:
+        if first_row >= N:  # of a matrix with fewer rows than another
+            return
+    rows = ()
     for block in gl.static_range(BLOCKS):
         row = first_row + 16 * block
         # A row's values are 16 words a unit, the metadata of 64 rows 128 or 256.

@@ -13,18 +13,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from harness.kernels import dense, fp8, int8, weight_only  # noqa: F401 - they register the products
+from harness.kernels import (  # noqa: F401 - they register the products
+    dense,
+    fp8,
+    int8,
+    semi_structured,
+    weight_only,
+)
 from harness.kernels.traced import Changes, example_of, operand_of
 
 __all__ = ["fold_residuals"]
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _DENSE = torch.ops.harness.linears.default
+_SPARSE = torch.ops.harness.semi_structured_linear.default
 _BIASES = {
     torch.ops.harness.weight_only_linear.default: 4,
     torch.ops.harness.int8_linear.default: 3,
     torch.ops.harness.int8_linear_of_codes.default: 4,
     torch.ops.harness.float8_linear_of_codes.default: 4,
+    torch.ops.harness.semi_structured_few_8_bit.default: 4,
+    _SPARSE: 2,
 }
 """Which argument of a product is its bias."""
 
@@ -62,7 +71,8 @@ def _product_of(node: Any) -> fx.Node | None:
     """The product without a bias whose only use `node` is, perhaps in another shape."""
     while isinstance(node, fx.Node) and len(node.users) == 1:
         if node.op == "call_function" and node.target in _BIASES:
-            return node if operand_of(node, _BIASES[node.target], "bias") is None else None
+            is_free = operand_of(node, _BIASES[node.target], "bias") is None
+            return node if is_free and _adds_before_it_rounds(node) else None
         if node.op == "call_function" and node.target is operator.getitem and node.args[1] == 0:
             of = node.args[0]
             if not isinstance(of, fx.Node) or of.target is not _DENSE or len(of.users) != 1:
@@ -76,6 +86,11 @@ def _product_of(node: Any) -> fx.Node | None:
         )
         node = node.args[0] if is_shape else None
     return None
+
+
+def _adds_before_it_rounds(product: fx.Node) -> bool:
+    """Whether a product adds its bias in float32; of 2:4 weights the library may round its own sums first."""
+    return product.target is not _SPARSE or bool(operand_of(product, 5, "reads_rows"))
 
 
 def _can_be_bias(

@@ -86,7 +86,7 @@ class Writing:
 
 _ALL = tuple(PLANES)
 MOST_MATRICES = 3
-"""Matrices that share a launch of *vector* or *few*."""
+"""Matrices that share a launch of *vector* or *few*, or of *2:4 few*."""
 SHARING = ("vector", "few")
 """Kernels that multiply several matrices in one launch, and take what `takes_vector` says."""
 # Of *matrix*, in steps of a program: its start and end, the launch that adds up, and sums added in one.

@@ -2,7 +2,7 @@
 
 The library pads one row to eight, and takes for it nearly twice the time of a dense product. For up to
 `MOST_ROWS` rows a kernel of the project's own (`harness.kernels.gluon_sparse_rows`) reads the same bytes;
-they are not stored twice.
+they are not stored twice. Matrices that read the same x may share a launch.
 
 The form is not documented. What is known of it was found by compressing matrices on compute capability 9.0:
 
@@ -17,11 +17,14 @@ decoded and compared first, when the matrix was compressed (`is_readable`).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.kernels.selection import MOST_MATRICES
 from harness.kernels.weight_only import has_triton, runs_vector
 
 if TYPE_CHECKING:
@@ -36,8 +39,11 @@ __all__ = [
     "launch_for",
     "multiply",
     "multiply_8_bit",
+    "multiply_several",
+    "multiply_several_8_bit",
     "places",
     "prepare",
+    "prepare_several",
     "unpack",
 ]
 
@@ -45,7 +51,7 @@ NAME = "triton 2:4 few"
 MOST_ROWS = 8
 """What an instruction multiplies at once; the library pads to as many."""
 
-_MANY_ROWS = 8192  # of a matrix: enough programs that each needs less on its way
+_MANY_ROWS, _MOST_ROWS = 8192, 16384  # of the matrices: from here on each program needs less on its way
 _BLOCK_ROWS = 64  # what the metadata is in blocks of
 _UNIT_WORDS = 32  # of a row of x, 128 bytes: what a warp reads at once
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "s8", torch.float8_e4m3fn: "e4m3"}
@@ -91,13 +97,19 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def launch_for(rows: int, out_features: int, dtype: torch.dtype) -> SparseLaunch:
-    """How so many rows are multiplied with a matrix of so many, both of this type."""
+    """How so many rows are multiplied with matrices of so many in all, both of this type.
+
+    Where few programs run, each has more on its way; where many do, two blocks share what is read of x.
+    """
     many = out_features >= _MANY_ROWS
     if dtype.itemsize == 1:
-        # Two blocks share what is read of x, which float8 also has to take apart: its products are float16's.
+        # float8 also has to take x apart: its products are float16's.
         if many and (rows > 1 or dtype == torch.float8_e4m3fn):
             return SparseLaunch(blocks=2, warps=4, stages=1)
-        return SparseLaunch(blocks=1, warps=4, stages=2)
+        alone = rows == 1 and not many and dtype == torch.int8
+        return SparseLaunch(blocks=1, warps=4, stages=4 if alone else 2)
+    if out_features >= _MOST_ROWS:
+        return SparseLaunch(blocks=2, warps=4, stages=1)
     if rows == 1:
         return SparseLaunch(blocks=1, warps=4, stages=2 if many else 4)
     if many:
@@ -195,6 +207,89 @@ def multiply_8_bit(
     return prepare(codes, packed, bias, out_features, launch, scales=(rows, columns), dtype=dtype).run()
 
 
+@torch.library.custom_op("harness::semi_structured_linears", mutates_args=())
+def multiply_several(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+) -> list[torch.Tensor]:
+    """`multiply` of the same rows x [rows, in] for each matrix, in one launch where it takes so many.
+
+    That is the launch for as many rows as all matrices have; another one adds up in another order.
+
+    Args:
+        packed, out_features: of each matrix. biases: of each, or none at all.
+    """
+    return _several(x, packed, biases, out_features)
+
+
+@multiply_several.register_fake
+def _(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], out) for out in out_features]
+
+
+@torch.library.custom_op("harness::semi_structured_few_8_bit_several", mutates_args=())
+def multiply_several_8_bit(
+    codes: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    columns: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """`multiply_8_bit` of the same codes [rows, in] for each matrix, as `multiply_several`.
+
+    Args:
+        rows: float32 [rows, 1].
+        packed, columns: of each matrix, columns float32 [out]. biases: of each and all of one type, or none.
+    """
+    out_features = [each.shape[0] for each in columns]
+    return _several(codes, packed, biases, out_features, scales=(rows, columns), dtype=dtype)
+
+
+@multiply_several_8_bit.register_fake
+def _(
+    codes: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    rows: torch.Tensor,
+    columns: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    return [codes.new_empty(codes.shape[0], each.shape[0], dtype=dtype) for each in columns]
+
+
+def _several(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+    *,
+    scales: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
+    if len(packed) <= MOST_MATRICES:
+        launch = launch_for(x.shape[0], sum(out_features), x.dtype)
+        call, outputs = prepare_several(x, packed, biases, out_features, launch, scales=scales, dtype=dtype)
+        call.run()
+        return outputs
+    given: Sequence[torch.Tensor | None] = biases or [None] * len(packed)
+    if scales is None:
+        return [multiply(x, *each) for each in zip(packed, given, out_features, strict=True)]
+    row_scales, columns = scales
+    assert dtype is not None
+    return [
+        multiply_8_bit(x, matrix, row_scales, of_columns, bias, dtype)
+        for matrix, of_columns, bias in zip(packed, columns, given, strict=True)
+    ]
+
+
 def prepare(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -206,27 +301,60 @@ def prepare(
     dtype: torch.dtype | None = None,
 ) -> Call:
     """The launch of `multiply`, or with scales of `multiply_8_bit` (rows, columns); here up to 16 rows."""
+    biases = [] if bias is None else [bias]
+    own = None if scales is None else (scales[0], [scales[1]])
+    return prepare_several(x, [packed], biases, [out_features], launch, scales=own, dtype=dtype)[0]
+
+
+def prepare_several(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    out_features: Sequence[int],
+    launch: SparseLaunch,
+    *,
+    scales: tuple[torch.Tensor, Sequence[torch.Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Call, list[torch.Tensor]]:
+    """One launch for up to `MOST_MATRICES` matrices, and where its results are; up to 16 rows.
+
+    Args:
+        biases: one for each matrix and all of one type, or none at all.
+        scales: of the rows, float32 [rows, 1], and of each matrix, float32 [out].
+        dtype: of the results; by default x's.
+    """
     from harness.kernels.gluon_sparse_rows import sparse_few_kernel
     from harness.kernels.triton_weight_only import Call
 
-    y = torch.empty(x.shape[0], out_features, dtype=dtype or x.dtype, device=x.device)
-    words, x_words = packed.reshape(-1).view(torch.int32), _in_words(x)
-    absent = words  # of its own type, and not read
-    row_scales, column_scales = (absent, absent) if scales is None else (each.contiguous() for each in scales)
+    rows = x.shape[0]
+    outputs = [torch.empty(rows, out, dtype=dtype or x.dtype, device=x.device) for out in out_features]
+    words = [each.reshape(-1).view(torch.int32) for each in packed]
+    absent = words[0]  # of its own type, and not read
+    row_scales, columns = (absent, None) if scales is None else (scales[0].contiguous(), scales[1])
+    matrices: list[tuple[Any, ...]] = []
+    for place in range(MOST_MATRICES):
+        index = place if place < len(packed) else 0  # an absent matrix is another one, which is not read
+        own_scales = absent if columns is None else columns[index].contiguous()
+        bias = biases[index].contiguous() if biases else absent
+        matrices.append((words[index], bias, own_scales, outputs[index], out_features[index]))
+    (first, bias, own_scales, output, out), *others = matrices
+    x_words = _in_words(x)
     arguments = (
-        x_words, words, absent if bias is None else bias, row_scales, column_scales, y,
-        x.shape[0], out_features, x_words.stride(0), x_words.shape[1] // _UNIT_WORDS,
+        x_words, first, bias, row_scales, own_scales, output,
+        rows, out, x_words.stride(0), x_words.shape[1] // _UNIT_WORDS, *itertools.chain(*others),
     )  # fmt: skip
     constants = {
+        "MATRICES": len(packed),
         "KIND": _KINDS[x.dtype],
         "BLOCKS": launch.blocks,
-        "COUNT": 8 if x.shape[0] <= 8 else 16,
+        "COUNT": 8 if rows <= 8 else 16,
         "STAGES": launch.stages,
         "WIDE": launch.wide,
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": bool(biases),
         "num_warps": launch.warps,
     }
-    return Call(sparse_few_kernel, (out_features // (16 * launch.blocks),), arguments, constants, y)
+    grid = (max(out_features) // (16 * launch.blocks), len(packed))
+    return Call(sparse_few_kernel, grid, arguments, constants, outputs[0]), outputs
 
 
 def _in_words(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ __all__ = [
     "is_input",
     "join",
     "operand_of",
+    "same_values",
     "several",
     "source_of",
+    "value_read",
 ]
 
 _RESHAPES = ("reshape", "view")
@@ -30,6 +32,10 @@ _OPERATORS = (
 )
 """Of Python's `operator`: those that change their first argument; methods of tensors have two lines around
 the name."""
+_PURE_METHODS = frozenset(("reshape", "view", "float", "abs", "amax", "clamp", "to"))
+_PURE_FUNCTIONS = frozenset(
+    (torch.full_like, torch.ones_like, torch.where, torch.round, operator.truediv, operator.mul, operator.lt)
+)
 
 
 def example_of(node: Any) -> torch.Tensor | None:
@@ -183,6 +189,57 @@ class Groups:
             self._all.append(calls)
         calls.append(call)
         self._open[key] = begin, calls
+
+
+def same_values(graph: fx.Graph) -> dict[fx.Node, tuple[int, int]]:
+    """A number for each node's value, and how many nodes before it change something in place.
+
+    Each layer rounds x for itself; this sees that the outcome is the same. Two nodes with the same pair have
+    the same value for all that come before the next change (`value_read`). Only the arithmetic of rounding
+    counts; any other node has a number of its own.
+    """
+    known: dict[Hashable, int] = {}  # what makes up a value, and its number
+    found: dict[fx.Node, tuple[int, int]] = {}
+    changed = 0
+    for node in graph.nodes:
+        is_own = _changes_own(node)
+        if _changed_by(node) and not is_own:
+            changed += 1
+        found[node] = len(known), changed
+        key = (changed, _arithmetic(node, found)) if _is_pure(node) or is_own else node
+        found[node] = known.setdefault(key, len(known)), changed
+    return found
+
+
+def value_read(values: dict[fx.Node, tuple[int, int]], node: fx.Node, reader: fx.Node) -> Hashable:
+    """What a reader finds in a node: the same for two readers only where they find the same value, if both
+    come after the same number of changes (the second of `same_values`)."""
+    # What one of two nodes had before a change may be what was changed.
+    return values[node] if values[node][1] == values[reader][1] else node
+
+
+def _arithmetic(node: fx.Node, values: dict[fx.Node, tuple[int, int]]) -> Hashable:
+    """A call and the values that it reads, as text, which tells 1, 1.0 and True apart."""
+
+    def read(each: fx.Node) -> str:
+        return f"value {value_read(values, each, node)}"
+
+    args, kwargs = fx.map_arg([*node.args], read), fx.map_arg(dict(node.kwargs), read)
+    return node.target, repr(args), repr(sorted(kwargs.items()))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _PURE_METHODS
+    return node.op == "call_function" and node.target in _PURE_FUNCTIONS and not _changed_by(node)
+
+
+def _changes_own(node: fx.Node) -> bool:
+    """Whether a node clamps what was rounded for nothing else."""
+    if node.op != "call_method" or node.target != "clamp_":
+        return False
+    of = node.args[0]
+    return isinstance(of, fx.Node) and of.target is torch.round and len(of.users) == 1
 
 
 def several(groups: Iterable[Sequence[fx.Node]], most: int) -> Iterator[Sequence[fx.Node]]:

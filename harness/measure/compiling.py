@@ -132,9 +132,11 @@ def _rewritten_inductor(module: fx.GraphModule, inputs: list[Any]) -> Callable[.
     from harness.kernels.rewriting_attention import rewrite_decode_attention
     from harness.kernels.rewriting_int8 import join_int8
     from harness.kernels.rewriting_residual import fold_residuals
+    from harness.kernels.rewriting_sparse import join_sparse
 
     rewrite_linears(module)
     join_int8(module)
+    join_sparse(module)
     fold_residuals(module)
     rewrite_decode_attention(module)
     made: Any = compile_fx(module, inputs, config_patches=_options(inputs))

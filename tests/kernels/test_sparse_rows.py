@@ -243,7 +243,13 @@ def test_where_rows_are_many_a_program_has_less_on_its_way_or_shares_x():
     assert few.blocks == many.blocks == 1
     assert sparse_rows.launch_for(8, 4096, torch.bfloat16).wide
     assert [sparse_rows.launch_for(8, 11008, dtype).blocks for dtype in TYPES] == [2] * len(TYPES)
-    assert sparse_rows.launch_for(1, 11008, torch.int8).blocks == 1
+    few, many = (sparse_rows.launch_for(1, out, torch.int8) for out in (4096, 11008))
+    assert (few.stages, many.stages) == (4, 2)
+    assert few.blocks == many.blocks == 1
+    assert sparse_rows.launch_for(8, 4096, torch.int8).stages == 2
+    for rows in (1, 8):
+        launch = sparse_rows.launch_for(rows, 2 * 11008, torch.bfloat16)
+        assert (launch.blocks, launch.stages) == (2, 1)
     assert sparse_rows.launch_for(1, 11008, torch.float8_e4m3fn).blocks == 2
 
 
