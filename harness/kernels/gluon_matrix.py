@@ -3,11 +3,11 @@
 Computes ``y.T = W x.T``: of the operands of ``wgmma`` the first may come from registers. Field `f` of the 16
 words of a tile's row is columns ``16 f`` to ``16 f + 15`` of the matrix, which is what one such instruction
 sums over. So words are read in the layout of that operand, each of their fields is unpacked where it is, and
-x is read as it lies; no unpacked weight passes through shared memory. While the tensor cores work on one
-field, the next is unpacked.
+x is read as it lies; no unpacked weight passes through shared memory.
 
-What limits such products is how often the programs read x again. A block of weights takes a quarter of the
-bytes of as many activations, so the blocks of the result are taller in W than in x.
+Unpacking is most of what the warps do, and the wider a block is in x, the more products an unpacked weight
+serves: 128 x 256 has as many sums as registers hold. Three products of a warp are in flight while the next
+field is unpacked, so the tensor cores have work where the warps wait for each other.
 
 The language is Gluon, Triton's own for explicit layouts; it has no interpreter.
 """
@@ -86,8 +86,8 @@ def weight_only_matrix_kernel(
     x, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr, partials_ptr,
     M, N, tiles, zero_bytes, tiles_per_group, blocks_m, whole, splits, tiles_per_split, even, odd,
     BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, SCALES: gl.constexpr,
-    ZEROS: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN: gl.constexpr,
-    EACH: gl.constexpr, num_warps: gl.constexpr,
+    ZEROS: gl.constexpr, HAS_BIAS: gl.constexpr, EVEN: gl.constexpr, EACH: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``x W^T + bias`` [M, N] in a 16-bit type.
 
@@ -106,6 +106,8 @@ def weight_only_matrix_kernel(
     rows: gl.constexpr = gl.SliceLayout(1, operand)
 
     unit = gl.program_id(0)
+    # Bounds are computed even where nothing is shared out: with constant ones the loop comes out in a form
+    # for which the assembler waits for every product.
     shared_out = unit >= whole
     block = gl.where(shared_out, whole + (unit - whole) // splits, unit)
     first = gl.where(shared_out, (unit - whole) % splits * tiles_per_split, 0)
@@ -123,19 +125,9 @@ def weight_only_matrix_kernel(
         mbarrier.init(arrived.index(stage), count=1)
     fence_async_shared()
     words, scale, zero = _load_tile(
-        codes_ptr,
-        scales_ptr,
-        zeros_ptr,
-        words_at,
-        n,
-        first,
-        N,
-        zero_bytes,
-        tiles_per_group,
-        SCALES,
-        ZEROS,
-        EACH,
-    )
+        codes_ptr, scales_ptr, zeros_ptr, words_at, n, first,
+        N, zero_bytes, tiles_per_group, SCALES, ZEROS, EACH,
+    )  # fmt: skip
     for stage in gl.static_range(STAGES - 1):
         _fetch(x, buffers, arrived, first_m, first * 2 + stage, last, stage, BLOCK_M)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, sums)
