@@ -92,6 +92,7 @@ SHARING = ("vector", "few")
 # Of *matrix*, in steps of a program: its start and end, the launch that adds up, and sums added in one.
 _AROUND, _ADDING, _ADDED = 5, 3, 64
 _MOST_SPLITS = 16
+_LEAST_WEIGHTS = 1 << 23  # of *matrix*: with twice as many it gains a tenth at 512 rows, with few it loses
 _MOST_COLUMNS = 1 << 15  # of *vector*: 64 KiB of shared memory
 
 WRITING = Writing(block_n=32)
@@ -156,7 +157,7 @@ def select(
             and not (rule.launch.kernel == "small" and form.has_float_zeros)
             and not (rule.launch.kernel == "wide" and form.is_table)
             and not (rule.launch.kernel in SHARING and not (vector and takes_vector(form)))
-            and not (rule.launch.kernel == "matrix" and not (matrix and takes_matrix(form)))
+            and not (rule.launch.kernel == "matrix" and not (matrix and _gains_by_matrix(form)))
             and not (rule.launch.kernel != "gemv" and form.has_outliers)
         ):
             return rule.launch
@@ -186,6 +187,11 @@ def takes_matrix(form: Form) -> bool:
         and not form.has_float_zeros
         and not form.has_outliers
     )
+
+
+def _gains_by_matrix(form: Form) -> bool:
+    """Of small matrices the start and the end of a program are most of its time."""
+    return takes_matrix(form) and form.columns * form.out_features >= _LEAST_WEIGHTS
 
 
 def split_blocks(blocks: int, tiles: int, processors: int) -> tuple[int, int]:

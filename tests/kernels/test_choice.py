@@ -58,9 +58,8 @@ def test_without_cuda_weights_are_dequantized():
         (4, 1, "triton w4a16 vector"),
         (4, 2, "triton w4a16 few"),
         (4, 9, "triton w4a16 fused"),
-        (4, 17, "triton w4a16 matrix"),
-        (4, 2048, "triton w4a16 matrix"),
-        (4, 2049, "triton dequantize+matmul"),
+        (4, 128, "triton w4a16 fused"),
+        (4, 129, "triton dequantize+matmul"),
         (8, 1, "triton w8a16 wide"),
         (8, 16, "triton w8a16 fused"),
         (3, 1, "triton w3a16 vector"),
@@ -181,6 +180,16 @@ def test_sixteen_rows_are_read_again_where_there_are_many_outputs():
     assert [select(form, 16, 16).kernel for form in (few, many)] == ["fused", "few"]
     assert select(many, 17, 16, matrix=False).kernel == "fused"
     assert select(many, 8, 16, vector=False).kernel == "fused"
+
+
+def test_small_matrices_are_left_to_other_kernels():
+    small, large = (replace(form_of(), columns=size, out_features=4096) for size in (2047, 2048))
+    assert [select(small, rows, 16) and select(small, rows, 16).kernel for rows in (64, 512)] == [
+        "fused",
+        None,
+    ]
+    assert [select(large, rows, 16).kernel for rows in (64, 512)] == ["matrix", "matrix"]
+    assert takes_matrix(small)
 
 
 def test_the_blocks_of_hoppers_kernel_grow_with_the_rows():
