@@ -110,6 +110,6 @@ def add_blocks(
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with rows that begin at multiples of 16 bytes, which the copy engine asks for."""
-    is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    """x with rows that begin at multiples of 16 bytes and do not overlap, which the copy engine asks for."""
+    is_aligned = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1] and x.data_ptr() % 16 == 0
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

@@ -54,7 +54,8 @@ def test_rows_of_any_stride():
 
     matrix = on_grid((300, 512), 4, 128, "packed", "cuda")
     base = torch.randn(70, 520, device="cuda", dtype=torch.bfloat16)
-    for x in (base[:, 8:], base[:, 3:515], base[:, :512], base[::2, :512], base[:, :512].contiguous()):
+    once = base[:1, :512].expand(70, 512)
+    for x in (base[:, 8:], base[:, 3:515], base[:, :512], base[::2, :512], base[:, :512].contiguous(), once):
         y = triton_weight_only.multiply(x, matrix, None, LAUNCHES[0][0])
         assert torch.equal(y, triton_weight_only.multiply(x.clone(), matrix, None, LAUNCHES[0][0]))
         expected = x.double() @ dense_of(matrix).double().T
