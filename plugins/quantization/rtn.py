@@ -192,8 +192,9 @@ def _head_name(model: nn.Module, options: RtnOptions) -> str:
     if found is None or not isinstance(found[1], nn.Linear):
         raise NotApplicable("include_lm_head: the model has no linear output head")
     name, head = found[0], found[1]
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if options.bits < 16 and embeddings.weight is head.weight and not options.untie:
+    # An embedding that another method packed has no weight, and shares none.
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if options.bits < 16 and getattr(embedding, "weight", None) is head.weight and not options.untie:
         raise NotApplicable(_TIED)
     if options.ragged == "raise" and not _divides(options, head):
         raise NotApplicable(

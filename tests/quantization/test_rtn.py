@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness_plugins.quantization import gptq, smoothquant
+from harness_plugins.quantization import gobo, gptq, smoothquant
 from harness_plugins.quantization.rtn import METHOD, RtnOptions
 from harness_plugins.sparsity import nm_prune
 
@@ -12,6 +12,7 @@ from harness.chain import parse_chain
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.measure.effect import measure_effect, snapshot
 from harness.models.info import info_from_config
+from harness.nn.codebook_embedding import CodebookEmbedding
 from harness.nn.quantized import Int8Linear, QuantizedLinear
 from harness.nn.quantizer import quantize_activation, quantize_weight
 from harness.nn.rounded_input import RoundedInputLinear
@@ -225,6 +226,16 @@ def test_the_head_on_request(apply, logits):
         apply(METHOD, tiny_model("llama"), include_lm_head=True, bits=8)
     with pytest.raises(NotApplicable, match="no linear output head"):
         apply(METHOD, tiny_model("encoder"), include_lm_head=True, untie=True, bits=8)
+
+
+def test_a_head_beside_a_packed_embedding(apply, logits):
+    model = tiny_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied
+    packed = apply(gobo.METHOD, model, last_in_chain=False, embeddings=True, targets=r"\.0\.")
+    model = apply(METHOD, packed, include_lm_head=True, bits=8)
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert isinstance(model.get_input_embeddings(), CodebookEmbedding)
+    assert bool(torch.isfinite(logits(model)).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
