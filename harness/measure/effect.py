@@ -8,7 +8,7 @@ memory that is really held, set against what the method's bits and zeros would a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from harness.measure.linears import (
     is_embedding_like,
     linear_states,
     own_parameter_count,
+    packed_rows,
     parameter_count,
 )
 from harness.measure.memory import weight_bytes
@@ -106,11 +107,16 @@ def _module_effects(
     linears: Mapping[str, LinearState],
 ) -> tuple[ModuleEffect, ...]:
     effects = []
+    # A packed embedding may keep its rows in a module of its own: both are one thing that is stored.
+    packed = {name for name, module in model.named_modules() if packed_rows(module)}
     for name, module in model.named_modules():
-        if _inside_any(name, linears):
+        if _inside_any(name, linears) or _inside_any(name, packed):
             continue
         if name in linears:
             effects.append(_linear_effect(name, linears[name], before, after, differing))
+        elif name in packed:
+            if any(_is_within(inner, name) for inner in differing):
+                effects.append(_packed_embedding_effect(name, module, before))
         elif name in differing:
             effects.append(_other_effect(name, module, before))
     return tuple(effects)
@@ -157,6 +163,25 @@ def _other_effect(name: str, module: nn.Module, before: Snapshot) -> ModuleEffec
         stored_bits_per_weight=8 * held / parameters if is_embedding_like(module) and parameters else None,
         simulated=bool(getattr(module, "simulated", False)),
         kernel=getattr(module, "kernel_name", None),
+    )
+
+
+def _packed_embedding_effect(name: str, module: nn.Module, before: Snapshot) -> ModuleEffect:
+    inside = list(module.modules())
+    own = [(key, tensor) for each in inside for key, tensor in own_tensors(each)]
+    weights = bytes_per_tensor(tensor for key, tensor in own if key != "bias")  # that of a tied head
+    kernels = (getattr(each, "kernel_name", None) for each in inside)
+    return ModuleEffect(
+        module=name,
+        kind=type(module).__name__,
+        changed=True,
+        dtype="+".join(sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in own})),
+        parameters=sum(map(own_parameter_count, inside)),
+        bytes_before=before.bytes_by_module.get(name, 0),
+        bytes_after=bytes_per_tensor(tensor for _, tensor in own),
+        stored_bits_per_weight=8 * weights / packed_rows(module),
+        simulated=any(getattr(each, "simulated", False) for each in inside),
+        kernel=next((kernel for kernel in kernels if kernel), None),
     )
 
 
@@ -280,7 +305,7 @@ def _is_within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 
-def _inside_any(name: str, outers: Mapping[str, LinearState]) -> bool:
+def _inside_any(name: str, outers: Collection[str]) -> bool:
     parent = name.rpartition(".")[0]
     while parent:
         if parent in outers:

@@ -16,6 +16,8 @@ from harness.measure.effect import measure_effect, snapshot
 from harness.measure.linears import nm_pattern
 from harness.measure.memory import weight_bytes
 from harness.nn.anatomy import blocks_of
+from harness.nn.quantized_embedding import quantize_embedding
+from harness.nn.quantizer import quantize_weight
 from harness.nn.surgery import linear_from, replace_linears, replace_module
 
 PROBE = torch.arange(32).reshape(2, 16) * 5 % 256
@@ -249,6 +251,27 @@ def test_realised_and_theoretical_ratio_are_told_apart(tiny_opt):
 def test_packed_weights_count_as_the_parameters_they_stand_for(tiny_opt):
     total = sum(parameter.numel() for parameter in tiny_opt.parameters())
     effect = effect_of(tiny_opt, lambda model: replace_linears(model, lambda _n, lin: Packed(lin)))
+    assert values(effect)["parameters"] == total
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_rows_of_a_packed_embedding_are_its_own(tiny_llama, bits, is_tied):
+    if not is_tied:
+        tiny_llama.lm_head.weight = nn.Parameter(tiny_llama.lm_head.weight.detach().clone())
+    total = sum(parameter.numel() for parameter in tiny_llama.parameters())
+
+    def pack(model) -> None:
+        assert quantize_embedding(model, lambda w: quantize_weight(w, bits=bits, sym=False)) == is_tied
+
+    effect = effect_of(tiny_llama, pack)
+    (found,) = [entry for entry in effect.effects if entry.changed]
+    rows = tiny_llama.get_input_embeddings().rows
+    held = sum(tensor.numel() * tensor.element_size() for tensor in rows.buffers())
+    weights = rows.out_features * rows.in_features
+    assert (found.module, found.parameters, found.bytes_after) == ("model.embed_tokens", weights, held)
+    assert found.bytes_before == weights * 4
+    assert bits < found.stored_bits_per_weight == 8 * held / weights < bits + 1
     assert values(effect)["parameters"] == total
 
 
