@@ -135,28 +135,28 @@ def mixed_precision(
         record: gets what was found: ``record(name, value, unit, note)``.
     """
     sites = activation_sites(model)
-    ranges = observe_ranges(
-        model,
-        sites,
-        batches,
-        method=options.range,
-        momentum=options.momentum,
-        bits=min(options.a_bits, 16),
-    )
-    shares = _shares(ranges)
+
+    def observed(bits: int) -> dict[Site, ActivationRange]:
+        return observe_ranges(
+            model, sites, batches, method=options.range, momentum=options.momentum, bits=min(bits, 16)
+        )
+
+    low = high = observed(options.a_bits)
+    if options.range == "mse" and options.hi_bits != options.a_bits:  # what to clip depends on the bits
+        high = observed(options.hi_bits)
+    shares = _shares(low)
     if options.sites is not None:
         chosen = tuple(kind for kind in options.sites if kind in shares)
     elif options.policy == "paper":
         chosen = PAPER_KINDS
     else:
-        chosen = _search(model, ranges, shares, options, batches, record)
+        chosen = _search(model, low, high, shares, options, batches, record)
     record("share_at_hi_bits", sum(shares[kind] for kind in chosen), "1", ", ".join(chosen) or None)
-    bits = {site: options.hi_bits if site.kind in chosen else options.a_bits for site in sites}
-    grids = {
-        site: tensor_grid(found.low, found.high, bits[site])
-        for site, found in ranges.items()
-        if bits[site] != _OFF
-    }
+    grids = {}
+    for site in sites:
+        bits, ranges = (options.hi_bits, high) if site.kind in chosen else (options.a_bits, low)
+        if bits != _OFF:
+            grids[site] = tensor_grid(ranges[site].low, ranges[site].high, bits)
     quantize_everywhere(model, sites, grids, bits=options.bits, w_gran=options.w_gran)
     return model
 
@@ -172,7 +172,8 @@ def _shares(ranges: Mapping[Site, ActivationRange]) -> dict[str, float]:
 
 def _search(
     model: nn.Module,
-    ranges: Mapping[Site, ActivationRange],
+    low_ranges: Mapping[Site, ActivationRange],
+    high_ranges: Mapping[Site, ActivationRange],
     shares: Mapping[str, float],
     options: MixedPrecisionOptions,
     batches: Sequence[torch.Tensor],
@@ -191,11 +192,11 @@ def _search(
             else ActivationQuantizer(tensor_grid(r.low, r.high, bits))
             for site, r in ranges.items()
         }
-        for bits in (options.a_bits, options.hi_bits)
+        for bits, ranges in ((options.a_bits, low_ranges), (options.hi_bits, high_ranges))
     )
 
     def loss(promoted: frozenset[str]) -> float:
-        modules = {site: (high if site.kind in promoted else low)[site] for site in ranges}
+        modules = {site: (high if site.kind in promoted else low)[site] for site in low}
         with put_for_now(model, modules):
             return output_distance(model, windows, reference)
 

@@ -74,6 +74,31 @@ def test_every_8_bits_more_are_256_times_finer(family):
     assert 100 <= errors[0] / errors[1] <= 700
 
 
+@pytest.mark.parametrize(
+    ("a_bits", "hi_bits", "choice"),
+    [
+        (8, 16, {"sites": ("ffn_sum",)}),
+        (8, 16, {"policy": "search", "tol": 0.0, "max_share": 1.0}),
+        (32, 8, {"sites": ("ffn_sum",)}),
+    ],
+)
+def test_a_range_is_clipped_for_the_bits_of_its_tensor(a_bits, hi_bits, choice):
+    """Clipping a few extremes is worth it at 8 bits; at 16 it costs more than finer steps save."""
+    model = tiny_model("llama")
+    tokens = torch.randint(256, (4, 24), generator=torch.Generator().manual_seed(0))
+    sites = activation_sites(model)
+    (last_sum,) = [site for site in sites if site.name == "1.ffn_sum"]
+    width = {
+        bits: observe_ranges(model, sites, [tokens], method="mse", bits=bits)[last_sum].width
+        for bits in (8, 16)
+    }
+    assert float(width[8]) < 0.99 * float(width[16])
+    options = MixedPrecisionOptions(range="mse", bits=16, a_bits=a_bits, hi_bits=hi_bits, **choice)
+    grid = mixed_precision(model, options, [tokens], lambda *_: None).model.norm.at_input
+    assert grid.a_bits == hi_bits
+    torch.testing.assert_close(grid.scale * (2**hi_bits - 1), width[hi_bits].view(1))
+
+
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_linear_layers_multiply_integers_on_the_grid_of_their_input(apply, family):
     model = apply(METHOD, tiny_model(family), sites=("ffn_in",))
