@@ -6,7 +6,8 @@ sparse replacement. A replacement keeps all that it stores in parameters and buf
 - ``simulated: bool``: it computes the paper's form in dense arithmetic (absent: it does not);
 - ``kernel_name: str``: what runs it;
 - ``bits: float``: the nominal bits of a stored weight, for the ratio on paper;
-- ``dense_weight() -> Tensor``: the weight [out, in] it stands for, so that its zeros can be counted.
+- ``dense_weight() -> Tensor``: the weight [out, in] it stands for, so that its zeros can be counted;
+- ``folded_biases: int``: biases that it holds inside another tensor, which count as parameters too.
 
 An embedding is anything with `num_embeddings` and `embedding_dim`: `nn.Embedding` and every packed
 replacement, which keeps its rows in buffers.
@@ -112,7 +113,9 @@ def _state(module: nn.Module) -> LinearState:
         kind=type(module).__name__,
         dtype=_dtype(module, weight_tensors),
         weights=weights,
-        parameters=weights + sum(bias.numel() for bias in bias_tensors),
+        parameters=weights
+        + sum(bias.numel() for bias in bias_tensors)
+        + int(getattr(module, "folded_biases", 0)),
         held_bytes=bytes_per_tensor(named.values()),
         weight_bytes=weight_bytes,
         stored_bits_per_weight=8 * weight_bytes / weights if weights else 0.0,

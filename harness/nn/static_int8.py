@@ -65,6 +65,7 @@ class StaticInt8Linear(PackedLinear):
             raise ConfigError(f"groups of {sum(sizes)} dimensions do not fit {in_features} columns")
         self.in_features, self.out_features = in_features, out_features
         self.sizes, self.a_bits = tuple(sizes), a_bits
+        self.folded_biases = 0  # parameters that are in `offset`
         groups = len(sizes)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -116,6 +117,7 @@ class StaticInt8Linear(PackedLinear):
         offset = (shift @ row_sums) * layer.scales.double()
         if bias is not None:
             offset += bias.detach().double()
+            layer.folded_biases = bias.numel()
         layer.offset = offset.float()
         return layer
 

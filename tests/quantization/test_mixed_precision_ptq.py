@@ -129,6 +129,14 @@ def test_only_what_no_kernel_computes_is_simulated(apply):
     assert not hasattr(norm, "at_output")
 
 
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_a_bias_inside_an_offset_is_still_a_parameter(apply, family):
+    model = tiny_model(family)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    effect = measure_effect(snapshot(model), apply(METHOD, model))
+    assert {record.metric: record.value for record in effect.records}["parameters"] == total
+
+
 def test_more_bits_for_a_planted_sum_save_the_other_dimensions():
     """Four dimensions of the FFN's output and sum 64 times wider, which the norm after them takes back."""
     model = tiny_model("encoder", layers=1)
