@@ -16,6 +16,14 @@ _FAMILIES = {
     "bert": ("bert",),
 }
 
+# transformers loads these as causal language models too, where `is_decoder` in their configuration is the
+# only thing that hides the tokens that follow. Without it their perplexity would be that of a copy.
+_SEE_WHAT_FOLLOWS = frozenset({
+    "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -91,8 +99,19 @@ def info_from_config(
     scratch: bool = False,
     modifiers: tuple[str, ...] = (),
 ) -> ModelInfo:
-    """Read a transformers configuration (a `PreTrainedConfig`)."""
+    """Read a transformers configuration (a `PreTrainedConfig`).
+
+    Raises:
+        ConfigError: sizes that no model has, or an encoder that would be measured as a decoder.
+        AttributeError: a size that every Transformer has is absent.
+    """
     model_type = config.model_type
+    is_decoder = getattr(config, "is_decoder", False)
+    if model_type in _SEE_WHAT_FOLLOWS and not is_decoder:
+        raise ConfigError(
+            f"model {label!r}: {model_type!r} is an encoder, and of encoders the harness knows BERT only: "
+            "as a decoder it would see the tokens that it is to predict"
+        )
     _check_sizes(config, label)
     family = next((name for name, types in _FAMILIES.items() if model_type in types), "other")
     heads = config.num_attention_heads
@@ -102,7 +121,7 @@ def info_from_config(
         or getattr(config, "n_inner", None)
         or 4 * config.hidden_size
     )
-    is_encoder = family == "bert" and not getattr(config, "is_decoder", False)
+    is_encoder = family == "bert" and not is_decoder
     return ModelInfo(
         label=label,
         family=family,
