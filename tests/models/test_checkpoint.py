@@ -110,6 +110,14 @@ def test_a_configuration_that_is_not_of_these_weights(folder, changes, message):
     _refused(folder, message)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_weights_that_are_quantized_already_are_refused(folder, key):
+    _configure(folder, **{key: {"quant_method": "compressed-tensors"}})
+    _refused(folder, rf"quantized already \({key} in config.json: compressed-tensors\)")
+    _configure(folder, **{key: None})
+    _load(folder)
+
+
 def test_an_encoder_is_not_measured_as_a_decoder_that_sees_what_it_predicts(tmp_path):
     from transformers import RobertaConfig, RobertaForCausalLM
 
