@@ -47,10 +47,11 @@ class ModelInfo:
     synthetic: bool = False  # random weights: speed and memory only
     scratch: bool = False  # untrained: the context's training loop trains it after the transform
     modifiers: tuple[str, ...] = ()
+    head_size: int | None = None  # of a head, where the configuration gives it (Qwen3, Gemma)
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
 
 # The largest Transformers have a tenth of these; what is larger is a slip or an attack on the memory.
@@ -138,4 +139,5 @@ def info_from_config(
         synthetic=synthetic,
         scratch=scratch,
         modifiers=modifiers,
+        head_size=getattr(config, "head_dim", None),
     )

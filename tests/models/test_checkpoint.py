@@ -132,6 +132,14 @@ def test_an_encoder_is_not_measured_as_a_decoder_that_sees_what_it_predicts(tmp_
     assert torch.equal(model(tokens).logits[:, :-1], model(others).logits[:, :-1])
 
 
+def test_heads_may_have_a_size_of_their_own():
+    from transformers import GPT2Config, Qwen3Config
+
+    config = Qwen3Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    assert info_from_config(config, "").head_dim == 64
+    assert info_from_config(GPT2Config(n_embd=128, n_head=4), "").head_dim == 32
+
+
 def test_all_that_transformers_loads_as_both_are_known():
     from transformers.models.auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
