@@ -27,6 +27,7 @@ __all__ = [
     "checkpoint_stamps",
     "needs_remote_code",
     "read_json",
+    "refuse_quantized",
     "weight_candidates",
 ]
 
@@ -82,7 +83,8 @@ def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: 
 
     Raises:
         ConfigError: no checkpoint, pickled weights or code that nobody asked for, an index that points
-            outside of the folder, a file that is cut short, sizes that the files cannot hold.
+            outside of the folder, a file that is cut short, sizes that the files cannot hold, weights that
+            are quantized already.
     """
     where = f"model directory {directory}"
     if not (directory / "config.json").is_file():
@@ -92,6 +94,7 @@ def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: 
             f"{where} holds an adapter (adapter_config.json), not a whole model; merge it first"
         )
     config = read_json(directory / "config.json")
+    refuse_quantized(config, where)
     if config.get("transformers_weights") is not None:
         raise ConfigError(
             f"{where}: config.json names a weights file (transformers_weights); only the usual names load"
@@ -115,6 +118,25 @@ def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint brings code of its own."""
     return bool(config.get("auto_map"))
+
+
+def refuse_quantized(config: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that another program quantized.
+
+    transformers gives them back as plain matrices, at the first pass or at once: they would be weighed and
+    timed as such, under the name of the small checkpoint, and a method would meet layers without a weight.
+
+    Raises:
+        ConfigError: config.json says that they are.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if found := config.get(key):
+            kind = found.get("quant_method") if isinstance(found, dict) else None
+            raise ConfigError(
+                f"{where}: its weights are quantized already ({key} in config.json"
+                + (f": {kind}" if kind else "")
+                + "), and the harness compresses and measures plain ones; name the model that it was made of"
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:

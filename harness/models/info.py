@@ -16,6 +16,14 @@ _FAMILIES = {
     "bert": ("bert",),
 }
 
+# transformers loads these as causal language models too, where `is_decoder` in their configuration is the
+# only thing that hides the tokens that follow. Without it their perplexity would be that of a copy.
+_SEE_WHAT_FOLLOWS = frozenset({
+    "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+    "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -39,10 +47,11 @@ class ModelInfo:
     synthetic: bool = False  # random weights: speed and memory only
     scratch: bool = False  # untrained: the context's training loop trains it after the transform
     modifiers: tuple[str, ...] = ()
+    head_size: int | None = None  # of a head, where the configuration gives it (Qwen3, Gemma)
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
 
 # The largest Transformers have a tenth of these; what is larger is a slip or an attack on the memory.
@@ -91,8 +100,19 @@ def info_from_config(
     scratch: bool = False,
     modifiers: tuple[str, ...] = (),
 ) -> ModelInfo:
-    """Read a transformers configuration (a `PreTrainedConfig`)."""
+    """Read a transformers configuration (a `PreTrainedConfig`).
+
+    Raises:
+        ConfigError: sizes that no model has, or an encoder that would be measured as a decoder.
+        AttributeError: a size that every Transformer has is absent.
+    """
     model_type = config.model_type
+    is_decoder = getattr(config, "is_decoder", False)
+    if model_type in _SEE_WHAT_FOLLOWS and not is_decoder:
+        raise ConfigError(
+            f"model {label!r}: {model_type!r} is an encoder, and of encoders the harness knows BERT only: "
+            "as a decoder it would see the tokens that it is to predict"
+        )
     _check_sizes(config, label)
     family = next((name for name, types in _FAMILIES.items() if model_type in types), "other")
     heads = config.num_attention_heads
@@ -102,7 +122,7 @@ def info_from_config(
         or getattr(config, "n_inner", None)
         or 4 * config.hidden_size
     )
-    is_encoder = family == "bert" and not getattr(config, "is_decoder", False)
+    is_encoder = family == "bert" and not is_decoder
     return ModelInfo(
         label=label,
         family=family,
@@ -119,4 +139,5 @@ def info_from_config(
         synthetic=synthetic,
         scratch=scratch,
         modifiers=modifiers,
+        head_size=getattr(config, "head_dim", None),
     )

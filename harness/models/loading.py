@@ -19,6 +19,7 @@ from harness.models.checkpoint import (
     checkpoint_stamps,
     needs_remote_code,
     read_json,
+    refuse_quantized,
 )
 from harness.models.info import ModelInfo, info_from_config
 from harness.models.known import known_info, remember_info
@@ -117,6 +118,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
     elif spec.source == "hub":
         commit = hub.resolve_commit(spec.name, spec.revision)
         directory = hub.fetch_description(spec.name, commit, trust_remote_code=spec.trust_remote_code)
+        refuse_quantized(read_json(directory / "config.json"), f"model {spec.name!r}")
         hub.remember(spec.name, spec.revision, "model", commit)
         info, remote = _read_info(directory, spec)
         identity = f"hub:{spec.name}@{commit}{remote}"

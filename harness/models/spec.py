@@ -60,11 +60,13 @@ def parse_model(text: str, *, trust_remote_code: bool = False, allow_pickle: boo
     """Parse the written form of a model; the existence of what it names is checked at loading.
 
     Raises:
-        ConfigError: nothing before the modifiers, an unknown source, a path that is no directory, a name that
-            can be read in two ways.
+        ConfigError: nothing before the modifiers, an unknown source, a path that is no directory, a null
+            character, a name that can be read in two ways.
         UnknownName: an unknown modifier.
     """
     label = text.strip()
+    if "\0" in label:  # no path has one, and the look-up of a home directory fails on it
+        raise ConfigError(f"model {text!r} holds a null character")
     base, *written = _split_modifiers(label)
     if not base:
         raise ConfigError(f"model {text!r} is empty")

@@ -202,7 +202,7 @@ def applies(info: ModelInfo, options: QBertOptions) -> str | None:
     heads, kv_heads = info.num_heads, info.num_kv_heads
     fused = 3 if info.family == "gpt2" else 1
     for what, rows, units in (
-        ("query", fused * info.hidden_size, fused * heads),
+        ("query", fused * heads * info.head_dim, fused * heads),
         ("key", fused * kv_heads * info.head_dim, fused * kv_heads),
         ("output", info.hidden_size, 1),
         ("FFN", info.ffn_size, 1),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.errors import ConfigError, HarnessError, NumericalFailure
+from harness.models.info import info_from_config
 from harness.models.loading import describe, load
 from harness.models.spec import parse_model
 
@@ -107,6 +108,50 @@ def test_a_sound_one_loads(folder):
 def test_a_configuration_that_is_not_of_these_weights(folder, changes, message):
     _configure(folder, **changes)
     _refused(folder, message)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_weights_that_are_quantized_already_are_refused(folder, key):
+    _configure(folder, **{key: {"quant_method": "compressed-tensors"}})
+    _refused(folder, rf"quantized already \({key} in config.json: compressed-tensors\)")
+    _configure(folder, **{key: None})
+    _load(folder)
+
+
+def test_an_encoder_is_not_measured_as_a_decoder_that_sees_what_it_predicts(tmp_path):
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    for is_decoder in (False, True):
+        config = RobertaConfig(**sizes, num_attention_heads=2, is_decoder=is_decoder)
+        RobertaForCausalLM(config).save_pretrained(tmp_path / str(is_decoder))
+    _refused(tmp_path / "False", "'roberta' is an encoder")
+    model = _load(tmp_path / "True").model
+    tokens = torch.arange(4, 16)[None]
+    others = tokens.index_fill(1, torch.tensor(11), 50)
+    assert torch.equal(model(tokens).logits[:, :-1], model(others).logits[:, :-1])
+
+
+def test_heads_may_have_a_size_of_their_own():
+    from transformers import GPT2Config, Qwen3Config
+
+    config = Qwen3Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    assert info_from_config(config, "").head_dim == 64
+    assert info_from_config(GPT2Config(n_embd=128, n_head=4), "").head_dim == 32
+
+
+def test_all_that_transformers_loads_as_both_are_known():
+    from transformers.models.auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() & MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        config = CONFIG_MAPPING[name]()
+        if hasattr(config, "is_decoder") and not config.is_encoder_decoder and name != "bert":
+            with pytest.raises(ConfigError, match="is an encoder"):
+                info_from_config(config, name)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "\0", "null", '{"a":' * 5000, "5", "\ufeff{}"])

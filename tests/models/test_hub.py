@@ -249,6 +249,15 @@ def test_pickled_weights_on_the_hub_are_refused_unless_asked_for(hub, checkpoint
     _load(_describe(allow_pickle=True))
 
 
+def test_quantized_weights_on_the_hub_are_refused_before_they_are_fetched(hub, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    hub.add("org/tiny", checkpoint)
+    with pytest.raises(ConfigError, match="'org/tiny': its weights are quantized already"):
+        _describe()
+    assert not hub.asked("model.safetensors")
+
+
 def test_shards_are_fetched_and_an_index_cannot_point_elsewhere(hub, checkpoint, tiny_llama):
     (checkpoint / "model.safetensors").unlink()
     tiny_llama.save_pretrained(checkpoint, max_shard_size="200KB")

@@ -51,6 +51,7 @@ def test_a_directory_may_have_a_plus_sign(tmp_path, monkeypatch):
         ("zoo:a+outlier", "did you mean 'outliers'"),
         ("zoo:a+outliers:k", "name=value"),
         ("not a model", "neither a hub id (organisation/name) nor a directory"),
+        ("~\0/model", "null character"),
     ],
 )
 def test_bad_texts(text, message):

@@ -240,6 +240,14 @@ def test_models_that_fit():
     assert "384 rows" in METHOD.applies(info("gpt2"), QBertOptions(groups=400))
 
 
+def test_the_rows_of_heads_that_have_a_size_of_their_own_are_counted():
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    assert METHOD.applies(info_from_config(config, ""), QBertOptions(groups=128)) is None
+    assert "128 rows" in METHOD.applies(info_from_config(config, ""), QBertOptions(groups=130))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
