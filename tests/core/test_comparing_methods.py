@@ -114,6 +114,15 @@ def test_a_state_of_the_moment_leaves_paired_rounds_alone(store, is_paired):
         assert "throttling: none and HwThermalSlowdown, in the rounds alike" in row.flags
 
 
+def test_a_ratio_of_bytes_is_no_time(store):
+    first, second = add_sweep(store), add_sweep(store, gpu={"driver": "590"}, workload={"jobs": 2})
+    add_cell(store, first, "a", Record("compression_ratio", 1.0, "x"), Record("transform_s", 1.0, "s"))
+    add_cell(store, second, "b", Record("compression_ratio", 2.0, "x"), Record("transform_s", 1.0, "s"))
+    ratio, time = compare_methods(store, "a", "b", allow_different=True)
+    assert (ratio.is_comparable, time.is_comparable) == (True, False)
+    assert (ratio.metric, ratio.ratio, ratio.verdict) == ("compression_ratio", 2.0, "2x smaller")
+
+
 def test_gates_are_not_judged_on_what_is_not_compared(store, compare):
     latency(store, add_sweep(store), "baseline", 0.01)
     latency(store, add_sweep(store, gpu={"driver": "590"}), "new", 0.03)
