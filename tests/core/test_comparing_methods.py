@@ -366,6 +366,21 @@ def test_the_break_even_batch_size_of_two_methods(store, compare):
     assert "new is faster below it" in table
 
 
+def test_sizes_of_a_break_even_are_drawn_by_themselves(store, compare):
+    # Readings that drift up at one size and down at the other: with one set of draws for both the crossing
+    # would seem to stand still.
+    sweep = add_sweep(store)
+    drift = [1 + 0.02 * (i - 7) for i in range(15)]
+    for shape, middle, drifting in (("b1-p8-g2", 1.25, drift), ("b64-p8-g2", 0.8, drift[::-1])):
+        add_cell(store, sweep, "baseline", timed("decode_latency", around(middle)), scenario=shape)
+        ratios = timed("decode_speedup", [middle * each for each in drifting], "x")
+        add_cell(store, sweep, "new", timed("decode_latency", around(1.0)), ratios, scenario=shape)
+    code, out, _ = compare("baseline", "new", "--break-even", "--format", "json")
+    (row,) = json.loads(out)
+    assert (code, set(row["bases"].values())) == (0, {"paired"})
+    assert row["upper"] / row["lower"] > 2
+
+
 def test_a_break_even_across_drivers_is_refused(store, compare):
     for batch in (1, 4):
         latency_of = {"baseline": add_sweep(store), "new": add_sweep(store, gpu={"driver": "590"})}
