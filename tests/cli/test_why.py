@@ -78,6 +78,7 @@ def test_a_sweep_is_explained(swept):
         (("gptq",), "unknown method in this store: 'gptq'"),
         (("rtn,gptq",), "unknown method in this store: 'gptq'"),
         (("rtn", "--scenarios", "b9-p9-g9"), "nothing was timed there"),
+        (("rtn", "--models", "./modle"), "unknown model in this store: './modle'"),
         (("rtn", "--sweep", "soon"), "--sweep takes a number or last"),
     ):
         failed = swept("why", *arguments)
