@@ -465,6 +465,13 @@ def test_the_exponent_over_prompt_lengths(store, path, capsys):
     assert "64 128 256" in table
     _, table, _ = scaling(path, capsys, "--format", "csv")
     assert table.splitlines()[0].split(",")[6:9] == ["exponent", "lower", "upper"]
+    for option, kind in (
+        ("--models", "timed model in this store"),
+        ("--methods", "timed method in this store"),
+        ("--metrics", "metric that grows with the prompt"),
+    ):
+        code, _, err = scaling(path, capsys, option, "nope")
+        assert (code, f"unknown {kind}: 'nope'" in err) == (2, True)
     # An empty list asks for nothing, here as in `harness results`.
     assert json.loads(scaling(path, capsys, "--metrics", "", "--format", "json")[1]) == []
 
