@@ -196,7 +196,7 @@ def choices(
     *,
     tasks: Sequence[str] | None = None,
     shapes: Sequence[str] | None = None,
-    whys: Mapping[tuple[str, str, int, str], str] | None = None,
+    whys: Mapping[tuple[str, str, int, str, str, str], str] | None = None,
 ) -> list[Choice]:
     """A choice for every model and shape in which the goal was measured.
 
@@ -204,7 +204,7 @@ def choices(
         rows: of methods against the baseline; those that are not comparable are passed over.
         most: the largest loss of any task, in fractions of a score or nats a token.
         tasks: only these count as losses.
-        whys: reasons by model, method, seed and cell.
+        whys: reasons by model, method, seed, cell, dtype and device.
     """
     kept = [row for row in rows if row.is_comparable]
     losses = _losses(kept, tasks)
@@ -231,7 +231,7 @@ def choices(
             upper=1 / lower,
             losses=own,
             standing=_standing(own, most, is_judged=row.model in judged, is_whole=not unscored),
-            why=(whys or {}).get((row.model, row.method_b, row.seed, row.cell), ""),
+            why=(whys or {}).get((row.model, row.method_b, row.seed, row.cell, row.dtype, row.device), ""),
             unscored=unscored,
         )
         found.setdefault((row.model, shape, row.device, row.dtype), []).append(candidate)

@@ -150,6 +150,8 @@ def scope_of(kind: str, unit: str, metric: str = "") -> Scope:
         return Scope.QUALITY
     if metric.endswith(("_mbu", "_mfu")):  # shares of the device's peaks
         return Scope.TIMING
+    if metric.endswith("compression_ratio"):  # of bytes, where other ratios are of times
+        return Scope.MEMORY
     numerator, _, denominator = unit.partition("/")
     if numerator in ("s", "ms", "us", "W", "J", "x") or denominator == "s":
         return Scope.TIMING

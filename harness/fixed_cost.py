@@ -53,9 +53,18 @@ def fixed_costs(times: Sequence[CellTime]) -> list[FixedCost]:
     found = []
     for before, own in itertools.pairwise(groups):
         whole = (own[0].started_at - before[0].started_at).total_seconds()
-        working = sum(time.seconds for time in before) + sum(time.making_s for time in own)
+        working = _spent_s(before) + sum(time.making_s for time in own)
         found.append(FixedCost(own[0].variant, whole - working))
     return found
+
+
+def _spent_s(times: Sequence[CellTime]) -> float:
+    """The seconds of a variant's cells. Where making it failed, each of them holds all that this took: what
+    began at one moment counts once."""
+    longest: dict[datetime, float] = {}
+    for time in times:
+        longest[time.started_at] = max(time.seconds, longest.get(time.started_at, 0.0))
+    return sum(longest.values())
 
 
 def read_cell_times(store: Store, sweep: int | None = None) -> list[CellTime]:

@@ -59,6 +59,8 @@ class Explanation:
     simulated: bool | None
     records: Mapping[str, Mapping[str, Any]]
     kernels: tuple[KernelUse, ...]
+    dtype: str = ""
+    device: str = ""
 
     def value(self, metric: str) -> float | None:
         record = self.records.get(metric)
@@ -85,6 +87,8 @@ class Explanation:
             "model": self.model,
             "method": self.method,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "device": self.device,
             "scenario": self.scenario,
             "synthetic": self.synthetic,
             "simulated": self.simulated,
@@ -135,11 +139,16 @@ def explanations(
         methods: as `harness.store.queries.results` takes them; None means all.
 
     Raises:
-        UnknownName: a method of which the store has no rows.
+        UnknownName: a method or a model of which the store has no rows.
         ConfigError: nothing was timed, or nothing of these methods was measured.
     """
     wanted = None if methods is None else list(methods)
+    models = None if models is None else list(models)
     frame = queries.results(store, sweep=sweep, models=models, methods=wanted, statuses=["ok"])
+    if lacking := [name for name in models or () if name not in set(frame["model"])]:
+        known = sorted(set(queries.results(store, sweep=sweep)["model"]))
+        if unknown := [name for name in lacking if name not in known]:
+            raise UnknownName("model in this store:", unknown[0], known)
     labels = set(frame["method"])
     # As the query takes them: a name alone also means every setting of it.
     labels |= {label.partition(":")[0] for label in labels if "+" not in label}
@@ -174,6 +183,8 @@ def explanations(
                 simulated=None if first["simulated"] is None else bool(first["simulated"]),
                 records=of_variants.get(int(first["variant"]), {}) | _records(rows),
                 kernels=store.kernels(int(first["cell"])),
+                dtype=first["dtype"],
+                device=first["device_name"],
             )
         )
     return found

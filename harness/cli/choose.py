@@ -141,7 +141,8 @@ def _measured(where: str, models: Sequence[str] | None, goal: Goal) -> tuple[Com
     for each in told:
         why = reason(goal, each.verdict or "", each.records)
         for cell in (each.scenario, "transform"):  # what is stored is the same in all shapes
-            whys.setdefault((each.model, each.method, each.seed, cell), why)
+            # Of several measurements the newest comes last, and is what is compared.
+            whys[each.model, each.method, each.seed, cell, each.dtype, each.device] = why
     return found, whys
 
 

@@ -30,11 +30,15 @@ def scaling(
     from harness.chain import split_optional
     from harness.cli.sweep import database
     from harness.comparing import length_sweeps
+    from harness.comparing.lengths import GROWING
+    from harness.errors import UnknownName
     from harness.store.store import Store
 
     with Store.open_readonly(database(db)) as store:
         found = length_sweeps(store, split_optional(models), split_optional(methods))
     wanted = split_optional(metrics)
+    if unknown := [name for name in wanted or () if name not in GROWING]:
+        raise UnknownName("metric that grows with the prompt:", unknown[0], GROWING)
     rows = [_row(sweep, output) for sweep in found if wanted is None or sweep.metric in wanted]
     columns = ["model", "method", "metric", "batch_size", "mode", "basis", "exponent"]
     columns += ["lengths", "local", "note"]

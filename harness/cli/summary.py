@@ -226,9 +226,7 @@ def _condition_notes(rows: Sequence[Row], conditions: Mapping[int, Conditions]) 
         by_label: dict[str, tuple[dict[str, list[int]], list[str]]] = {}
         for scope, task in _subjects(of_model):
             cells = dict.fromkeys(
-                row["cell"]
-                for row in of_model
-                if row["task"] == task and scope_of(row["kind"], row["unit"] or "") is scope
+                row["cell"] for row in of_model if row["task"] == task and _scope(row) is scope
             )
             for label, values in conditions_of([conditions[cell] for cell in cells], scope):
                 if label not in _SKIPPED_CONDITIONS:
@@ -247,7 +245,11 @@ def _condition_notes(rows: Sequence[Row], conditions: Mapping[int, Conditions]) 
 
 def _subjects(rows: Sequence[Row]) -> dict[tuple[Scope, str | None], None]:
     """What is compared with each other: timings, memory, and each task by itself."""
-    return dict.fromkeys((scope_of(row["kind"], row["unit"] or ""), row["task"]) for row in rows)
+    return dict.fromkeys((_scope(row), row["task"]) for row in rows)
+
+
+def _scope(row: Row) -> Scope:
+    return scope_of(row["kind"], row["unit"] or "", row["metric"])
 
 
 def _mode_notes(rows: Sequence[Row]) -> list[str]:

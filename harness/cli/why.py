@@ -10,6 +10,8 @@ import typer
 from harness.cli.output import Format, format_value, print_rows, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from harness.why import Explanation
 
 __all__ = ["why"]
@@ -20,7 +22,22 @@ _SCALES = {
     "B/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
-_CSV = ("model", "method", "seed", "scenario", "phase", "kernel", "family", "calls", "seconds", "share")
+_CSV = (
+    "model",
+    "method",
+    "seed",
+    "dtype",
+    "device",
+    "scenario",
+    "phase",
+    "kernel",
+    "family",
+    "calls",
+    "seconds",
+    "share",
+)
+
+_SETTING = ("seed", "dtype", "device")  # part of a heading where not all are alike
 
 
 def why(
@@ -60,8 +77,9 @@ def why(
     if output is Format.JSON:
         print(json.dumps([each.as_json() for each in found], indent=2, allow_nan=False))
     elif output is Format.TABLE:
+        told_apart = [name for name in _SETTING if len({getattr(each, name) for each in found}) > 1]
         for each in found:
-            _print_tables(each, top)
+            _print_tables(each, top, told_apart)
     else:
         print_rows([row for each in found for row in _kernel_rows(each)], list(_CSV), output)
 
@@ -72,6 +90,8 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
             "model": found.model,
             "method": found.method,
             "seed": found.seed,
+            "dtype": found.dtype,
+            "device": found.device,
             "scenario": found.scenario,
             "phase": kernel.phase,
             "kernel": kernel.name,
@@ -84,9 +104,10 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
     ]
 
 
-def _print_tables(found: Explanation, top: int) -> None:
+def _print_tables(found: Explanation, top: int, told_apart: Sequence[str]) -> None:
     synthetic = " (synthetic)" if found.synthetic else ""
-    say(f"{found.model}{synthetic} · {found.method} · {found.scenario}")
+    setting = [f"seed {found.seed}" if name == "seed" else str(getattr(found, name)) for name in told_apart]
+    say(" · ".join([f"{found.model}{synthetic}", found.method, *setting, found.scenario]))
     say(f"  {_effect(found)}")
     say(f"  verdict: {found.verdict or 'none: nothing to compare with'}")
     columns = ["phase", "time", "speed-up", "achieved", "of the ceiling", "J/token", "mode"]

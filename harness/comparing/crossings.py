@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from harness.comparability import Conditions, Difference, Scope, differences
@@ -11,6 +11,7 @@ from harness.comparing.cells import Cell
 from harness.comparing.growth import Axis, shape_of
 from harness.comparing.matching import pairs_of
 from harness.comparing.ratios import TimingRatio, timing_ratio
+from harness.evaluate.intervals import generator
 from harness.scaling import BreakEven, Point, break_even
 
 __all__ = ["TIMES", "Crossing", "crossings", "crossings_in_words"]
@@ -119,7 +120,16 @@ def _ratios(mine: Sequence[Cell], theirs: Sequence[Cell], axis: Axis) -> Iterato
                 )
                 setting = str(second.dtype), str(second.device)
                 series = _Series(str(place[0]), int(place[1]), *setting, *axis.fixed(shape), metric)
-                yield series, _Measured(axis.size(shape), ratio, second.conditions, found, passed)
+                size = axis.size(shape)
+                yield series, _Measured(size, _by_itself(ratio, size), second.conditions, found, passed)
+
+
+def _by_itself(ratio: TimingRatio, size: int) -> TimingRatio:
+    """The ratio with its draws in an order of their own: those of all sizes were made with the same random
+    numbers, and where readings drift would rise and fall together."""
+    if ratio.draws is None:
+        return ratio
+    return replace(ratio, draws=generator(0, f"size {size}").permutation(ratio.draws))
 
 
 def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Crossing]:

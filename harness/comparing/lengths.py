@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.comparing.cells import Cell, cells_of
 from harness.comparing.growth import MIN_SIZES, Axis, growths, shape_of
-from harness.errors import ConfigError
+from harness.errors import ConfigError, UnknownName
 from harness.scaling import Exponent
 from harness.store.store import Store
 
@@ -57,13 +57,18 @@ def length_sweeps(
     the same versions and clocks.
 
     Raises:
+        UnknownName: a model or a method that the store has no timings of.
         ConfigError: nothing was timed at three prompt lengths.
     """
-    cells = [
-        cell
-        for cell in cells_of(store, models)
-        if shape_of(cell.label) is not None and (methods is None or cell.method in methods)
-    ]
+    timed = _timed(store, models)
+    for name in models or ():
+        if name not in {cell.model for cell in timed}:
+            raise UnknownName("timed model in this store:", name, sorted({c.model for c in _timed(store)}))
+    known = sorted({cell.method for cell in timed})
+    for name in methods or ():
+        if name not in known:
+            raise UnknownName("timed method in this store:", name, known)
+    cells = [cell for cell in timed if methods is None or cell.method in methods]
     rows = [row for key in dict.fromkeys(map(_variant, cells)) for row in _rows(key, cells)]
     if not rows:
         raise ConfigError(
@@ -71,6 +76,10 @@ def length_sweeps(
             "sweep with --prompt-lens 128,512,2048"
         )
     return rows
+
+
+def _timed(store: Store, models: Sequence[str] | None = None) -> list[Cell]:
+    return [cell for cell in cells_of(store, models) if shape_of(cell.label) is not None]
 
 
 _Key = tuple[str, str, int, str, str, int, int]

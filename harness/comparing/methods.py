@@ -33,12 +33,13 @@ __all__ = [
 LEVEL = 0.05
 SAME = "same measurement"
 _AGAINST_BASELINE = frozenset({"mean_kl", "top1_agreement", "embedding_distance"})
+_SIZE_WORDS = ("smaller", "larger")
 _RATIO_WORDS = {
     "s": ("faster", "slower"),
     "tokens/s": ("faster", "slower"),
     "x": ("faster", "slower"),
-    "B": ("smaller", "larger"),
-    "B/token": ("smaller", "larger"),
+    "B": _SIZE_WORDS,
+    "B/token": _SIZE_WORDS,
     "J": ("less", "more"),
     "J/token": ("less", "more"),
     "W": ("less", "more"),
@@ -278,13 +279,14 @@ def _ratio(base: Comparison, a: Cell, b: Cell, is_one_scope: bool) -> Comparison
 
 def ratio_verdict(row: Comparison) -> str:
     """In words: ``2.95x faster``, never a percentage of an inverse."""
-    if row.unit not in _RATIO_WORDS or row.ratio is None or row.ratio <= 0:
+    words = _SIZE_WORDS if row.metric.endswith("compression_ratio") else _RATIO_WORDS.get(row.unit)
+    if words is None or row.ratio is None or row.ratio <= 0:
         return ""
     if row.ratio == 1:
         return "equal"
     if row.lower is not None and row.upper is not None and row.lower <= 1 <= row.upper:
         return "no clear difference"
-    good, bad = _RATIO_WORDS[row.unit]
+    good, bad = words
     is_gain = (row.ratio > 1) == (row.unit in ("tokens/s", "x"))
     factor = max(row.ratio, 1 / row.ratio)
     return f"{factor:.3g}x {good if is_gain else bad}"

@@ -272,12 +272,12 @@ def _output_change(before: torch.Tensor | None, model: nn.Module, probe: torch.T
     if before is None:
         return None
     after = _probe_output(model, probe)
+    if bool(before.isfinite().all()) and not bool(after.isfinite().all()):
+        raise NumericalFailure("the outputs of the transformed model are not finite")
     if after.shape != before.shape:
         return None
     change = float(torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before))
-    if not math.isfinite(change):
-        if bool(before.isfinite().all()):
-            raise NumericalFailure("the outputs of the transformed model are not finite")
+    if not math.isfinite(change):  # nothing is relative to outputs that were zero, or not finite before
         return None
     note = f"relative Frobenius difference of the outputs for {probe.numel()} random tokens"
     return Record("probe_output_change", change, "1", note=note)

@@ -130,7 +130,9 @@ class RaplCounter:
 
     def __init__(self, root: Path = RAPL) -> None:
         # intel-rapl:0 is a package, intel-rapl:0:1 a part of it; AMD uses the same names.
-        self._zones = sorted(zone for zone in root.glob("*-rapl:*") if zone.name.count(":") == 1)
+        zones = sorted(zone for zone in root.glob("*-rapl:*") if zone.name.count(":") == 1)
+        # A laptop has a zone beside them for the whole platform, whose energy holds theirs already.
+        self._zones = [zone for zone in zones if _zone_name(zone) != "psys"]
         if not self._zones:
             raise OSError(f"no RAPL counter under {root}")
         self._ranges = [int((zone / "max_energy_range_uj").read_text()) for zone in self._zones]
@@ -153,6 +155,12 @@ class RaplCounter:
     @staticmethod
     def _read(zone: Path) -> int:
         return int((zone / "energy_uj").read_text())
+
+
+def _zone_name(zone: Path) -> str:
+    """What a zone counts (``package-0``, ``psys``); empty where the system does not tell."""
+    name = zone / "name"
+    return name.read_text().strip() if name.exists() else ""
 
 
 def energy_counter(device: torch.device | str) -> EnergyCounter:

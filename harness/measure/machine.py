@@ -127,7 +127,7 @@ def gpu_state(device: torch.device | str) -> dict[str, Any] | None:
         if handle is None:
             return None
         return {
-            "driver": nvml.nvmlSystemGetDriverVersion(),
+            "driver": _asked(nvml, nvml.nvmlSystemGetDriverVersion),
             "memory_bytes": _asked(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total),
             "sm_clock_mhz": _asked(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
             "sm_clock_max_mhz": _asked(
@@ -176,7 +176,7 @@ def _nvml() -> Iterator[Any]:
     try:
         yield pynvml
     finally:
-        pynvml.nvmlShutdown()
+        _asked(pynvml, pynvml.nvmlShutdown)  # another library may have closed it already
 
 
 def _nvml_handle(nvml: Any, device: torch.device) -> Any:

@@ -68,6 +68,21 @@ def test_weights_are_chosen_by_where_nothing_was_timed(tmp_path, capsys):
     assert "take small: the weights 4x smaller" in answer
 
 
+def test_the_reason_is_that_of_the_same_type_and_device(tmp_path, capsys):
+    with Store.open(tmp_path / "results.db") as store:
+        sweep = add_sweep(store)
+        for dtype, bits in (("bfloat16", 4.0), ("float32", 8.0)):
+            for method, held in (("baseline", 16.0), ("small", bits)):
+                records = Record("weight_bytes", held, "B"), Record("stored_bits_per_weight", held, "bit")
+                add_cell(store, sweep, method, *records, dtype=dtype)
+                shape = timed("decode_latency", around(2.0)), Record("weight_bytes", held, "B")
+                add_cell(store, sweep, method, *shape, scenario=SHAPE, dtype=dtype)
+    arguments = ["choose", "--for", "weights", "--db", str(tmp_path / "results.db"), "--format", "json"]
+    assert run(arguments) == 0
+    chosen = {each["dtype"]: each["taken"]["why"] for each in json.loads(capsys.readouterr().out)}
+    assert chosen == {"bfloat16": "4 bits a weight.", "float32": "8 bits a weight."}
+
+
 def test_nothing_better_keeps_the_baseline(path, capsys):
     assert run(["choose", "--db", path, "--for", "prefill"]) == 0
     answer = capsys.readouterr().out.splitlines()[-1]

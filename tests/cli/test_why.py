@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 
 import pytest
 
@@ -12,7 +13,7 @@ from harness.records import Status
 from harness.store import queries
 from harness.store.store import Store
 from tests.cli.test_sweep import FAST
-from tests.core.stores import add_cell, add_sweep
+from tests.core.stores import add_cell, add_sweep, around, timed
 
 
 @pytest.fixture
@@ -77,6 +78,7 @@ def test_a_sweep_is_explained(swept):
         (("gptq",), "unknown method in this store: 'gptq'"),
         (("rtn,gptq",), "unknown method in this store: 'gptq'"),
         (("rtn", "--scenarios", "b9-p9-g9"), "nothing was timed there"),
+        (("rtn", "--models", "./modle"), "unknown model in this store: './modle'"),
         (("rtn", "--sweep", "soon"), "--sweep takes a number or last"),
     ):
         failed = swept("why", *arguments)
@@ -97,6 +99,21 @@ def test_a_store_without_timings_has_nothing_to_explain(harness, tmp_path, tiny_
     ran = harness("why")
     assert ran.code == 2
     assert "nothing was timed there" in ran.err
+
+
+def test_what_a_heading_leaves_out_is_alike_in_all(tmp_path, capsys):
+    path = str(tmp_path / "results.db")
+    with Store.open(path) as store:
+        sweep, latency = add_sweep(store), timed("prefill_latency", around(0.02))
+        add_cell(store, sweep, "rtn", latency, scenario="b1-p8-g2")
+        add_cell(store, sweep, "rtn", latency, scenario="b1-p8-g2", dtype="float16", device_name="other")
+    assert run(["why", "--db", path]) == 0
+    told = capsys.readouterr().out
+    assert "m · rtn · bfloat16 · a GPU · b1-p8-g2\n" in told
+    assert "m · rtn · float16 · other · b1-p8-g2\n" in told
+    assert run(["why", "--db", path, "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["dtype"], row["device"]) for row in rows] == [("bfloat16", "a GPU"), ("float16", "other")]
 
 
 def test_a_method_that_failed_is_not_unknown(tmp_path, capsys):

@@ -178,7 +178,10 @@ def test_why_names_the_source_of_a_gain_and_the_sentences_about_it():
 
 
 def test_whys_belong_to_their_cells():
-    whys = {("m", "a", 0, SHAPE): "because"}
+    whys = {
+        ("m", "a", 0, SHAPE, "bfloat16", "a GPU"): "because",
+        ("m", "a", 0, SHAPE, "float32", "a GPU"): "no",
+    }
     assert chosen(timed("a", 0.5), whys=whys).candidates[0].why == "because"
 
 

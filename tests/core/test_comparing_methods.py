@@ -114,6 +114,15 @@ def test_a_state_of_the_moment_leaves_paired_rounds_alone(store, is_paired):
         assert "throttling: none and HwThermalSlowdown, in the rounds alike" in row.flags
 
 
+def test_a_ratio_of_bytes_is_no_time(store):
+    first, second = add_sweep(store), add_sweep(store, gpu={"driver": "590"}, workload={"jobs": 2})
+    add_cell(store, first, "a", Record("compression_ratio", 1.0, "x"), Record("transform_s", 1.0, "s"))
+    add_cell(store, second, "b", Record("compression_ratio", 2.0, "x"), Record("transform_s", 1.0, "s"))
+    ratio, time = compare_methods(store, "a", "b", allow_different=True)
+    assert (ratio.is_comparable, time.is_comparable) == (True, False)
+    assert (ratio.metric, ratio.ratio, ratio.verdict) == ("compression_ratio", 2.0, "2x smaller")
+
+
 def test_gates_are_not_judged_on_what_is_not_compared(store, compare):
     latency(store, add_sweep(store), "baseline", 0.01)
     latency(store, add_sweep(store, gpu={"driver": "590"}), "new", 0.03)
@@ -357,6 +366,21 @@ def test_the_break_even_batch_size_of_two_methods(store, compare):
     assert "new is faster below it" in table
 
 
+def test_sizes_of_a_break_even_are_drawn_by_themselves(store, compare):
+    # Readings that drift up at one size and down at the other: with one set of draws for both the crossing
+    # would seem to stand still.
+    sweep = add_sweep(store)
+    drift = [1 + 0.02 * (i - 7) for i in range(15)]
+    for shape, middle, drifting in (("b1-p8-g2", 1.25, drift), ("b64-p8-g2", 0.8, drift[::-1])):
+        add_cell(store, sweep, "baseline", timed("decode_latency", around(middle)), scenario=shape)
+        ratios = timed("decode_speedup", [middle * each for each in drifting], "x")
+        add_cell(store, sweep, "new", timed("decode_latency", around(1.0)), ratios, scenario=shape)
+    code, out, _ = compare("baseline", "new", "--break-even", "--format", "json")
+    (row,) = json.loads(out)
+    assert (code, set(row["bases"].values())) == (0, {"paired"})
+    assert row["upper"] / row["lower"] > 2
+
+
 def test_a_break_even_across_drivers_is_refused(store, compare):
     for batch in (1, 4):
         latency_of = {"baseline": add_sweep(store), "new": add_sweep(store, gpu={"driver": "590"})}
@@ -441,6 +465,13 @@ def test_the_exponent_over_prompt_lengths(store, path, capsys):
     assert "64 128 256" in table
     _, table, _ = scaling(path, capsys, "--format", "csv")
     assert table.splitlines()[0].split(",")[6:9] == ["exponent", "lower", "upper"]
+    for option, kind in (
+        ("--models", "timed model in this store"),
+        ("--methods", "timed method in this store"),
+        ("--metrics", "metric that grows with the prompt"),
+    ):
+        code, _, err = scaling(path, capsys, option, "nope")
+        assert (code, f"unknown {kind}: 'nope'" in err) == (2, True)
     # An empty list asks for nothing, here as in `harness results`.
     assert json.loads(scaling(path, capsys, "--metrics", "", "--format", "json")[1]) == []
 

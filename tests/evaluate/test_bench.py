@@ -47,6 +47,12 @@ def test_fixed_costs_are_what_is_left_between_two_variants():
     assert fixed_costs([]) == fixed_costs(times[:2]) == []
 
 
+def test_what_making_took_before_it_failed_counts_once():
+    failed = [cell("a", 10, 6), cell("a", 10, 6.001), cell("a", 10, 6)]  # every cell says how long it was
+    (found,) = fixed_costs([*failed, cell("b", 18, 0, making_s=1)])
+    assert found.fixed_s == pytest.approx(1, abs=0.01)
+
+
 def test_fixed_costs_come_from_the_store(tmp_path, capsys):
     from harness.store.store import Store
 

@@ -417,6 +417,16 @@ def test_without_a_probe_no_output_is_compared(tiny_llama):
     assert "probe_output_change" not in values(measure_effect(before, tiny_llama))
 
 
+def test_outputs_that_were_all_zero_have_no_relative_change_and_are_no_failure(tiny_llama):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.zero_()
+    before = snapshot(tiny_llama, probe=PROBE)
+    one_bit(tiny_llama)
+    found = measure_effect(before, tiny_llama, probe=PROBE)
+    assert found.changed
+    assert "probe_output_change" not in values(found)
+
+
 def test_outputs_that_are_not_numbers_fail(tiny_llama):
     def broken(model) -> None:
         model.model.norm.weight.data.fill_(float("nan"))

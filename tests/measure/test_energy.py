@@ -190,6 +190,15 @@ def test_rapl_adds_up_packages_and_unwraps_them(tmp_path):
         assert counter.read_j() == pytest.approx(0.21 + 0.1)
 
 
+def test_rapl_leaves_out_the_whole_platform_which_holds_the_packages(tmp_path):
+    (zone(tmp_path, "intel-rapl:0", 0) / "name").write_text("package-0\n")
+    (zone(tmp_path, "intel-rapl:1", 0) / "name").write_text("psys\n")
+    counter = RaplCounter(tmp_path)
+    zone(tmp_path, "intel-rapl:0", 200_000)
+    zone(tmp_path, "intel-rapl:1", 700_000)
+    assert counter.read_j() == pytest.approx(0.2)
+
+
 def test_where_there_is_no_counter_the_reason_is_known(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no RAPL counter under"):
         RaplCounter(tmp_path)

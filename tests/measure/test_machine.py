@@ -210,6 +210,17 @@ def test_clocks_power_and_throttling_are_read(one_gpu):
     assert one_gpu.open == 0
 
 
+@pytest.mark.parametrize("name", ["nvmlSystemGetDriverVersion", "nvmlShutdown", "nvmlDeviceGetClockInfo"])
+def test_what_fails_does_not_cost_the_rest(one_gpu, name):
+    def fails(*_):
+        raise NVMLError("uninitialized")
+
+    setattr(one_gpu, name, fails)
+    state = gpu_state("cuda")
+    assert state["power_cap_w"] == 700
+    assert state["driver"] == (None if name == "nvmlSystemGetDriverVersion" else "580.1")
+
+
 def test_without_driver_or_library_there_is_nothing_to_read(one_gpu, monkeypatch):
     def no_driver():
         raise NVMLError("driver not loaded")
