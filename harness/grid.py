@@ -174,8 +174,8 @@ def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
         return Decision(Status.NOT_APPLICABLE, reason)
     for step in chain.steps:
         reason = _needs_refusal(step.method.needs_of(step.options), info, device)
-        if reason is None and step.method.applies is not None:
-            reason = step.method.applies(info, step.options)
+        if reason is None:
+            reason = step.method.reason_against(info, step.options)
         if reason is not None:
             return Decision(Status.NOT_APPLICABLE, f"{step.method.name}: {reason}")
     return None
