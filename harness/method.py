@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.context import Context
     from harness.models.info import ModelInfo
 
-__all__ = ["FAMILIES", "NEEDS", "Method", "Options", "Paper"]
+__all__ = ["FAMILIES", "NEEDS", "Method", "Options", "Paper", "code_hash"]
 
 FAMILIES = (
     "baseline",
@@ -178,21 +178,40 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def own_code(function: Any) -> Any:
-    """What somebody wrote of a callable: the function under decorators (`torch.no_grad`) and partials, whose own
-    file says nothing of it, or the class of an object that is called.
+    """What somebody wrote of a callable: the function under decorators (`torch.no_grad`) and partials, whose
+    own file says nothing of it, or the class of an object that is called.
     """
     while (inner := inspect.unwrap(function)) is not function or isinstance(function, partial):
         function = function.func if isinstance(function, partial) else inner
     return function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
 
 
-def source_file(function: Any) -> Path | None:
-    """The file in which a callable is written; None where there is none."""
+def code_hash(function: Any, what: str) -> str:
+    """SHA-256 over the file in which a callable of a plugin is written, and the helpers (``_*.py``) beside it.
+
+    Raises:
+        PluginError: there is no such file; `what` says of what.
+    """
+    return _hash_of(_sources_of(function, what))
+
+
+def _sources_of(function: Any, what: str) -> list[Path]:
     try:
         file = inspect.getsourcefile(own_code(function))
     except TypeError:  # built in
-        return None
-    return Path(file) if file is not None and Path(file).is_file() else None
+        file = None
+    if file is None or not Path(file).is_file():
+        raise PluginError(f"{what} cannot be found")
+    own = Path(file)
+    return [own, *sorted(own.parent.glob("_*.py"))]
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,17 +368,10 @@ class Method:
         The plugin's own file, its family's helpers (``_*.py`` beside it), and for bundled plugins the
         numerics they stand on (`harness.nn`, `harness.kernels`).
         """
-        digest = hashlib.sha256()
-        for path in self._sources():
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
+        return _hash_of(self._sources())
 
     def _sources(self) -> list[Path]:
-        own = source_file(self.transform)
-        if own is None:
-            raise PluginError(f"method {self.name!r}: the source of its transform cannot be found")
-        sources = [own, *sorted(own.parent.glob("_*.py"))]
+        sources = _sources_of(self.transform, f"method {self.name!r}: the source of its transform")
         if self.is_bundled:
             host = Path(__file__).parent
             sources += sorted((host / "nn").rglob("*.py")) + sorted((host / "kernels").rglob("*.py"))

@@ -29,7 +29,7 @@ from harness.errors import HarnessError, PluginError, UnknownName
 from harness.evaluate.task import TaskSource
 from harness.importing import import_file
 from harness.measure.meter import Meter
-from harness.method import Method
+from harness.method import Method, code_hash
 from harness.models.registry import ModelEntry
 
 if TYPE_CHECKING:
@@ -74,6 +74,33 @@ class LoadedPlugins:
     @property
     def broken(self) -> tuple[PluginReport, ...]:
         return tuple(report for report in self.reports if report.error is not None)
+
+    def meter_identities(self) -> tuple[str, ...]:
+        """What decides what meters record: their names, and of those that are not bundled their source.
+
+        Raises:
+            PluginError: the source of one cannot be found.
+        """
+        bundled = {name for report in self.reports if report.origin == "bundled" for name in report.meters}
+        return tuple(
+            sorted(
+                meter.name
+                if meter.name in bundled
+                else f"{meter.name} {code_hash(meter.measure, f'meter {meter.name!r}: its source')}"
+                for meter in self.meters
+            )
+        )
+
+    def loader_identities(self) -> tuple[str, ...]:
+        """The source of every plugin that may load a model (`load_model`), in the order of asking them.
+
+        Raises:
+            PluginError: the source of one cannot be found.
+        """
+        return tuple(
+            code_hash(each.function, f"plugin {each.plugin_name}: the source of its load_model")
+            for each in reversed(self.manager.hook.load_model.get_hookimpls())
+        )
 
     def method(self, name: str) -> Method:
         """The method of this name.

@@ -93,7 +93,7 @@ def _inputs(chains=("plain",), models=None, **changes):
         "environment": {"torch": "2"},
         "budget": {"calibration": {"samples": 8}, "training": {"steps": 5}},
         "task_options": {"limit": None},
-        "meter_names": ("prefill",),
+        "meters": ("prefill",),
     }
     return GridInputs(**{**values, **changes})
 
