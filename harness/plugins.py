@@ -13,10 +13,11 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,11 @@ class _Found:
     module: str | None = None
     entry_point: EntryPoint | None = None
     file: Path | None = None
+    error: str | None = None  # why not even its name could be read
 
     def load(self) -> Any:
+        if self.error is not None:
+            raise PluginError(self.error)
         if self.entry_point is not None:
             return self.entry_point.load()
         if self.file is not None:
@@ -207,9 +211,52 @@ def _bundled() -> Iterator[_Found]:
 
 
 def _entry_points() -> Iterator[_Found]:
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        source = entry.dist.name if entry.dist else "?"
-        yield _Found(entry.name, "entry point", f"{source}: {entry.value}", entry_point=entry)
+    try:
+        found = [_as_found(entry) for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    except Exception:  # whoever wrote one of the files: one distribution must not end every command
+        found = list(_one_by_one())
+    yield from sorted(found, key=lambda each: each.name)
+
+
+def _as_found(entry: EntryPoint) -> _Found:
+    source = (_name_of(entry.dist) if entry.dist else "") or "?"
+    return _Found(entry.name, "entry point", f"{source}: {entry.value}", entry_point=entry)
+
+
+def _one_by_one() -> Iterator[_Found]:
+    """The entry points of each distribution that can be read; of those that cannot be, the reason."""
+    seen: set[str] = set()
+    for distribution in distributions():
+        name = _name_of(distribution)
+        # Of two of one name Python imports the one that is first on its path.
+        key = re.sub(r"[-_.]+", "-", name).lower()
+        if key in seen:
+            continue
+        seen.update([key] if key else [])
+        try:
+            yield from map(_as_found, distribution.entry_points.select(group=ENTRY_POINT_GROUP))
+        except Exception as error:
+            if _mentions_group(distribution):
+                reason = f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
+                yield _Found(name or "?", "entry point", name or "?", error=reason)
+
+
+def _name_of(distribution: Distribution) -> str:
+    """The name of a distribution; empty where its metadata is missing or damaged."""
+    try:
+        return str(distribution.metadata["Name"] or "")
+    except Exception:  # whoever wrote its file
+        return ""
+
+
+def _mentions_group(distribution: Distribution) -> bool:
+    """Whether the file of entry points that cannot be read is about plugins of the harness."""
+    try:
+        return ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or "")
+    except UnicodeDecodeError as error:
+        return ENTRY_POINT_GROUP.encode() in error.object
+    except Exception:  # whoever wrote it
+        return False
 
 
 def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
