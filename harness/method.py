@@ -187,7 +187,7 @@ def own_code(function: Any) -> Any:
 
 
 def code_hash(function: Any, what: str) -> str:
-    """SHA-256 over the file in which a callable of a plugin is written, and the helpers (``_*.py``) beside it.
+    """SHA-256 of the file in which a plugin's callable is written, and of the helpers (``_*.py``) beside it.
 
     Raises:
         PluginError: there is no such file; `what` says of what.
