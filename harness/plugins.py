@@ -32,6 +32,7 @@ from harness.importing import import_file
 from harness.measure.meter import Meter
 from harness.method import Method, code_hash
 from harness.models.registry import ModelEntry
+from harness.models.spec import parse_model
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -351,6 +352,12 @@ def _collect(
         raise PluginError(f"{duplicate[0]} {duplicate[1]!r} is registered twice by {found.location}")
     for kind, name in named:
         collected.check(kind, name, found.location)
+    for model in models:
+        if not (_is_plain(model.name) and isinstance(model.spec, str)):
+            raise PluginError(
+                f"register_models: {model.name!r} for {model.spec!r}: a name is letters, digits, '.', '-' and "
+                "'_', without a colon, a slash or a plus sign, and stands for the written form of a model"
+            )
     for source in sources:
         if not Path(source.path).is_dir():
             raise PluginError(f"register_tasks: {source.path} is no directory")
@@ -370,6 +377,15 @@ def _collect(
         meters=tuple(meter.name for meter in meters),
         claims=tuple(claim.id for claim in claims),
     )
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether `--models` would look a name up among those that plugins registered."""
+    try:
+        spec = parse_model(name)
+    except (AttributeError, HarnessError):
+        return False
+    return spec.source == "plugin" and spec.name == name
 
 
 def _implements_any(plugin: Any) -> bool:

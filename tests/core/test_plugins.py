@@ -55,6 +55,23 @@ def test_a_plugin_that_does_not_exist_is_an_error(text):
 
 
 @pytest.mark.parametrize(
+    "entry",
+    ["'a:b', 'zoo:opt-4m'", "'zoo:opt-4m', 'zoo:llama-6m'", "'org/name', 'zoo:opt-4m'", "'', 'zoo:opt-4m'",
+     "'x+outliers', 'zoo:opt-4m'", "3, 'zoo:opt-4m'", "'x', 3"],
+)  # fmt: skip
+def test_a_model_that_could_not_be_named_is_refused(tmp_path, entry):
+    text = f"""
+        from harness import ModelEntry, hookimpl
+
+        @hookimpl
+        def register_models():
+            return [ModelEntry({entry})]
+    """
+    with pytest.raises(PluginError, match=r"register_models: .* a name is letters"):
+        load_plugins([_write(tmp_path, "named.py", text)])
+
+
+@pytest.mark.parametrize(
     "entry_points", [b"[harness.plugins]\nno value\n", b"[harness.plugins]\nb\xff = broken\n"]
 )
 @pytest.mark.parametrize("metadata", ["Metadata-Version: 2.1\nName: broken-thing\nVersion: 1\n", None])
