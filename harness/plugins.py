@@ -355,7 +355,7 @@ def _collect(
     for model in models:
         if not (_is_plain(model.name) and isinstance(model.spec, str)):
             raise PluginError(
-                f"register_models: {model.name!r} for {model.spec!r}: a name is letters, digits, '.', '-' and "
+                f"register_models: {model.name!r} for {model.spec!r}: a name is letters, digits, '.', '-', "
                 "'_', without a colon, a slash or a plus sign, and stands for the written form of a model"
             )
     for source in sources:
