@@ -39,8 +39,8 @@ class Step:
             "options": self.options.canonical(),
             "source": self.method.source_hash,
         }
-        if self.method.inputs is not None and (inputs := self.method.inputs(self.options)):
-            identity["inputs"] = dict(inputs)
+        if inputs := self.method.inputs_of(self.options):
+            identity["inputs"] = inputs
         return identity
 
 

@@ -76,6 +76,11 @@ class SweepConfig(BaseModel):
             return tuple(split_list(value))
         return value
 
+    @field_validator("include_path", mode="before")
+    @classmethod
+    def _one_folder(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value  # may hold commas, as `--include-path` may
+
     @field_validator("models", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
@@ -139,6 +144,7 @@ _SINGULAR = {
 }
 
 
+_MESSAGES = {"tuple_type": "must be a list", "path_type": "must be a path"}  # for what pydantic says
 _OPTIONS = {"timeout_s": "timeout", "memory_limit_gib": "memory-limit", "seeds": "seed"}
 
 
@@ -170,7 +176,7 @@ def load_config(file: Path | None, given: Mapping[str, Any]) -> SweepConfig:
         problems = []
         for problem in error.errors():
             where = str(problem["loc"][0]) if problem["loc"] else ""
-            message = problem["msg"].removeprefix("Value error, ")
+            message = _MESSAGES.get(problem["type"], problem["msg"].removeprefix("Value error, "))
             option = _OPTIONS.get(where, where).replace("_", "-")
             problems.append(f"--{option}: {message}" if where else message)
         raise ConfigError("; ".join(dict.fromkeys(problems))) from None

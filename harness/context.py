@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from harness.errors import ConfigError, NotApplicable
+from harness.errors import ConfigError, NotApplicable, PluginError
 from harness.nn.blocks import Block, iterate_blocks
 from harness.records import Record
 from harness.training import TrainReport, TrainSettings, train
@@ -51,6 +51,8 @@ class Context:
         last_in_chain: False where another method of the chain follows (a method that only prepares,
             such as smoothing, leaves the rest to it).
         identity: what every cached value depends on (model, chain so far, plugin source, versions).
+        needs: what the method says that it needs; None asks nothing. The budgets of calibration and training
+            are in the keys of its results only where it says so.
     """
 
     info: ModelInfo
@@ -67,6 +69,7 @@ class Context:
     cache_store: ContentCache
     identity: Mapping[str, Any]
     last_in_chain: bool = True
+    needs: frozenset[str] | None = None
     load_named: Callable[[str], LoadedModel] | None = None
     report_progress: Progress = lambda _what, _done, _total: None
     records: list[Record] = field(default_factory=list)
@@ -81,7 +84,11 @@ class Context:
 
         By default the sweep's `--calibration-samples` and `--calibration-len`, shortened to the
         model's number of positions. Windows never overlap with what the bundled tasks score.
+
+        Raises:
+            PluginError: the method does not say that it needs calibration.
         """
+        self._require("calibration")
         samples = samples or self.calibration_samples
         seq_len = min(seq_len or self.calibration_len, self.info.max_positions)
         tokens = self.calibration_source.windows(samples, seq_len, self.generator("calibration"))
@@ -134,9 +141,12 @@ class Context:
 
         Raises:
             NumericalFailure: the loss became NaN or infinite, or more than doubled.
+            PluginError: the method does not say that it needs training.
         """
         if self.info.synthetic:
             steps = 0  # random weights are timed and weighed as they are: training them says nothing
+        if steps != 0:
+            self._require("training")
         settings = self.settings.replaced(
             steps=steps,
             lr=lr,
@@ -249,6 +259,15 @@ class Context:
         return self.cache_store.path({**self.identity, "key": dict(key)}).exists()
 
     # --- the rest -----------------------------------------------------------------------------
+
+    def _require(self, need: str) -> None:
+        """Refuse what the method does not say that it needs: another budget would find this one's results."""
+        if self.needs is None or need in self.needs or (need == "training" and self.info.scratch):
+            return
+        raise PluginError(
+            f"the method uses {need} and does not say so: add needs=[{need!r}] to its Method; only then is "
+            f"the budget of {need} part of what its results are stored under"
+        )
 
     def generator(self, name: str) -> torch.Generator:
         """A CPU generator, seeded by the sweep's seed and this name: same name, same numbers."""

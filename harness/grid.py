@@ -95,7 +95,7 @@ class GridInputs:
     environment: Mapping[str, Any]
     budget: Mapping[str, Any]
     task_options: Mapping[str, Any]
-    meter_names: tuple[str, ...]
+    meters: tuple[str, ...]  # names, with the source of those that are not bundled
     fitting_only: bool = False  # leave out tasks for another kind of model: nobody asked for them
 
 
@@ -125,9 +125,7 @@ def _variant(inputs: GridInputs, chain: Chain, model: ModelDescription, seed: in
     cells = [_cell(identity, CellKind.TRANSFORM, decision)]
     for scenario in inputs.scenarios[model.info.label]:
         problem = decision or _scenario_refusal(model.info, scenario)
-        cells.append(
-            _cell(identity, CellKind.SCENARIO, problem, scenario=scenario, meters=inputs.meter_names)
-        )
+        cells.append(_cell(identity, CellKind.SCENARIO, problem, scenario=scenario, meters=inputs.meters))
     for task in inputs.tasks:
         misfit = _misfit(model.info, task)
         if misfit is not None and inputs.fitting_only:
@@ -174,8 +172,8 @@ def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
         return Decision(Status.NOT_APPLICABLE, reason)
     for step in chain.steps:
         reason = _needs_refusal(step.method.needs_of(step.options), info, device)
-        if reason is None and step.method.applies is not None:
-            reason = step.method.applies(info, step.options)
+        if reason is None:
+            reason = step.method.reason_against(info, step.options)
         if reason is not None:
             return Decision(Status.NOT_APPLICABLE, f"{step.method.name}: {reason}")
     return None

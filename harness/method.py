@@ -13,14 +13,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from harness.errors import ConfigError, PluginError
+from harness.errors import ConfigError, HarnessError, PluginError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.context import Context
     from harness.models.info import ModelInfo
 
-__all__ = ["FAMILIES", "NEEDS", "Method", "Options", "Paper"]
+__all__ = ["FAMILIES", "NEEDS", "Method", "Options", "Paper", "code_hash"]
 
 FAMILIES = (
     "baseline",
@@ -177,6 +177,43 @@ def _first_problem(error: ValidationError) -> str:
     return "; ".join(problems)
 
 
+def own_code(function: Any) -> Any:
+    """What somebody wrote of a callable: the function under decorators (`torch.no_grad`) and partials, whose
+    own file says nothing of it, or the class of an object that is called.
+    """
+    while (inner := inspect.unwrap(function)) is not function or isinstance(function, partial):
+        function = function.func if isinstance(function, partial) else inner
+    return function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+
+
+def code_hash(function: Any, what: str) -> str:
+    """SHA-256 of the file in which a plugin's callable is written, and of the helpers (``_*.py``) beside it.
+
+    Raises:
+        PluginError: there is no such file; `what` says of what.
+    """
+    return _hash_of(_sources_of(function, what))
+
+
+def _sources_of(function: Any, what: str) -> list[Path]:
+    try:
+        file = inspect.getsourcefile(own_code(function))
+    except TypeError:  # built in
+        file = None
+    if file is None or not Path(file).is_file():
+        raise PluginError(f"{what} cannot be found")
+    own = Path(file)
+    return [own, *sorted(own.parent.glob("_*.py"))]
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Paper:
     """Where a method comes from."""
@@ -249,22 +286,63 @@ class Method:
     @property
     def is_bundled(self) -> bool:
         """Whether it is one of the package's own."""
-        return str(getattr(self.transform, "__module__", "")).startswith("harness_plugins.")
+        return str(getattr(own_code(self.transform), "__module__", "")).startswith("harness_plugins.")
 
     def needs_of(self, options: Options) -> frozenset[str]:
         """What the method needs with these options."""
-        needs = self.needs(options) if callable(self.needs) else self.needs
+        needs = self._asked("needs", self.needs, options) if callable(self.needs) else self.needs
         return self._checked_needs(needs)
+
+    def reason_against(self, info: ModelInfo, options: Options) -> str | None:
+        """Why the method does not fit a model with these options; None where it fits.
+
+        Raises:
+            PluginError: `applies` fails, or answers something else than None or a text.
+        """
+        reason = None if self.applies is None else self._asked("applies", self.applies, info, options)
+        if reason is not None and not (isinstance(reason, str) and reason.strip()):
+            raise PluginError(
+                f"method {self.name!r}: applies must return None, which means yes, or the reason as a text, "
+                f"not {reason!r}"
+            )
+        return reason
+
+    def inputs_of(self, options: Options) -> dict[str, str]:
+        """What else decides the result with these options, by what it is.
+
+        Raises:
+            PluginError: `inputs` fails, or answers something else than texts by name.
+        """
+        if self.inputs is None:
+            return {}
+        inputs = self._asked("inputs", self.inputs, options)
+        if not isinstance(inputs, Mapping) or not all(
+            isinstance(text, str) for pair in inputs.items() for text in pair
+        ):
+            raise PluginError(f"method {self.name!r}: inputs must return texts by name, not {inputs!r}")
+        return dict(inputs)
 
     def leaves_layers_for_others(self, options: Options) -> bool:
         """Whether a quantizer that follows finds full-precision layers; True for all but quantizers."""
         if self.family != "quantization":
             return True
         if self.leaves_layers is not None:
-            return self.leaves_layers(options)
+            return bool(self._asked("leaves_layers", self.leaves_layers, options))
         return getattr(options, "targets", None) is not None
 
-    def _checked_needs(self, needs: Iterable[str]) -> frozenset[str]:
+    def _asked(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the method answers; `PluginError` where it raises what is not the harness's."""
+        try:
+            return function(*arguments)
+        except HarnessError:
+            raise
+        except Exception as error:  # the border to code that is not ours
+            problem = f"{type(error).__name__}: {error}".rstrip(": ")
+            raise PluginError(f"method {self.name!r}: {what} failed: {problem}") from error
+
+    def _checked_needs(self, needs: Any) -> frozenset[str]:
+        if isinstance(needs, str) or not isinstance(needs, Iterable):
+            raise PluginError(f"method {self.name!r}: needs must be a list of names, not {needs!r}")
         checked = frozenset(needs)
         if unknown := checked - set(NEEDS):
             raise PluginError(
@@ -275,7 +353,7 @@ class Method:
     @property
     def card(self) -> str:
         """The docstring of the module that defines the transform."""
-        module = sys.modules.get(self.transform.__module__)
+        module = sys.modules.get(own_code(self.transform).__module__)
         return inspect.cleandoc(module.__doc__ or "") if module else ""
 
     @property
@@ -290,19 +368,10 @@ class Method:
         The plugin's own file, its family's helpers (``_*.py`` beside it), and for bundled plugins the
         numerics they stand on (`harness.nn`, `harness.kernels`).
         """
-        digest = hashlib.sha256()
-        for path in self._sources():
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
+        return _hash_of(self._sources())
 
     def _sources(self) -> list[Path]:
-        # Under decorators (`torch.no_grad`), whose own file says nothing of the method.
-        file = inspect.getsourcefile(inspect.unwrap(self.transform))
-        if file is None or not Path(file).is_file():
-            raise PluginError(f"method {self.name!r}: the source of its transform cannot be found")
-        own = Path(file)
-        sources = [own, *sorted(own.parent.glob("_*.py"))]
+        sources = _sources_of(self.transform, f"method {self.name!r}: the source of its transform")
         if self.is_bundled:
             host = Path(__file__).parent
             sources += sorted((host / "nn").rglob("*.py")) + sorted((host / "kernels").rglob("*.py"))

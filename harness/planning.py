@@ -77,7 +77,7 @@ def plan_sweep(config: SweepConfig, *, strict: bool = False) -> SweepPlan:
     tasks = resolve_tasks(task_names, (*include, *plugin_folders)) if task_names else ()
     scenarios = {model.info.label: _scenarios(model.info, config, device) for model in models}
     budget = _budget(config, device)
-    environment = _environment(device)
+    environment = _environment(device, plugins)
     grid = build_grid(
         GridInputs(
             chains=with_baseline(chains, baseline),
@@ -90,7 +90,7 @@ def plan_sweep(config: SweepConfig, *, strict: bool = False) -> SweepPlan:
             environment=environment,
             budget=budget.identity(),
             task_options={"limit": config.limit},
-            meter_names=tuple(sorted(meter.name for meter in plugins.meters)),
+            meters=plugins.meter_identities(),
             fitting_only=config.tasks is None,
         )
     )
@@ -224,14 +224,16 @@ def _budget(config: SweepConfig, device: str) -> Budget:
     )
 
 
-def _environment(device: str) -> dict[str, Any]:
-    """The versions and the device that decide a value."""
+def _environment(device: str, plugins: LoadedPlugins) -> dict[str, Any]:
+    """The versions and the device that decide a value, and what loads models where a plugin may."""
+    loaders = plugins.loader_identities()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")}
     return {
         "harness": harness.__version__,
         "measuring": MEASURING_VERSION,
         "device": device_name(device),
         **versions,
+        **({"loaders": loaders} if loaders else {}),
     }
 
 

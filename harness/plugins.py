@@ -13,10 +13,11 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,9 @@ from harness.errors import HarnessError, PluginError, UnknownName
 from harness.evaluate.task import TaskSource
 from harness.importing import import_file
 from harness.measure.meter import Meter
-from harness.method import Method
+from harness.method import Method, code_hash
 from harness.models.registry import ModelEntry
+from harness.models.spec import parse_model
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -74,6 +76,33 @@ class LoadedPlugins:
     @property
     def broken(self) -> tuple[PluginReport, ...]:
         return tuple(report for report in self.reports if report.error is not None)
+
+    def meter_identities(self) -> tuple[str, ...]:
+        """What decides what meters record: their names, and of those that are not bundled their source.
+
+        Raises:
+            PluginError: the source of one cannot be found.
+        """
+        bundled = {name for report in self.reports if report.origin == "bundled" for name in report.meters}
+        return tuple(
+            sorted(
+                meter.name
+                if meter.name in bundled
+                else f"{meter.name} {code_hash(meter.measure, f'meter {meter.name!r}: its source')}"
+                for meter in self.meters
+            )
+        )
+
+    def loader_identities(self) -> tuple[str, ...]:
+        """The source of every plugin that may load a model (`load_model`), in the order of asking them.
+
+        Raises:
+            PluginError: the source of one cannot be found.
+        """
+        return tuple(
+            code_hash(each.function, f"plugin {each.plugin_name}: the source of its load_model")
+            for each in reversed(self.manager.hook.load_model.get_hookimpls())
+        )
 
     def method(self, name: str) -> Method:
         """The method of this name.
@@ -158,8 +187,11 @@ class _Found:
     module: str | None = None
     entry_point: EntryPoint | None = None
     file: Path | None = None
+    error: str | None = None  # why not even its name could be read
 
     def load(self) -> Any:
+        if self.error is not None:
+            raise PluginError(self.error)
         if self.entry_point is not None:
             return self.entry_point.load()
         if self.file is not None:
@@ -180,9 +212,52 @@ def _bundled() -> Iterator[_Found]:
 
 
 def _entry_points() -> Iterator[_Found]:
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
-        source = entry.dist.name if entry.dist else "?"
-        yield _Found(entry.name, "entry point", f"{source}: {entry.value}", entry_point=entry)
+    try:
+        found = [_as_found(entry) for entry in entry_points(group=ENTRY_POINT_GROUP)]
+    except Exception:  # whoever wrote one of the files: one distribution must not end every command
+        found = list(_one_by_one())
+    yield from sorted(found, key=lambda each: each.name)
+
+
+def _as_found(entry: EntryPoint) -> _Found:
+    source = (_name_of(entry.dist) if entry.dist else "") or "?"
+    return _Found(entry.name, "entry point", f"{source}: {entry.value}", entry_point=entry)
+
+
+def _one_by_one() -> Iterator[_Found]:
+    """The entry points of each distribution that can be read; of those that cannot be, the reason."""
+    seen: set[str] = set()
+    for distribution in distributions():
+        name = _name_of(distribution)
+        # Of two of one name Python imports the one that is first on its path.
+        key = re.sub(r"[-_.]+", "-", name).lower()
+        if key in seen:
+            continue
+        seen.update([key] if key else [])
+        try:
+            yield from map(_as_found, distribution.entry_points.select(group=ENTRY_POINT_GROUP))
+        except Exception as error:
+            if _mentions_group(distribution):
+                reason = f"its entry_points.txt cannot be read: {type(error).__name__}: {error}"
+                yield _Found(name or "?", "entry point", name or "?", error=reason)
+
+
+def _name_of(distribution: Distribution) -> str:
+    """The name of a distribution; empty where its metadata is missing or damaged."""
+    try:
+        return str(distribution.metadata["Name"] or "")
+    except Exception:  # whoever wrote its file
+        return ""
+
+
+def _mentions_group(distribution: Distribution) -> bool:
+    """Whether the file of entry points that cannot be read is about plugins of the harness."""
+    try:
+        return ENTRY_POINT_GROUP in (distribution.read_text("entry_points.txt") or "")
+    except UnicodeDecodeError as error:
+        return ENTRY_POINT_GROUP.encode() in error.object
+    except Exception:  # whoever wrote it
+        return False
 
 
 def _one_offs(extra: Iterable[str]) -> Iterator[_Found]:
@@ -277,6 +352,12 @@ def _collect(
         raise PluginError(f"{duplicate[0]} {duplicate[1]!r} is registered twice by {found.location}")
     for kind, name in named:
         collected.check(kind, name, found.location)
+    for model in models:
+        if not (_is_plain(model.name) and isinstance(model.spec, str)):
+            raise PluginError(
+                f"register_models: {model.name!r} for {model.spec!r}: a name is letters, digits, '.', '-', "
+                "'_', without a colon, a slash or a plus sign, and stands for the written form of a model"
+            )
     for source in sources:
         if not Path(source.path).is_dir():
             raise PluginError(f"register_tasks: {source.path} is no directory")
@@ -296,6 +377,15 @@ def _collect(
         meters=tuple(meter.name for meter in meters),
         claims=tuple(claim.id for claim in claims),
     )
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether `--models` would look a name up among those that plugins registered."""
+    try:
+        spec = parse_model(name)
+    except (AttributeError, HarnessError):
+        return False
+    return spec.source == "plugin" and spec.name == name
 
 
 def _implements_any(plugin: Any) -> bool:

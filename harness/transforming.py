@@ -208,6 +208,7 @@ def _context(
             "environment": dict(job.environment),
         },
         last_in_chain=last,
+        needs=steps[-1].method.needs_of(steps[-1].options),
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.errors import ConfigError, MissingExtra, NotApplicable
+from harness.errors import ConfigError, MissingExtra, NotApplicable, PluginError
 from harness.measure.effect import Effect, measure_effect, snapshot
 from harness.method import Method, Options, Paper
 from harness.models.info import ModelInfo, info_from_config
@@ -64,11 +64,12 @@ def check_method(
     """Check a method against the contract, on the CPU, on tiny random models.
 
     The card is complete (bundled methods); options survive JSON and refuse unknown names; the
-    transform has a real effect, leaves the process alone, gives an evaluating model whose output is
-    finite, of the same shape and the same each time; a second run on a fresh model agrees bit for
-    bit; a saved state loaded into another transformed copy, whose own state and tensors in plain
-    attributes are spoiled before, gives the same output; a quantization stores fewer bytes; a method
-    that is neither architectural nor trained stays within `max_drift` at its mildest.
+    transform uses no calibration and no training that `needs` does not name, has a real effect, leaves
+    the process alone, gives an evaluating model whose output is finite, of the same shape and the same
+    each time; a second run on a fresh model agrees bit for bit; a saved state loaded into another
+    transformed copy, whose own state and tensors in plain attributes are spoiled before, gives the same
+    output; a quantization stores fewer bytes; a method that is neither architectural nor trained stays
+    within `max_drift` at its mildest.
 
     Args:
         model: a name of `TINY_FAMILIES` or a function that makes a fresh model, equal each time; by
@@ -167,6 +168,8 @@ def _check_on(
             run = _run(method, options, fresh, tokenizer, info)
     except (NotApplicable, MissingExtra) as error:
         return str(error)
+    except PluginError as error:
+        raise AssertionError(f"{who}: {error}") from error
     _check_result(method, run, who)
     _check_repeatable(run, _run(method, options, make(), tokenizer, info), who)
     if not method.architectural and "training" not in needs and method.family != "baseline":
@@ -181,6 +184,7 @@ def _run(method: Method, options: Options, model: nn.Module, tokenizer: Any, inf
     probe = _probe(model, seed=1234)
     original = _output(model, probe)
     context = make_context(model, info, tokenizer=tokenizer, has_teacher=not info.scratch)
+    context.needs = method.needs_of(options)
     before = snapshot(model)
     result = method.transform(model, options, context)
     if not isinstance(result, nn.Module):

@@ -319,3 +319,21 @@ def _descendants(pid):
         frontier = {child for child, parent in parents.items() if parent in frontier}
         found += frontier
     return found
+
+
+def test_a_method_that_calibrates_in_silence_is_not_stored_under_any_budget(harness, checkpoint, tmp_path):
+    (tmp_path / "silent.py").write_text(
+        "from harness import Method, Options, hookimpl\n"
+        "def transform(model, options, context):\n"
+        "    context.calibration()\n"
+        "    return model\n"
+        "@hookimpl\n"
+        "def register_methods():\n"
+        "    return [Method(name='silent', options=Options, transform=transform)]\n"
+    )
+    arguments = ("--methods", "silent", "--models", checkpoint, "--tasks", "none", "--prompt-lens", "none")
+    done = harness("sweep", "--plugin", "silent.py", *arguments, "--device", "cpu")
+    assert done.code == 1, done.err
+    (row,) = harness("results", "--format", "json", "--methods", "silent").rows
+    assert row["status"] == "failed"
+    assert "uses calibration and does not say so: add needs=['calibration']" in row["reason"]

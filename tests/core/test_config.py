@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from harness.config import load_config
@@ -78,3 +80,25 @@ def test_none_is_written_in_a_file_as_on_the_command_line(tmp_path):
     assert (config.tasks, config.prompt_lens) == ((), ())
     assert load_config(file, {"tasks": "kjv"}).tasks == ("kjv",)
     assert load_config(None, {"tasks": ""}).tasks == ()
+
+
+def test_one_folder_of_a_file_needs_no_list(tmp_path):
+    (tmp_path / "s.yaml").write_text("include_path: ./my, tasks\nplugin: mine.py\n")
+    config = load_config(tmp_path / "s.yaml", {})
+    assert (config.include_path, config.plugin) == ((Path("my, tasks"),), ("mine.py",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: {rtn: 4}", "--methods: must be a list"),
+        ("batch_sizes: 1.5", "--batch-sizes: must be a list"),
+        ("include_path: 3", "--include-path: must be a list"),
+        ("text: 3", "--text: must be a path"),
+    ],
+)
+def test_a_wrong_kind_of_value_is_said_in_words_of_the_file(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "s.yaml", {})
+    assert str(caught.value) == message

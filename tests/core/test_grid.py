@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from harness.chain import parse_chain
+from harness.errors import NotApplicable, PluginError
 from harness.grid import GridInputs, build_grid, with_baseline
 from harness.method import Method, Options
 from harness.models.info import ModelInfo
@@ -92,7 +93,7 @@ def _inputs(chains=("plain",), models=None, **changes):
         "environment": {"torch": "2"},
         "budget": {"calibration": {"samples": 8}, "training": {"steps": 5}},
         "task_options": {"limit": None},
-        "meter_names": ("prefill",),
+        "meters": ("prefill",),
     }
     return GridInputs(**{**values, **changes})
 
@@ -242,3 +243,37 @@ def test_a_prompt_longer_than_the_model_is_settled_with_a_reason():
     (cell,) = [c for c in build_grid(inputs).variants[0].cells if c.kind is CellKind.SCENARIO]
     assert cell.decision.status is Status.NOT_APPLICABLE
     assert "128" in cell.decision.reason
+
+
+def _broken(*given):
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize(
+    ("what", "answer", "problem"),
+    [
+        ("applies", _broken, "'odd': applies failed: ValueError: boom"),
+        ("applies", lambda info, options: True, "'odd': applies must return None, .* not True"),
+        ("applies", lambda info, options: "", "'odd': applies must return None"),
+        ("needs", _broken, "'odd': needs failed: ValueError: boom"),
+        ("needs", lambda options: None, "'odd': needs must be a list of names, not None"),
+        ("needs", lambda options: "cuda", "'odd': needs must be a list of names, not 'cuda'"),
+        ("inputs", _broken, "'odd': inputs failed: ValueError: boom"),
+        ("inputs", lambda options: {"a": object()}, "'odd': inputs must return texts by name"),
+        ("inputs", lambda options: ["a"], "'odd': inputs must return texts by name"),
+        ("leaves_layers", _broken, "'odd': leaves_layers failed: ValueError: boom"),
+    ],
+)
+def test_what_a_method_answers_wrongly_is_one_line_that_names_it(what, answer, problem):
+    methods = {**METHODS, "odd": _method("odd", family="quantization", **{what: answer})}
+    chains = [parse_chain("odd+packs", methods)] if what == "leaves_layers" else [parse_chain("odd", methods)]
+    with pytest.raises(PluginError, match=problem):
+        build_grid(replace(_inputs(), chains=tuple(chains)))
+
+
+def test_a_reason_of_the_harness_itself_is_passed_on():
+    def applies(info, options):
+        raise NotApplicable("as it says")
+
+    with pytest.raises(NotApplicable, match="as it says"):
+        _method("odd", applies=applies).reason_against(INFO, _Options())

@@ -55,6 +55,57 @@ def test_a_plugin_that_does_not_exist_is_an_error(text):
 
 
 @pytest.mark.parametrize(
+    "entry",
+    ["'a:b', 'zoo:opt-4m'", "'zoo:opt-4m', 'zoo:llama-6m'", "'org/name', 'zoo:opt-4m'", "'', 'zoo:opt-4m'",
+     "'x+outliers', 'zoo:opt-4m'", "3, 'zoo:opt-4m'", "'x', 3"],
+)  # fmt: skip
+def test_a_model_that_could_not_be_named_is_refused(tmp_path, entry):
+    text = f"""
+        from harness import ModelEntry, hookimpl
+
+        @hookimpl
+        def register_models():
+            return [ModelEntry({entry})]
+    """
+    with pytest.raises(PluginError, match=r"register_models: .* a name is letters"):
+        load_plugins([_write(tmp_path, "named.py", text)])
+
+
+@pytest.mark.parametrize(
+    "entry_points", [b"[harness.plugins]\nno value\n", b"[harness.plugins]\nb\xff = broken\n"]
+)
+@pytest.mark.parametrize("metadata", ["Metadata-Version: 2.1\nName: broken-thing\nVersion: 1\n", None])
+def test_a_distribution_whose_entry_points_cannot_be_read_is_contained(
+    tmp_path, monkeypatch, entry_points, metadata
+):
+    for name in ("broken_thing", "good_thing"):
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+    (tmp_path / "broken_thing-1.dist-info" / "entry_points.txt").write_bytes(entry_points)
+    if metadata is not None:
+        (tmp_path / "broken_thing-1.dist-info" / "METADATA").write_text(metadata)
+    _write(tmp_path, "good_thing.py", GOOD.format(name="from-a-good-one"))
+    good = tmp_path / "good_thing-1.dist-info"
+    (good / "METADATA").write_text("Metadata-Version: 2.1\nName: good-thing\nVersion: 1\n")
+    (good / "entry_points.txt").write_text("[harness.plugins]\ngood = good_thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = load_plugins()
+    assert {"gptq", "from-a-good-one"} <= set(loaded.methods)
+    (report,) = loaded.broken
+    assert (report.name, report.origin) == ("broken-thing" if metadata else "?", "entry point")
+    assert report.error.startswith("its entry_points.txt cannot be read: ")
+    with pytest.raises(PluginError, match="cannot be read"):
+        load_plugins(strict=True)
+
+
+def test_damaged_entry_points_of_other_programs_are_not_reported(tmp_path, monkeypatch):
+    (tmp_path / "other-1.dist-info").mkdir()
+    (tmp_path / "other-1.dist-info" / "entry_points.txt").write_text("[console_scripts]\nno value\n")
+    (tmp_path / "other-1.dist-info" / "METADATA").write_text("Name: other\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not load_plugins().broken
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("import nothing_like_this", "ModuleNotFoundError"),

@@ -229,7 +229,20 @@ def _drifts_away(model, _options, _context):
     return model
 
 
+def _calibrates_in_silence(model, _options, context):
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1e-6 * context.calibration().numel())
+    return model
+
+
+def _trains_in_silence(model, _options, context):
+    context.train(model, steps=1)
+    return model
+
+
 BROKEN = {
+    "uses calibration and does not say so": _calibrates_in_silence,
+    "uses training and does not say so": _trains_in_silence,
     "changed nothing": _nothing,
     "must return the model": _returns_none,
     "training mode": _leaves_training_mode,
