@@ -20,7 +20,7 @@ from harness.store.chunks import chunks
 from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
 from harness.store.store import Store
-from harness.store.tables import cells, records, variants
+from harness.store.tables import cells, imports, records, variants
 
 from .columns import Column
 
@@ -37,24 +37,26 @@ _NUMBERS = ("baseline", "value", "difference", "ratio", "lower", "upper", "p", "
 def cells_at(store: Store, cell_ids: Iterable[int]) -> dict[int, Cell]:
     """Cells with their finite records, readings and conditions, by id, ready to be compared with any other.
 
-    They are known by what was measured alone, so that variants of two models, seeds or files can be put side
-    by side; what differs between them is said as a caution.
+    Variants of two models, seeds or files can be put side by side; what differs between them is said as a
+    caution.
     """
     wanted = sorted(set(cell_ids))
     about = select(
         cells.c.id.label("cell"), cells.c.variant_id.label("variant"), cells.c.sweep_id.label("sweep"),
         cells.c.kind, cells.c.task, cells.c.scenario, cells.c.status, cells.c.reason,
-        variants.c.method, variants.c.family, variants.c.dtype, variants.c.device_name,
+        variants.c.method, variants.c.family, variants.c.model, variants.c.seed, variants.c.dtype,
+        variants.c.device_name, imports.c.origin,
     ).join(variants, variants.c.id == cells.c.variant_id)  # fmt: skip
+    about = about.outerjoin(imports, imports.c.sweep_id == cells.c.sweep_id)
     names = ("cell_id", "metric", "value", "unit", "lower", "upper", "mode")
     measured = select(*(records.c[name] for name in names)).where(records.c.value.is_not(None))
     samples, conditions = all_readings(store, wanted), read_conditions(store, wanted)
-    anywhere = {"model": "", "seed": 0, "origin": None, "options": {}}
     found: dict[int, Cell] = {}
     with store.reading() as connection:
         for part in chunks(wanted):
             for row in connection.execute(about.where(cells.c.id.in_(part))).mappings():
-                cell = found[row["cell"]] = Cell(store, [{**row, **anywhere}], (row["cell"],))
+                cell = found[row["cell"]] = Cell(store, [{**row, "options": {}}], (row["cell"],))
+                cell.origin = None  # among the marks and the cautions
                 cell.conditions = conditions[cell.id]
             ordered = measured.where(records.c.cell_id.in_(part)).order_by(records.c.id)
             for id_, metric, value, unit, lower, upper, mode in connection.execute(ordered):

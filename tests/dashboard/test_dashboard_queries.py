@@ -11,7 +11,7 @@ from harness_dashboard.queries.compared import independent_interval
 from harness.records import CellKind, CellResult, Item, KernelUse, Record, Status
 from harness.store import queries as stored
 from harness.store.store import Store
-from tests.core.stores import add_cell, add_sweep
+from tests.core.stores import add_cell, add_sweep, around, timed
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, SMALL, variant_row
 
 ACCURACY, DECODE = "acc · hellaswag", f"decode_latency · {SMALL}"
@@ -429,6 +429,23 @@ def test_two_models_can_be_held_against_each_other(filled, about):
     row = deltas(filled, DECODE, pairs={baselines[SHAPE]: baselines[MODEL]}).iloc[0]
     assert row["ratio"] == pytest.approx(1000, rel=0.05)
     assert f"model: {MODEL} and {SHAPE}" in row["caution"]
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"seed": 1}, {"dtype": "float32"}, {"device_name": "b"}])
+def test_rounds_against_another_baseline_are_no_ratio_to_this_one(store, other):
+    sweep = add_sweep(store)
+    for setting, seconds in (({}, 0.01), (other, 0.1)):
+        add_cell(
+            store, sweep, "baseline", timed("decode_latency", around(seconds)), scenario=SMALL, **setting
+        )
+        faster = timed("decode_speedup", around(2.0), "x", "graph, paired")
+        new = timed("decode_latency", around(seconds / 2))
+        add_cell(store, sweep, "new", new, faster, scenario=SMALL, **setting)
+    about = queries.described(store, [1, 2, 4])
+    mine, others = deltas(store, DECODE, about=about, pairs={2: 1, 4: 1}).to_dict("records")
+    assert (mine["verdict"], mine["basis"]) == ("2x faster", "paired")
+    assert (others["baseline"], others["value"]) == pytest.approx((0.01, 0.05))
+    assert (others["verdict"], others["basis"]) == ("5x slower", "unpaired")
 
 
 # --- details ----------------------------------------------------------------------------------
