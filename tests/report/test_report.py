@@ -214,6 +214,8 @@ def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
         ([(1, 5), (1, 4)], ("lower", "lower"), [False, True]),
         ([(1, 5), (2, 5)], ("lower", "higher"), [True, False]),
         ([(1, 5), (2, 6), (3, 4)], ("higher", "higher"), [False, True, True]),
+        ([(1, math.inf), (2, 5)], ("lower", "lower"), [True, True]),
+        ([(1, -math.inf), (1, -math.inf)], ("lower", "higher"), [True, True]),
     ],
 )
 def test_the_front(points, directions, best):
