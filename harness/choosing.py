@@ -183,7 +183,8 @@ def reason(goal: Goal, verdict: str, records: Mapping[str, Mapping[str, Any]]) -
     Args:
         records: by metric, each with its ``value``, as of `harness.why.Explanation`.
     """
-    found = [words.format(records[name]["value"]) for name, words in goal.reasons.items() if name in records]
+    known = {name: record["value"] for name, record in records.items() if record["value"] is not None}
+    found = [words.format(known[name]) for name, words in goal.reasons.items() if name in known]
     sentences = re.split(r"(?<=\.) (?=(?:Prefill|Decode|The weights) )", verdict)
     told = [each for each in sentences if each.startswith(goal.about)]
     return " ".join([*([", ".join(found) + "."] if found else []), *told])
@@ -196,7 +197,7 @@ def choices(
     *,
     tasks: Sequence[str] | None = None,
     shapes: Sequence[str] | None = None,
-    whys: Mapping[tuple[str, str, int, str], str] | None = None,
+    whys: Mapping[tuple[str, str, int, str, str, str], str] | None = None,
 ) -> list[Choice]:
     """A choice for every model and shape in which the goal was measured.
 
@@ -204,7 +205,7 @@ def choices(
         rows: of methods against the baseline; those that are not comparable are passed over.
         most: the largest loss of any task, in fractions of a score or nats a token.
         tasks: only these count as losses.
-        whys: reasons by model, method, seed and cell.
+        whys: reasons by model, method, seed, dtype, device and cell.
     """
     kept = [row for row in rows if row.is_comparable]
     losses = _losses(kept, tasks)
@@ -231,7 +232,7 @@ def choices(
             upper=1 / lower,
             losses=own,
             standing=_standing(own, most, is_judged=row.model in judged, is_whole=not unscored),
-            why=(whys or {}).get((row.model, row.method_b, row.seed, row.cell), ""),
+            why=(whys or {}).get((row.model, row.method_b, row.seed, row.dtype, row.device, row.cell), ""),
             unscored=unscored,
         )
         found.setdefault((row.model, shape, row.device, row.dtype), []).append(candidate)

@@ -49,7 +49,7 @@ _COST = (
 @dataclass(frozen=True)
 class Explanation:
     """One variant in one shape. `records` are those of its scenario cell and of its transform, by metric;
-    each is a dict of `value`, `unit`, `lower`, `upper`, `n`, `mode` and `note`."""
+    each is a dict of `value`, `unit`, `lower`, `upper`, `n`, `mode` and `note`. `device` is its name."""
 
     model: str
     method: str
@@ -59,6 +59,8 @@ class Explanation:
     simulated: bool | None
     records: Mapping[str, Mapping[str, Any]]
     kernels: tuple[KernelUse, ...]
+    dtype: str = ""
+    device: str = ""
 
     def value(self, metric: str) -> float | None:
         record = self.records.get(metric)
@@ -85,6 +87,8 @@ class Explanation:
             "model": self.model,
             "method": self.method,
             "seed": self.seed,
+            "dtype": self.dtype,
+            "device": self.device,
             "scenario": self.scenario,
             "synthetic": self.synthetic,
             "simulated": self.simulated,
@@ -174,6 +178,8 @@ def explanations(
                 simulated=None if first["simulated"] is None else bool(first["simulated"]),
                 records=of_variants.get(int(first["variant"]), {}) | _records(rows),
                 kernels=store.kernels(int(first["cell"])),
+                dtype=first["dtype"],
+                device=first["device_name"],
             )
         )
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +20,20 @@ _SCALES = {
     "B/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
-_CSV = ("model", "method", "seed", "scenario", "phase", "kernel", "family", "calls", "seconds", "share")
+_CSV = (
+    "model",
+    "method",
+    "seed",
+    "dtype",
+    "device",
+    "scenario",
+    "phase",
+    "kernel",
+    "family",
+    "calls",
+    "seconds",
+    "share",
+)
 
 
 def why(
@@ -58,10 +71,10 @@ def why(
             sweep=sweep_number(sweep),
         )
     if output is Format.JSON:
-        print(json.dumps([each.as_json() for each in found], indent=2, allow_nan=False))
+        print_rows([each.as_json() for each in found], (), output)
     elif output is Format.TABLE:
         for each in found:
-            _print_tables(each, top)
+            _print_tables(each, top, _telling(each, found))
     else:
         print_rows([row for each in found for row in _kernel_rows(each)], list(_CSV), output)
 
@@ -72,6 +85,8 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
             "model": found.model,
             "method": found.method,
             "seed": found.seed,
+            "dtype": found.dtype,
+            "device": found.device,
             "scenario": found.scenario,
             "phase": kernel.phase,
             "kernel": kernel.name,
@@ -84,9 +99,20 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
     ]
 
 
-def _print_tables(found: Explanation, top: int) -> None:
+def _telling(one: Explanation, found: Sequence[Explanation]) -> list[str]:
+    """What tells it from others of its model, method and shape."""
+    alike = [
+        each
+        for each in found
+        if (each.model, each.method, each.scenario) == (one.model, one.method, one.scenario)
+    ]
+    told = {f"seed {one.seed}": "seed", one.dtype: "dtype", one.device: "device"}
+    return [text for text, name in told.items() if len({getattr(each, name) for each in alike}) > 1]
+
+
+def _print_tables(found: Explanation, top: int, telling: Sequence[str]) -> None:
     synthetic = " (synthetic)" if found.synthetic else ""
-    say(f"{found.model}{synthetic} · {found.method} · {found.scenario}")
+    say(" · ".join((f"{found.model}{synthetic}", found.method, found.scenario, *telling)))
     say(f"  {_effect(found)}")
     say(f"  verdict: {found.verdict or 'none: nothing to compare with'}")
     columns = ["phase", "time", "speed-up", "achieved", "of the ceiling", "J/token", "mode"]
