@@ -19,6 +19,7 @@ from harness.report.markdown import to_markdown
 from harness.report.page import to_html
 from harness.report.scatter import scatter, ticks
 from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, fill, variant_row
 
 VOID = {"meta", "br"}
@@ -328,3 +329,18 @@ def test_a_report_never_replaces_a_store(command, database):
     assert (code, out) == (2, "")
     assert "is a results store; name another file" in err
     assert database.read_bytes() == before
+
+
+def test_which_of_several_seeds_failed_is_said(tmp_path, capsys):
+    path = tmp_path / "results.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        add_cell(store, sweep, "rtn", Record("acc", 0.5, "fraction"), task="t", seed=0)
+        add_cell(store, sweep, "rtn", task="t", seed=1, status=Status.OOM, reason="no memory")
+        verdict = Record("verdict", 1.0, "", note="Decode is slow.")
+        add_cell(store, sweep, "rtn", verdict, scenario="b1-p8-g2", seed=1)
+        report = make_report(store)
+    assert report.problems == (("m", "rtn · seed 1", "t", "oom", "no memory"),)
+    assert report.verdicts == (("m", "rtn · seed 1", "b1-p8-g2", "Decode is slow."),)
+    assert run_harness(["results", "--db", str(path)]) == 0
+    assert "rtn · seed 1" in capsys.readouterr().out.partition("Not measured")[2]
