@@ -17,7 +17,6 @@ from harness.conditions import read_conditions
 from harness.display import COUNTED, better
 from harness.evaluate.intervals import sum_of_independent
 from harness.store.chunks import chunks
-from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
 from harness.store.store import Store
 from harness.store.tables import cells, imports, records, variants
@@ -60,7 +59,9 @@ def cells_at(store: Store, cell_ids: Iterable[int]) -> dict[int, Cell]:
                 cell.conditions = conditions[cell.id]
             ordered = measured.where(records.c.cell_id.in_(part)).order_by(records.c.id)
             for id_, metric, value, unit, lower, upper, mode in connection.execute(ordered):
-                reading = Reading(nan_if_null(value), samples.get((id_, metric), ()), lower, upper, mode)
+                if not math.isfinite(value):
+                    continue
+                reading = Reading(value, samples.get((id_, metric), ()), lower, upper, mode)
                 found[id_].records[metric], found[id_].units[metric] = reading, unit
     return found
 
@@ -72,7 +73,8 @@ def differences(
     pairs: Mapping[int, int],
     about: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Each variant against the one that it is paired with, one row for each column that both have.
+    """Each variant against the one that it is paired with, one row for each column that both have a finite
+    value of.
 
     P-values are adjusted over all rows that are returned. Times and sizes have a `ratio` with its interval,
     scores a `difference` with its interval, in the unit that was stored.
@@ -98,9 +100,9 @@ def differences(
     stored = cells_at(store, ids)
     rows: list[tuple[int, Column, Comparison, tuple[Reading, Reading]]] = []
     for variant, column, a, b in wanted:
-        both = compare_cells(stored[a], stored[b], [column.metric])
-        sides = stored[a].records[column.metric], stored[b].records[column.metric]
-        rows += [(variant, column, row, sides) for row in both]
+        for row in compare_cells(stored[a], stored[b], [column.metric]):
+            sides = stored[a].records[column.metric], stored[b].records[column.metric]
+            rows.append((variant, column, row, sides))
     known = about.set_index("variant")
     tested = adjusted([with_interval(row, readings_of) for *_, row, readings_of in rows])
     return pd.DataFrame(

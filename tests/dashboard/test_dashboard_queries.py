@@ -415,6 +415,18 @@ def test_differences_of_timings_and_of_counted_bytes(filled):
     assert math.isnan(rows.loc["transform_s", "lower"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["baseline", "new"])
+def test_what_is_no_number_is_not_compared(store, value, broken):
+    sweep = add_sweep(store)
+    for method in ("baseline", "new"):
+        perplexity = value if method == broken else 8.0
+        records = Record("token_perplexity", perplexity, "ppl"), Record("acc", 0.5, "fraction", 0.4, 0.6, 9)
+        add_cell(store, sweep, method, *records, task="hellaswag")
+    found = deltas(store, "token_perplexity · hellaswag", ACCURACY)
+    assert found["metric"].tolist() == ["acc"]
+
+
 def test_doubtful_comparisons_are_flagged(store):
     for family, mode in (("baseline", "graph"), ("quantization", "eager")):
         sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
