@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 import re
@@ -195,6 +196,17 @@ def test_variants_that_are_called_alike_are_told_apart(tmp_path):
     assert report.table.columns[:4] == ["model", "method", "dtype", "scenario"]
     assert {row["dtype"] for row in report.table.rows} == {"float32", "bfloat16"}
     assert "rtn · bfloat16 (simulated), baseline" in to_markdown(report)
+
+
+def test_values_that_lie_close_together_have_labels_of_their_own(report):
+    front = report.fronts[0]
+    close = [
+        dataclasses.replace(point, x=float(number), y=5.4721 + number * 1e-5, x_bounds=None, y_bounds=None)
+        for number, point in enumerate(front.points)
+    ]
+    drawn = scatter(dataclasses.replace(front, y_unit="ppl", points=tuple(close)))
+    labels = re.findall(r'text-anchor="end">([\d.]+)</text>', drawn)
+    assert len(set(labels)) == len(labels) >= 3
 
 
 def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
