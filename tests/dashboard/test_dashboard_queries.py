@@ -313,6 +313,13 @@ def test_option_tables_stand_side_by_side(filled, ids):
     assert table.loc["method"].tolist() == ["baseline", "smoothquant+gptq"]
 
 
+def test_an_option_hides_nothing_of_its_variant(store):
+    chain = [{"name": "new", "options": {"dtype": "int8", "bits": 4}}]
+    add_cell(store, add_sweep(store), "new", Record("acc", 0.5, "fraction"), task="t", chain=chain)
+    table = queries.option_table(queries.described(store, [1]))["new"]
+    assert table[["dtype", "option dtype", "bits"]].tolist() == ["bfloat16", "int8", "4"]
+
+
 def test_what_transforms_changed(filled, ids):
     found = queries.changes(filled, [ids["gptq:bits=4"], ids["moe"], ids[HOSTILE]])
     assert found["modules"].tolist() == [1, 0, 0]
