@@ -142,8 +142,10 @@ def _sizes(rows: pd.DataFrame, z: Axis | None) -> pd.Series:
     if z is None:
         return pd.Series(np.where(rows["front"], 14, 10), index=rows.index)
     place = _position(rows["z"], z.is_log)
-    spread = place.max() - place.min()
-    share = (place - place.min()) / spread if spread > 0 else place * 0.0 + 0.5
+    known = place[np.isfinite(place)]
+    spread = known.max() - known.min()
+    share = (place - known.min()) / spread if spread > 0 else place - known.min() + 0.5
+    share = share.clip(0.0, 1.0)  # what is infinite is as large, or as small, as what is drawn
     least, most = _SIZES
     return np.sqrt(least**2 + share.fillna(0.0) * (most**2 - least**2))
 

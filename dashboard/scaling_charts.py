@@ -34,6 +34,8 @@ _NAME_LENGTH = 30
 def growth(points: pd.DataFrame, fits: pd.DataFrame, axis: Axis, metric: str) -> go.Figure:
     """A metric against the sizes of an axis, one line a variant, with intervals and the fitted power laws.
 
+    A variant whose sizes were not measured alike has several lines.
+
     Args:
         points: rows of `scaling_data.points` of one metric, at least one.
         fits: rows of `scaling_data.fits`; those with an exponent are drawn as thin lines.
@@ -46,16 +48,14 @@ def growth(points: pd.DataFrame, fits: pd.DataFrame, axis: Axis, metric: str) ->
     of_metric = fits[fits["metric"] == metric]
     for number, variant in enumerate(names):
         mine = points[points["variant"] == variant]
-        for mode, line in mine.groupby("mode", sort=False, dropna=False):
-            several = mine["mode"].nunique() > 1
+        for place, line in mine.groupby("line", sort=False):
+            told = _telling(line, mine)
             marks = str(line["marks"].iloc[0])
-            name = marked(_line_name(names[variant], mode, several=several), marks)
-            legend = marked(_line_name(short[variant], mode, several=several), marks)
+            name, legend = (marked(f"{each}{told}", marks) for each in (names[variant], short[variant]))
             colour = FAMILY_COLOURS[str(line["family"].iloc[0])]
             figure.add_trace(_measured(line, name, legend, colour, number, factor, unit))
-            fit = of_metric[(of_metric["variant"] == variant) & of_metric["exponent"].notna()]
-            fit = fit[fit["mode"].isna() if mode is None or mode != mode else fit["mode"] == mode]
-            if len(fit):
+            fit = of_metric[(of_metric["variant"] == variant) & (of_metric["line"] == place)]
+            if fit["exponent"].notna().any():
                 figure.add_trace(_fitted(line, float(fit["exponent"].iloc[0]), colour, factor))
     sizes = sorted({int(size) for size in points["size"]})
     _finish(figure, axis, sizes, axis_title(html.escape(metric), unit, "lower"))
@@ -204,5 +204,11 @@ def _finish(figure: go.Figure, axis: Axis, sizes: Sequence[int], y_title: str) -
     figure.update_yaxes(type="log", title=y_title, automargin=True)
 
 
-def _line_name(name: str, mode: object, *, several: bool) -> str:
-    return f"{name} ({mode})" if several else name
+def _telling(line: pd.DataFrame, of_variant: pd.DataFrame) -> str:
+    """What tells a line from the others of its variant: how it was taken, or else its sizes."""
+    modes = of_variant.drop_duplicates("line")["mode"].fillna("")
+    mode = "" if pd.isna(line["mode"].iloc[0]) else line["mode"].iloc[0]
+    told = [mode] if mode and modes.nunique() > 1 else []
+    if (modes == mode).sum() > 1:
+        told.append(f"{line['size'].min():,} to {line['size'].max():,}")
+    return f" ({', '.join(told)})" if told else ""

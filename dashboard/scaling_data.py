@@ -7,7 +7,7 @@ those of ``harness scaling`` and ``harness compare --break-even``.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,11 @@ __all__ = [
 
 BYTES = tuple(metric for metric in GROWING if metric not in TIMES)
 POINT_COLUMNS = (
-    "variant", "name", "marks", "family", "metric", "mode", "size", "value", "lower", "upper", "unit",
+    "variant", "name", "marks", "family", "metric", "line", "mode", "size", "value", "lower", "upper", "unit",
 )  # fmt: skip
 FIT_COLUMNS = (
-    "variant", "name", "metric", "mode", "exponent", "lower", "upper", "first", "last", "sizes", "basis",
-    "local", "note",
+    "variant", "name", "metric", "line", "mode", "exponent", "lower", "upper", "first", "last", "sizes",
+    "basis", "local", "note",
 )  # fmt: skip
 
 _IS_TIMED = (cells.c.kind == str(CellKind.SCENARIO)) & (cells.c.status == str(Status.OK))
@@ -212,22 +212,24 @@ def growth_of(
 
 
 def points(lines: dict[int, list[Growth]], about: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The measured points of a metric: rows of `POINT_COLUMNS`, ordered by variant, line and size."""
+    """The measured points of a metric: rows of `POINT_COLUMNS`, ordered by variant, line and size.
+
+    `line` numbers the lines of a variant: what was measured under other conditions is not joined.
+    """
     by_id = about.set_index("variant")
     rows = [
         (
-            variant, *by_id.loc[variant, ["name", "marks", "family"]], metric, line.mode, size, value,
-            *line.intervals[size], line.unit,
+            variant, *by_id.loc[variant, ["name", "marks", "family"]], metric, number, line.mode, size,
+            value, *line.intervals[size], line.unit,
         )
         for variant, growing in lines.items()
-        for line in growing
-        if line.metric == metric
+        for number, line in _of_metric(growing, metric)
         for size, value in line.values.items()
     ]  # fmt: skip
     return typed(
         pd.DataFrame(rows, columns=list(POINT_COLUMNS), dtype=object),
         floats=("value", "lower", "upper"),
-        integers=("variant", "size"),
+        integers=("variant", "line", "size"),
     )
 
 
@@ -237,17 +239,23 @@ def fits(lines: dict[int, list[Growth]], about: pd.DataFrame, metrics: Sequence[
     rows = []
     for metric in metrics:
         for variant, growing in lines.items():
-            rows += [_fit_row(variant, names[variant], line) for line in growing if line.metric == metric]
+            for number, line in _of_metric(growing, metric):
+                rows.append(_fit_row(variant, names[variant], number, line))
     return typed(
         pd.DataFrame(rows, columns=list(FIT_COLUMNS), dtype=object),
         floats=("exponent", "lower", "upper"),
-        integers=("variant", "first", "last", "sizes"),
+        integers=("variant", "line", "first", "last", "sizes"),
     )
 
 
-def _fit_row(variant: int, name: str, line: Growth) -> tuple[Any, ...]:
+def _of_metric(growing: Sequence[Growth], metric: str) -> Iterator[tuple[int, Growth]]:
+    """The lines of a metric, numbered."""
+    return enumerate(line for line in growing if line.metric == metric)
+
+
+def _fit_row(variant: int, name: str, number: int, line: Growth) -> tuple[Any, ...]:
     sizes = list(line.values)
-    head = (variant, name, line.metric, line.mode)
+    head = (variant, name, line.metric, number, line.mode)
     if line.exponent is None:
         few = f"an exponent needs {MIN_SIZES} sizes, this has {len(sizes)}"
         note = "; ".join(filter(None, [few, line.note]))

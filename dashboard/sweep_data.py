@@ -268,10 +268,10 @@ def _grid_variants(
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
     """Sorts ``b8-p512`` before ``b64-p128``."""
-    parts = "".join(each if each.isdigit() else f" {each} " for each in text).split()
+    parts = "".join(each if each.isdecimal() else f" {each} " for each in text).split()
     joined: list[tuple[int, int, str]] = []
     for part in parts:
-        joined.append((0, int(part), "") if part.isdigit() else (1, 0, part))
+        joined.append((0, int(part), "") if part.isdecimal() else (1, 0, part))
     return joined
 
 

@@ -183,7 +183,8 @@ def reason(goal: Goal, verdict: str, records: Mapping[str, Mapping[str, Any]]) -
     Args:
         records: by metric, each with its ``value``, as of `harness.why.Explanation`.
     """
-    found = [words.format(records[name]["value"]) for name, words in goal.reasons.items() if name in records]
+    known = {name: record["value"] for name, record in records.items() if record["value"] is not None}
+    found = [words.format(known[name]) for name, words in goal.reasons.items() if name in known]
     sentences = re.split(r"(?<=\.) (?=(?:Prefill|Decode|The weights) )", verdict)
     told = [each for each in sentences if each.startswith(goal.about)]
     return " ".join([*([", ".join(found) + "."] if found else []), *told])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 __all__ = ["on_front"]
@@ -22,9 +21,9 @@ def on_front(points: Sequence[tuple[float, float]], x_better: str, y_better: str
         for index, (x, y) in enumerate(points)
     ]
     found = [False] * len(points)
-    best_y, last_x = math.inf, math.nan
+    best: tuple[float, float] | None = None  # the last of the front so far; the first may be infinite
     for x, y, index in sorted(costs):
-        if y < best_y or (y == best_y and x == last_x):
+        if best is None or y < best[1] or (x, y) == best:
             found[index] = True
-            best_y, last_x = y, x
+            best = x, y
     return found

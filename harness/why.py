@@ -49,7 +49,7 @@ _COST = (
 @dataclass(frozen=True)
 class Explanation:
     """One variant in one shape. `records` are those of its scenario cell and of its transform, by metric;
-    each is a dict of `value`, `unit`, `lower`, `upper`, `n`, `mode` and `note`."""
+    each is a dict of `value`, `unit`, `lower`, `upper`, `n`, `mode` and `note`. `device` is its name."""
 
     model: str
     method: str

@@ -17,10 +17,9 @@ from harness.conditions import read_conditions
 from harness.display import COUNTED, better
 from harness.evaluate.intervals import sum_of_independent
 from harness.store.chunks import chunks
-from harness.store.encoding import nan_if_null
 from harness.store.readings import all_readings
 from harness.store.store import Store
-from harness.store.tables import cells, records, variants
+from harness.store.tables import cells, imports, records, variants
 
 from .columns import Column
 
@@ -37,28 +36,32 @@ _NUMBERS = ("baseline", "value", "difference", "ratio", "lower", "upper", "p", "
 def cells_at(store: Store, cell_ids: Iterable[int]) -> dict[int, Cell]:
     """Cells with their finite records, readings and conditions, by id, ready to be compared with any other.
 
-    They are known by what was measured alone, so that variants of two models, seeds or files can be put side
-    by side; what differs between them is said as a caution.
+    Variants of two models, seeds or files can be put side by side; what differs between them is said as a
+    caution.
     """
     wanted = sorted(set(cell_ids))
     about = select(
         cells.c.id.label("cell"), cells.c.variant_id.label("variant"), cells.c.sweep_id.label("sweep"),
         cells.c.kind, cells.c.task, cells.c.scenario, cells.c.status, cells.c.reason,
-        variants.c.method, variants.c.family, variants.c.dtype, variants.c.device_name,
+        variants.c.method, variants.c.family, variants.c.model, variants.c.seed, variants.c.dtype,
+        variants.c.device_name, imports.c.origin,
     ).join(variants, variants.c.id == cells.c.variant_id)  # fmt: skip
+    about = about.outerjoin(imports, imports.c.sweep_id == cells.c.sweep_id)
     names = ("cell_id", "metric", "value", "unit", "lower", "upper", "mode")
     measured = select(*(records.c[name] for name in names)).where(records.c.value.is_not(None))
     samples, conditions = all_readings(store, wanted), read_conditions(store, wanted)
-    anywhere = {"model": "", "seed": 0, "origin": None, "options": {}}
     found: dict[int, Cell] = {}
     with store.reading() as connection:
         for part in chunks(wanted):
             for row in connection.execute(about.where(cells.c.id.in_(part))).mappings():
-                cell = found[row["cell"]] = Cell(store, [{**row, **anywhere}], (row["cell"],))
+                cell = found[row["cell"]] = Cell(store, [{**row, "options": {}}], (row["cell"],))
+                cell.origin = None  # among the marks and the cautions
                 cell.conditions = conditions[cell.id]
             ordered = measured.where(records.c.cell_id.in_(part)).order_by(records.c.id)
             for id_, metric, value, unit, lower, upper, mode in connection.execute(ordered):
-                reading = Reading(nan_if_null(value), samples.get((id_, metric), ()), lower, upper, mode)
+                if not math.isfinite(value):
+                    continue
+                reading = Reading(value, samples.get((id_, metric), ()), lower, upper, mode)
                 found[id_].records[metric], found[id_].units[metric] = reading, unit
     return found
 
@@ -70,7 +73,8 @@ def differences(
     pairs: Mapping[int, int],
     about: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Each variant against the one that it is paired with, one row for each column that both have.
+    """Each variant against the one that it is paired with, one row for each column that both have a finite
+    value of.
 
     P-values are adjusted over all rows that are returned. Times and sizes have a `ratio` with its interval,
     scores a `difference` with its interval, in the unit that was stored.
@@ -96,9 +100,9 @@ def differences(
     stored = cells_at(store, ids)
     rows: list[tuple[int, Column, Comparison, tuple[Reading, Reading]]] = []
     for variant, column, a, b in wanted:
-        both = compare_cells(stored[a], stored[b], [column.metric])
-        sides = stored[a].records[column.metric], stored[b].records[column.metric]
-        rows += [(variant, column, row, sides) for row in both]
+        for row in compare_cells(stored[a], stored[b], [column.metric]):
+            sides = stored[a].records[column.metric], stored[b].records[column.metric]
+            rows.append((variant, column, row, sides))
     known = about.set_index("variant")
     tested = adjusted([with_interval(row, readings_of) for *_, row, readings_of in rows])
     return pd.DataFrame(

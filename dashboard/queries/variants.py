@@ -39,6 +39,7 @@ _ABOUT = (
     "variant", "model", "method", "marks", "knobs", "options", "family", "seed", "dtype", "device_name",
     "origin",
 )  # fmt: skip
+_OF_VARIANTS = ("model", "method", "family", "dtype", "device_name")
 _SETTING = ("model", "seed", "dtype", "device_name", "origin")
 
 
@@ -172,10 +173,13 @@ def option_table(about: pd.DataFrame) -> pd.DataFrame:
     table: dict[str, dict[str, str]] = {}
     for row in about.to_dict("records"):
         steps = [row["options"]] if isinstance(row["options"], Mapping) else row["options"]
-        column = {name: str(row[name]) for name in ("model", "method", "family", "dtype", "device_name")}
+        column = {name: str(row[name]) for name in _OF_VARIANTS}
         for number, options in enumerate(steps, start=1):
             prefix = f"step {number}: " if len(steps) > 1 else ""
-            column |= {f"{prefix}{name}": str(value) for name, value in options.items()}
+            for name, value in options.items():
+                # A method may have an option that is named as what variants have themselves.
+                is_taken = not prefix and name in (*_OF_VARIANTS, "marks")
+                column[f"option {name}" if is_taken else f"{prefix}{name}"] = str(value)
         table[row["name"]] = column | {"marks": row["marks"]}
     return pd.DataFrame(table, dtype=object).fillna("")
 

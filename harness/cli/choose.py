@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,12 +103,15 @@ def print_choices(
         why = f"; {len(refused)} rows were measured under other conditions" if refused else ""
         raise ConfigError(f"no method's {goal.metric} was compared with the baseline's{why}")
     if output is Format.JSON:
-        print(json.dumps([asdict(each) for each in made], indent=2, allow_nan=False))
+        print_rows([asdict(each) for each in made], (), output)
     else:
+        # What all choices have in common need not be said to people.
+        telling = [name for name in ("device", "dtype") if len({getattr(each, name) for each in made}) > 1]
         rows = [row for each in made for row in _rows(each, goal)]
-        print_rows(rows, _COLUMNS, output)
+        print_rows(rows, [*_COLUMNS[:2], *telling, *_COLUMNS[2:]], output)
+    is_of_types = len({each.dtype for each in made}) > 1
     for each in made:
-        say(_sentence(each, goal, lose), err=output is not Format.TABLE)
+        say(_sentence(each, goal, lose, says_dtype=is_of_types), err=output is not Format.TABLE)
     if refused:
         say(f"{len(refused)} rows of other conditions than the baseline's do not count", err=True)
 
@@ -169,6 +171,8 @@ def _rows(choice: Choice, goal: Goal) -> list[dict[str, Any]]:
         {
             "model": choice.model,
             "shape": choice.shape,
+            "device": choice.device,
+            "dtype": choice.dtype,
             "": marks.get(id(each)) or _refusal(each),
             "method": _name(each, choice),
             "gain": _gain(each, goal),
@@ -210,8 +214,10 @@ def _loss(loss: Loss) -> str:
     return f"{loss.task} {value:+.3g} [{lower:+.3g}, {upper:+.3g}] {unit}".rstrip()
 
 
-def _sentence(choice: Choice, goal: Goal, lose: str) -> str:
+def _sentence(choice: Choice, goal: Goal, lose: str, *, says_dtype: bool) -> str:
     where = f"{choice.model}{f' at {choice.shape}' if choice.shape else ''} on {choice.device}"
+    if says_dtype:
+        where += f" in {choice.dtype}"
     taken = choice.taken
     if taken is None:
         best = max(choice.candidates, key=lambda each: each.gain)

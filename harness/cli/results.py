@@ -187,16 +187,17 @@ def print_summary(store: Store, outcome: SweepOutcome) -> None:
 
 def print_variants(rows: list[dict[str, Any]], conditions: Mapping[int, Conditions]) -> None:
     """One row a variant and prompt shape: the main figures with their intervals, then what failed."""
-    from harness.cli.summary import variant_table
+    from harness.cli.summary import names_of, variant_table
 
     table = variant_table(rows, conditions)
     print_rows(table.rows, table.columns, Format.TABLE)
     for note in table.footnotes:
         say(note)
+    names = names_of(rows)  # also where only one of several seeds is missing
     problems = {
         (
             row["model"],
-            row["method"],
+            names[row["variant"]],
             row["task"] or row["scenario"] or "",
             row["status"],
             row["reason"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,8 +36,6 @@ _CSV = (
     "seconds",
     "share",
 )
-
-_SETTING = ("seed", "dtype", "device")  # part of a heading where not all are alike
 
 
 def why(
@@ -75,11 +73,10 @@ def why(
             sweep=sweep_number(sweep),
         )
     if output is Format.JSON:
-        print(json.dumps([each.as_json() for each in found], indent=2, allow_nan=False))
+        print_rows([each.as_json() for each in found], (), output)
     elif output is Format.TABLE:
-        told_apart = [name for name in _SETTING if len({getattr(each, name) for each in found}) > 1]
         for each in found:
-            _print_tables(each, top, told_apart)
+            _print_tables(each, top, _telling(each, found))
     else:
         print_rows([row for each in found for row in _kernel_rows(each)], list(_CSV), output)
 
@@ -104,10 +101,20 @@ def _kernel_rows(found: Explanation) -> list[dict[str, Any]]:
     ]
 
 
-def _print_tables(found: Explanation, top: int, told_apart: Sequence[str]) -> None:
+def _telling(one: Explanation, found: Sequence[Explanation]) -> list[str]:
+    """What tells it from others of its model, method and shape."""
+    alike = [
+        each
+        for each in found
+        if (each.model, each.method, each.scenario) == (one.model, one.method, one.scenario)
+    ]
+    told = {f"seed {one.seed}": "seed", one.dtype: "dtype", one.device: "device"}
+    return [text for text, name in told.items() if len({getattr(each, name) for each in alike}) > 1]
+
+
+def _print_tables(found: Explanation, top: int, telling: Sequence[str]) -> None:
     synthetic = " (synthetic)" if found.synthetic else ""
-    setting = [f"seed {found.seed}" if name == "seed" else str(getattr(found, name)) for name in told_apart]
-    say(" · ".join([f"{found.model}{synthetic}", found.method, *setting, found.scenario]))
+    say(" · ".join((f"{found.model}{synthetic}", found.method, found.scenario, *telling)))
     say(f"  {_effect(found)}")
     say(f"  verdict: {found.verdict or 'none: nothing to compare with'}")
     columns = ["phase", "time", "speed-up", "achieved", "of the ceiling", "J/token", "mode"]

@@ -73,6 +73,11 @@ class Cell:
     def label(self) -> str:
         return str(self.place[3] or self.place[4])
 
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What its baseline was measured in too: rounds against that baseline say nothing of another one."""
+        return (*self.place[:2], self.place[-1], self.dtype, self.device)
+
     def items(self) -> list[Item]:
         """The outcomes of its items."""
         return self.store.items(self.id)

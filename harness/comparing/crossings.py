@@ -10,7 +10,7 @@ from harness.comparability import Conditions, Difference, Scope, differences
 from harness.comparing.cells import Cell
 from harness.comparing.growth import Axis, shape_of
 from harness.comparing.matching import pairs_of
-from harness.comparing.ratios import TimingRatio, timing_ratio
+from harness.comparing.ratios import TimingRatio, across, timing_ratio
 from harness.evaluate.intervals import generator
 from harness.scaling import BreakEven, Point, break_even
 
@@ -111,13 +111,7 @@ def _ratios(mine: Sequence[Cell], theirs: Sequence[Cell], axis: Axis) -> Iterato
             if not (of_a and of_b):
                 continue
             for first, second, found, passed in pairs_of(of_a, of_b, Scope.TIMING, metric):
-                ratio = timing_ratio(
-                    metric,
-                    first.records,
-                    second.records,
-                    a_is_baseline=first.is_baseline,
-                    b_is_baseline=second.is_baseline,
-                )
+                ratio = _ratio(metric, first, second)
                 setting = str(second.dtype), str(second.device)
                 series = _Series(str(place[0]), int(place[1]), *setting, *axis.fixed(shape), metric)
                 size = axis.size(shape)
@@ -130,6 +124,14 @@ def _by_itself(ratio: TimingRatio, size: int) -> TimingRatio:
     if ratio.draws is None:
         return ratio
     return replace(ratio, draws=generator(0, f"size {size}").permutation(ratio.draws))
+
+
+def _ratio(metric: str, a: Cell, b: Cell) -> TimingRatio:
+    if a.setting != b.setting:
+        return across(metric, a.records, b.records)
+    return timing_ratio(
+        metric, a.records, b.records, a_is_baseline=a.is_baseline, b_is_baseline=b.is_baseline
+    )
 
 
 def _rows(key: _Series, measured: Sequence[_Measured], axis: Axis) -> list[Crossing]:

@@ -203,7 +203,7 @@ def _compared(
                 by_baseline = a.is_baseline or b.is_baseline
                 yield _quality(base, items(a), items(b), by_baseline, bool(same_data))
             elif base.a > 0:
-                yield _ratio(base, a, b, is_one_scope and a.origin == b.origin)
+                yield _ratio(base, a, b, is_one_scope and a.setting == b.setting)
             else:
                 yield replace(base, difference=base.b - base.a)
 
@@ -254,8 +254,8 @@ def _base(
 # --- what their records say ---------------------------------------------------------------------------
 
 
-def _ratio(base: Comparison, a: Cell, b: Cell, is_one_scope: bool) -> Comparison:
-    if is_one_scope:
+def _ratio(base: Comparison, a: Cell, b: Cell, has_one_baseline: bool) -> Comparison:
+    if has_one_baseline:
         found = timing_ratio(
             base.metric, a.records, b.records, a_is_baseline=a.is_baseline, b_is_baseline=b.is_baseline
         )

@@ -226,7 +226,7 @@ def _named(row: Row) -> str:
 
 def _verdicts(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
     found = [row for row in rows if row["metric"] == "verdict" and row["note"]]
-    names = names_of(found)
+    names = names_of(rows)
     newest = {  # where a cell was measured again, the later one counts
         (row["variant"], row["scenario"]): (
             row["model"], names[row["variant"]], row["scenario"] or "", row["note"],
@@ -238,7 +238,7 @@ def _verdicts(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
 
 def _problems(rows: Sequence[Row]) -> list[tuple[str, str, str, str, str]]:
     missing = [row for row in rows if row["status"] != "ok"]
-    names = names_of(missing)
+    names = names_of(rows)  # also where only one of several seeds is missing
     found = {
         (
             row["model"],

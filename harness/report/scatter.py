@@ -112,17 +112,23 @@ def ticks(low: float, high: float, *, log: bool) -> list[float]:
 
 def _grid(across: _Axis, up: _Axis) -> list[str]:
     parts = []
-    for value in across.ticks():
+    for value, told in _labelled(across.ticks()):
         x = across.at(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{HEIGHT - _BOTTOM}"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{format_value(value)}</text>'
-        )
-    for value in up.ticks():
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{told}</text>')
+    for value, told in _labelled(up.ticks()):
         y = up.at(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_value(value)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{told}</text>')
     return parts
+
+
+def _labelled(values: Sequence[float]) -> list[tuple[float, str]]:
+    """Each with its text: in four digits, or in as many as tell neighbours apart."""
+    texts = [format_value(value) for value in values]
+    if len(set(texts)) < len(texts):
+        texts = [f"{value:.12g}" for value in values]
+    return list(zip(values, texts, strict=True))
 
 
 def _axis_title(name: str, unit: str, direction: str, x: float, y: float, turned: str = "") -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 
 import pytest
 
@@ -155,3 +158,50 @@ def test_a_method_on_a_model_without_a_baseline_hides_no_answer(path, capsys):
         add_cell(store, add_sweep(store), "elsewhere", latency, scenario=SHAPE, model="n")
     assert run(["choose", "--db", path]) == 0
     assert "take good" in capsys.readouterr().out
+
+
+def add_settings(store, *more):
+    """One method on two devices and in two types, each with a verdict of its own, and these records."""
+    sweep = add_sweep(store)
+    for device in ("a GPU", "a CPU"):
+        for dtype, seconds in (("bfloat16", 1.0), ("float32", 3.0)):
+            setting = {"device_name": device, "dtype": dtype}
+            add_cell(
+                store, sweep, "baseline", timed("decode_latency", around(2.0)), scenario=SHAPE, **setting
+            )
+            verdict = Record("verdict", 1.0, "", note=f"Decode on {device} in {dtype}.")
+            latency = timed("decode_latency", around(seconds))
+            add_cell(store, sweep, "new", latency, verdict, *more, scenario=SHAPE, **setting)
+
+
+def test_devices_and_types_are_told_apart(tmp_path, capsys):
+    path = str(tmp_path / "results.db")
+    with Store.open(path) as store:
+        add_settings(store)
+    assert run(["choose", "--db", path, "--format", "csv"]) == 0
+    shown = capsys.readouterr()
+    listed = list(csv.DictReader(io.StringIO(shown.out)))
+    assert len(listed) == 4
+    for row in listed:
+        assert row["why"] == f"Decode on {row['device']} in {row['dtype']}."
+        assert row[""] == ("take" if row["dtype"] == "bfloat16" else "no gain")
+    assert f"m at {SHAPE} on a CPU in float32: keep the baseline" in shown.err
+    assert f"m at {SHAPE} on a CPU in bfloat16: take new" in shown.err
+    assert run(["why", "new", "--db", path]) == 0
+    assert f"m · new · {SHAPE} · float32 · a CPU" in capsys.readouterr().out.splitlines()
+
+
+def test_what_is_no_finite_number_ends_in_no_traceback(tmp_path, capsys):
+    path = str(tmp_path / "results.db")
+    with Store.open(path) as store:
+        add_settings(
+            store, Record("compression_ratio", math.inf, "x"), Record("decode_mbu", math.nan, "fraction")
+        )
+    assert run(["why", "new", "--db", path, "--format", "json"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert {each["effect"]["compression_ratio"] for each in explained} == {"inf"}
+    assert {(each["dtype"], each["device"]) for each in explained} == {
+        (dtype, device) for dtype in ("bfloat16", "float32") for device in ("a GPU", "a CPU")
+    }
+    assert run(["choose", "--db", path, "--format", "json"]) == 0
+    assert "ceiling" not in json.loads(capsys.readouterr().out)[0]["candidates"][0]["why"]

@@ -109,8 +109,8 @@ def test_what_a_heading_leaves_out_is_alike_in_all(tmp_path, capsys):
         add_cell(store, sweep, "rtn", latency, scenario="b1-p8-g2", dtype="float16", device_name="other")
     assert run(["why", "--db", path]) == 0
     told = capsys.readouterr().out
-    assert "m · rtn · bfloat16 · a GPU · b1-p8-g2\n" in told
-    assert "m · rtn · float16 · other · b1-p8-g2\n" in told
+    assert "m · rtn · b1-p8-g2 · bfloat16 · a GPU\n" in told
+    assert "m · rtn · b1-p8-g2 · float16 · other\n" in told
     assert run(["why", "--db", path, "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["dtype"], row["device"]) for row in rows] == [("bfloat16", "a GPU"), ("float16", "other")]

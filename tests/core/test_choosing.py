@@ -175,6 +175,7 @@ def test_why_names_the_source_of_a_gain_and_the_sentences_about_it():
     )
     assert reason(GOALS["prefill"], verdict, {}) == "Prefill takes 1.2x the baseline's time: a. b."
     assert reason(GOALS["weights"], "smaller than the baseline", {}) == ""
+    assert reason(GOALS["weights"], "", {"stored_bits_per_weight": {"value": None}}) == "", "no number"
 
 
 def test_whys_belong_to_their_cells():
@@ -183,6 +184,8 @@ def test_whys_belong_to_their_cells():
         ("m", "a", 0, SHAPE, "float32", "a GPU"): "no",
     }
     assert chosen(timed("a", 0.5), whys=whys).candidates[0].why == "because"
+    for other in ({"dtype": "float16"}, {"device": "a CPU"}):
+        assert chosen(timed("a", 0.5, **other), whys=whys).candidates[0].why == ""
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "nan", "inf", "1%%", "%"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harness.cli.app import run
-from harness.comparing import compare_methods
+from harness.comparing import break_even_batches, compare_methods
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
 from harness.records import Record, Status
@@ -121,6 +121,18 @@ def test_a_ratio_of_bytes_is_no_time(store):
     ratio, time = compare_methods(store, "a", "b", allow_different=True)
     assert (ratio.is_comparable, time.is_comparable) == (True, False)
     assert (ratio.metric, ratio.ratio, ratio.verdict) == ("compression_ratio", 2.0, "2x smaller")
+
+
+def test_rounds_against_the_baseline_of_another_device_are_no_ratio_to_this_one(store):
+    sweep = add_sweep(store)
+    for shape, seconds in ((SHAPE, 0.01), ("b2-p8-g2", 0.02)):
+        add_cell(store, sweep, "baseline", timed("decode_latency", around(seconds)), scenario=shape)
+        records = timed("decode_latency", around(0.05)), timed("decode_speedup", around(2.0), "x")
+        add_cell(store, sweep, "new", *records, scenario=shape, device_name="another")
+    rows = compare_methods(store, "baseline", "new", allow_different=True)
+    assert [row.verdict for row in rows if row.metric == "decode_latency"] == ["5x slower", "2.5x slower"]
+    (crossing,) = break_even_batches(store, "baseline", ["new"])
+    assert crossing.ratios == pytest.approx({1: 5.0, 2: 2.5})
 
 
 def test_gates_are_not_judged_on_what_is_not_compared(store, compare):

@@ -201,6 +201,16 @@ def test_a_third_axis_is_the_area_of_the_points(read, is_log):
     assert "z: 11.92 MiB" in traces["baseline"].hovertext[0]
 
 
+@pytest.mark.parametrize("is_log", [False, True])
+def test_an_infinite_area_leaves_the_others_apart(read, is_log):
+    one = read(DECODE, ACCURACY, f"weight_bytes · {SMALL}").head(1)
+    points = pd.concat([one] * 4, ignore_index=True).assign(z=[1.0, 2.0, 4.0, math.inf])
+    drawn = pareto_charts.pareto(points, TIME, SCORE, replace(BYTES, is_log=is_log))
+    [sizes] = [trace.marker.size for trace in drawn.data if trace.name == points["family"][0]]
+    assert [sizes[0], *sizes[2:]] == pytest.approx([6.0, 30.0, 30.0])
+    assert 6.0 < sizes[1] < 30.0
+
+
 def test_of_many_points_the_front_is_always_drawn(read):
     one = read(DECODE, ACCURACY).head(1)
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from harness_dashboard.queries.compared import independent_interval
 from harness.records import CellKind, CellResult, Item, KernelUse, Record, Status
 from harness.store import queries as stored
 from harness.store.store import Store
-from tests.core.stores import add_cell, add_sweep
+from tests.core.stores import add_cell, add_sweep, around, timed
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, SMALL, variant_row
 
 ACCURACY, DECODE = "acc · hellaswag", f"decode_latency · {SMALL}"
@@ -313,6 +313,13 @@ def test_option_tables_stand_side_by_side(filled, ids):
     assert table.loc["method"].tolist() == ["baseline", "smoothquant+gptq"]
 
 
+def test_an_option_hides_nothing_of_its_variant(store):
+    chain = [{"name": "new", "options": {"dtype": "int8", "bits": 4}}]
+    add_cell(store, add_sweep(store), "new", Record("acc", 0.5, "fraction"), task="t", chain=chain)
+    table = queries.option_table(queries.described(store, [1]))["new"]
+    assert table[["dtype", "option dtype", "bits"]].tolist() == ["bfloat16", "int8", "4"]
+
+
 def test_what_transforms_changed(filled, ids):
     found = queries.changes(filled, [ids["gptq:bits=4"], ids["moe"], ids[HOSTILE]])
     assert found["modules"].tolist() == [1, 0, 0]
@@ -415,6 +422,18 @@ def test_differences_of_timings_and_of_counted_bytes(filled):
     assert math.isnan(rows.loc["transform_s", "lower"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["baseline", "new"])
+def test_what_is_no_number_is_not_compared(store, value, broken):
+    sweep = add_sweep(store)
+    for method in ("baseline", "new"):
+        perplexity = value if method == broken else 8.0
+        records = Record("token_perplexity", perplexity, "ppl"), Record("acc", 0.5, "fraction", 0.4, 0.6, 9)
+        add_cell(store, sweep, method, *records, task="hellaswag")
+    found = deltas(store, "token_perplexity · hellaswag", ACCURACY)
+    assert found["metric"].tolist() == ["acc"]
+
+
 def test_doubtful_comparisons_are_flagged(store):
     for family, mode in (("baseline", "graph"), ("quantization", "eager")):
         sweep = store.open_sweep(command="", config={}, manifest={}, cells_planned=1)
@@ -429,6 +448,23 @@ def test_two_models_can_be_held_against_each_other(filled, about):
     row = deltas(filled, DECODE, pairs={baselines[SHAPE]: baselines[MODEL]}).iloc[0]
     assert row["ratio"] == pytest.approx(1000, rel=0.05)
     assert f"model: {MODEL} and {SHAPE}" in row["caution"]
+
+
+@pytest.mark.parametrize("other", [{"model": "n"}, {"seed": 1}, {"dtype": "float32"}, {"device_name": "b"}])
+def test_rounds_against_another_baseline_are_no_ratio_to_this_one(store, other):
+    sweep = add_sweep(store)
+    for setting, seconds in (({}, 0.01), (other, 0.1)):
+        add_cell(
+            store, sweep, "baseline", timed("decode_latency", around(seconds)), scenario=SMALL, **setting
+        )
+        faster = timed("decode_speedup", around(2.0), "x", "graph, paired")
+        new = timed("decode_latency", around(seconds / 2))
+        add_cell(store, sweep, "new", new, faster, scenario=SMALL, **setting)
+    about = queries.described(store, [1, 2, 4])
+    mine, others = deltas(store, DECODE, about=about, pairs={2: 1, 4: 1}).to_dict("records")
+    assert (mine["verdict"], mine["basis"]) == ("2x faster", "paired")
+    assert (others["baseline"], others["value"]) == pytest.approx((0.01, 0.05))
+    assert (others["verdict"], others["basis"]) == ("5x slower", "unpaired")
 
 
 # --- details ----------------------------------------------------------------------------------

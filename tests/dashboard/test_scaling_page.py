@@ -197,6 +197,28 @@ def test_lines_whose_names_begin_alike_have_two_names(store, about):
     assert [name[-6:] for name in legend] == ["bits=3", "bits=4"]
 
 
+def test_what_was_not_measured_alike_is_not_joined(tmp_path):
+    with Store.open(tmp_path / "results.db") as store:
+        for torch, lengths, slope in (("2.11", (128, 512, 2048), 1e-5), ("2.12", (256, 1024, 4096), 4e-5)):
+            sweep = add_sweep(store, versions={"torch": torch})
+            for length in lengths:
+                records = scenario_records(1, length, slope, 0.001)
+                add_cell(store, sweep, "baseline", *records, scenario=f"b1-p{length}-g16")
+        about = scaling_data.timed_variants(store, "m", scaling_data.timed_shapes(store, "m", None))
+        timed = scaling_data.read_timed(store, ids(about, "baseline"), None)
+    lines = scaling_data.growth_of(timed, Axis.PROMPT_LEN, (1, 16), ["prefill_latency"])
+    points = scaling_data.points(lines, about, "prefill_latency")
+    fits = scaling_data.fits(lines, about, ["prefill_latency"])
+    figure = scaling_charts.growth(points, fits, Axis.PROMPT_LEN, "prefill_latency")
+    measured = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert {trace.name: list(trace.x) for trace in measured} == {
+        "baseline (128 to 2,048)": [128, 512, 2048], "baseline (256 to 4,096)": [256, 1024, 4096],
+    }  # fmt: skip
+    fitted = [trace for trace in figure.data if trace.mode == "lines"]
+    slopes = [math.log(each.y[1] / each.y[0]) / math.log(each.x[1] / each.x[0]) for each in fitted]
+    assert slopes == pytest.approx(fits["exponent"].tolist())
+
+
 def test_simulated_lines_are_marked_wherever_they_stand(tmp_path, monkeypatch):
     path = tmp_path / "simulated.db"
     with Store.open(path) as store:

@@ -273,3 +273,11 @@ def test_headings_of_these_pages_are_explained(heading):
     from harness.glossary import explain
 
     assert explain(heading)
+
+
+def test_tasks_may_be_named_with_digits_that_are_no_number(store):
+    sweep = open_sweep(store)
+    for task in ("x²", "a10", "a9", "①"):
+        add_cell(store, sweep, "new", SCORE, task=task)
+    grid, _ = sweep_data.status_grid(store, sweep)
+    assert list(grid.columns[1:]) == ["a9", "a10", "x²", "①"]

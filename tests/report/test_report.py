@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 import re
@@ -19,6 +20,7 @@ from harness.report.markdown import to_markdown
 from harness.report.page import to_html
 from harness.report.scatter import scatter, ticks
 from harness.store.store import Store
+from tests.core.stores import add_cell, add_sweep
 from tests.dashboard.filling import HOSTILE, MODEL, SHAPE, fill, variant_row
 
 VOID = {"meta", "br"}
@@ -196,6 +198,17 @@ def test_variants_that_are_called_alike_are_told_apart(tmp_path):
     assert "rtn · bfloat16 (simulated), baseline" in to_markdown(report)
 
 
+def test_values_that_lie_close_together_have_labels_of_their_own(report):
+    front = report.fronts[0]
+    close = [
+        dataclasses.replace(point, x=float(number), y=5.4721 + number * 1e-5, x_bounds=None, y_bounds=None)
+        for number, point in enumerate(front.points)
+    ]
+    drawn = scatter(dataclasses.replace(front, y_unit="ppl", points=tuple(close)))
+    labels = re.findall(r'text-anchor="end">([\d.]+)</text>', drawn)
+    assert len(set(labels)) == len(labels) >= 3
+
+
 def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
     for front in report.fronts:
         drawn = scatter(front)
@@ -214,6 +227,8 @@ def test_a_figure_has_a_mark_for_every_point_inside_its_frame(report):
         ([(1, 5), (1, 4)], ("lower", "lower"), [False, True]),
         ([(1, 5), (2, 5)], ("lower", "higher"), [True, False]),
         ([(1, 5), (2, 6), (3, 4)], ("higher", "higher"), [False, True, True]),
+        ([(1, math.inf), (2, 5)], ("lower", "lower"), [True, True]),
+        ([(1, -math.inf), (1, -math.inf)], ("lower", "higher"), [True, True]),
     ],
 )
 def test_the_front(points, directions, best):
@@ -326,3 +341,18 @@ def test_a_report_never_replaces_a_store(command, database):
     assert (code, out) == (2, "")
     assert "is a results store; name another file" in err
     assert database.read_bytes() == before
+
+
+def test_which_of_several_seeds_failed_is_said(tmp_path, capsys):
+    path = tmp_path / "results.db"
+    with Store.open(path) as store:
+        sweep = add_sweep(store)
+        add_cell(store, sweep, "rtn", Record("acc", 0.5, "fraction"), task="t", seed=0)
+        add_cell(store, sweep, "rtn", task="t", seed=1, status=Status.OOM, reason="no memory")
+        verdict = Record("verdict", 1.0, "", note="Decode is slow.")
+        add_cell(store, sweep, "rtn", verdict, scenario="b1-p8-g2", seed=1)
+        report = make_report(store)
+    assert report.problems == (("m", "rtn · seed 1", "t", "oom", "no memory"),)
+    assert report.verdicts == (("m", "rtn · seed 1", "b1-p8-g2", "Decode is slow."),)
+    assert run_harness(["results", "--db", str(path)]) == 0
+    assert "rtn · seed 1" in capsys.readouterr().out.partition("Not measured")[2]
