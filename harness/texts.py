@@ -29,7 +29,7 @@ def text_hash(file: Path | None) -> str:
     """The identity of the text: the file's hash, or the hash of the bundled default.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or has no text in it.
     """
     if file is None:
         from harness.corpus import kjv_training_text
@@ -37,7 +37,8 @@ def text_hash(file: Path | None) -> str:
         return hashlib.sha256(kjv_training_text().encode()).hexdigest()
     from harness.tokens import read_text
 
-    read_text(file)  # a clear error now, not in every worker
+    if not read_text(file).strip():  # a clear error now, not in every worker
+        raise ConfigError(f"the text file {file} is empty")
     return file_hash(file)
 
 

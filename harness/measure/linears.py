@@ -5,6 +5,7 @@ sparse replacement. A replacement keeps all that it stores in parameters and buf
 
 - ``simulated: bool``: it computes the paper's form in dense arithmetic (absent: it does not);
 - ``kernel_name: str``: what runs it;
+- ``pattern: str``: the N:M of its zeros, as ``3:8``; reported where the weights hold it;
 - ``bits: float``: the nominal bits of a stored weight, for the ratio on paper;
 - ``dense_weight() -> Tensor``: the weight [out, in] it stands for, so that its zeros can be counted;
 - ``folded_biases: int``: biases that it holds inside another tensor, which count as parameters too.
@@ -15,6 +16,7 @@ replacement, which keeps its rows in buffers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -121,7 +123,9 @@ def _state(module: nn.Module) -> LinearState:
         stored_bits_per_weight=8 * weight_bytes / weights if weights else 0.0,
         nominal_bits=_nominal_bits(module),
         sparsity=zeros,
-        nm_pattern=None if dense is None or not zeros else nm_pattern(dense),
+        nm_pattern=None
+        if dense is None or not zeros
+        else nm_pattern(dense, str(getattr(module, "pattern", ""))),
         simulated=bool(getattr(module, "simulated", False)),
         kernel=getattr(module, "kernel_name", None),
     )
@@ -134,19 +138,29 @@ def sparsity(weight: torch.Tensor) -> float:
     return 1.0 - int(torch.count_nonzero(weight)) / weight.numel()
 
 
-def nm_pattern(weight: torch.Tensor) -> str | None:
+def nm_pattern(weight: torch.Tensor, said: str = "") -> str | None:
     """``N:M`` where in every group of M inputs at most N weights are not zero; the strictest found.
 
     A weight that is zero altogether has no pattern.
 
+    Args:
+        said: the pattern that the layer says it has, as ``3:8``; looked for beside the usual ones.
+
     >>> nm_pattern(torch.tensor([[0.0, 1.0, 2.0, 0.0], [3.0, 0.0, 0.0, 0.0]]))
     '2:4'
+    >>> nm_pattern(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), "3:4")
+    '3:4'
     """
     filled = weight != 0
     zeros = 1.0 - int(filled.sum()) / max(filled.numel(), 1)
     if zeros == 1.0:
         return None
-    for kept, group in _PATTERNS:
+    patterns = set(_PATTERNS)
+    if re.fullmatch(r"\d+:[1-9]\d*", said):
+        n, _, m = said.partition(":")
+        patterns.add((int(n), int(m)))
+    # Of patterns with as many zeros the one of shorter groups is the stricter.
+    for kept, group in sorted(patterns, key=lambda each: (each[0] / each[1], each[1])):
         if weight.shape[-1] % group or zeros < 1.0 - kept / group:
             continue
         in_group = filled.reshape(-1, group).sum(dim=-1)

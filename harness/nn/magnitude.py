@@ -67,13 +67,17 @@ def global_keep_masks(
     """One threshold for all layers, but each layer keeps at least `min_density` of its weights.
 
     A layer that would lose more keeps its largest weights, and what it was spared is taken from the
-    others, so that the total is exact.
+    others, so that the total is exact. Where the two shares add up to 1, what each layer keeps is rounded
+    down to whole weights instead of up: rounded up, the layers would keep a few more than may stay.
 
     Raises:
         ConfigError: the layers cannot lose that many weights.
     """
-    caps = [weight.numel() - math.ceil(min_density * weight.numel()) for weight in weights]
-    total = count_of(sparsity, sum(weight.numel() for weight in weights))
+    sizes = [weight.numel() for weight in weights]
+    total = count_of(sparsity, sum(sizes))
+    caps = [size - math.ceil(min_density * size) for size in sizes]
+    if total > sum(caps):
+        caps = [size - count_of(min_density, size) for size in sizes]
     if total > sum(caps):
         raise ConfigError(
             f"sparsity={sparsity} cannot be reached while every layer keeps "

@@ -62,7 +62,7 @@ class IterativeOptions(Options):
 
     @model_validator(mode="after")
     def _reachable(self) -> IterativeOptions:
-        cycles = len(cycle_sparsities(self.sparsity, self.p))
+        cycles = _cycles(self.sparsity, self.p)  # counted, not listed: a tiny p takes billions
         if cycles > _MOST_CYCLES:
             raise ValueError(
                 f"p={self.p} takes {cycles} cycles to sparsity={self.sparsity}; at most {_MOST_CYCLES}"
@@ -77,10 +77,14 @@ def cycle_sparsities(sparsity: float, p: float) -> list[float]:
     >>> [round(share, 3) for share in cycle_sparsities(0.6, 0.2)]
     [0.2, 0.36, 0.488, 0.59, 0.6]
     """
+    cycles = _cycles(sparsity, p)
+    return [1 - (1 - p) ** cycle for cycle in range(1, cycles)] + [sparsity][:cycles]
+
+
+def _cycles(sparsity: float, p: float) -> int:
     if sparsity == 0:
-        return []
-    cycles = max(1, math.ceil(math.log1p(-sparsity) / math.log1p(-p) - 1e-9))
-    return [1 - (1 - p) ** cycle for cycle in range(1, cycles)] + [sparsity]
+        return 0
+    return max(1, math.ceil(math.log1p(-sparsity) / math.log1p(-p) - 1e-9))
 
 
 def transform(model: nn.Module, options: IterativeOptions, context: Context) -> nn.Module:

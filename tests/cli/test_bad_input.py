@@ -95,6 +95,12 @@ def test_one_clear_line(capsys, tmp_path, arguments, messages):
     _refused(capsys, tmp_path, arguments, *messages)
 
 
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_a_text_without_text(capsys, tmp_path, content):
+    (tmp_path / "blank.txt").write_text(content)
+    _refused(capsys, tmp_path, (*SWEEP, "--text", "blank.txt"), "the text file blank.txt is empty")
+
+
 def test_a_folder_that_is_written_like_a_hub_id(capsys, tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
     _refused(capsys, tmp_path, (*SWEEP, "--models", "org/name"), "write ./org/name", "org/name@main")

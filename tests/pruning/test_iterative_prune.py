@@ -136,6 +136,7 @@ def test_no_sparsity_changes_no_bit():
         ({"p": 1.0}, "p"),
         ({"p": 0.0}, "p"),
         ({"sparsity": 0.9, "p": 0.01}, "takes 230 cycles"),
+        ({"p": 1e-12}, r"takes 16\d+ cycles"),
         ({"sparsity": 0.995, "p": 0.5}, "sparsity=0.995 cannot be reached"),
         ({"steps": -1}, "steps_per_cycle"),
         ({"retrain": "rewind"}, "retrain"),

@@ -142,6 +142,15 @@ def test_an_unreachable_global_sparsity_is_an_error():
         global_keep_masks([torch.randn(10, 10)], 0.95, 0.1)
 
 
+@pytest.mark.parametrize(("sparsity", "density"), [(0.99, 0.01), (0.9, 0.1), (0.7, 0.3)])
+def test_shares_that_add_up_to_one_can_be_had(sparsity, density):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(rows, 96, generator=generator) * rows for rows in (96, 97, 256)]
+    masks = global_keep_masks(weights, sparsity, density)
+    assert sum(int((~mask).sum()) for mask in masks) == count_of(sparsity, 449 * 96)
+    assert all(int(mask.sum()) >= count_of(density, mask.numel()) for mask in masks)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bert", "encoder"])
 @pytest.mark.parametrize("scope", ["layer", "row", "global"])
 def test_every_targeted_layer_is_pruned_and_nothing_else(family, scope):

@@ -140,7 +140,7 @@ def test_it_computes_what_the_zeroed_dense_model_computes(family):
         assert torch.equal(model(input_ids=tokens).logits, dense(input_ids=tokens).logits)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8), (2, 8), (1, 16)])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (4, 8), (2, 8), (1, 16), (3, 8), (3, 4)])
 def test_patterns_without_a_kernel_are_masks_and_say_so(n, m):
     before = snapshot(tiny_model("llama"))
     model, context = pruned(tiny_model("llama"), n=n, m=m)
