@@ -148,6 +148,7 @@ def threads_per_worker(jobs: int) -> int:
 
 def _models(config: SweepConfig, plugins: LoadedPlugins, device: str) -> tuple[ModelDescription, ...]:
     described = []
+    by_plugin = bool(plugins.manager.hook.load_model.get_hookimpls())
     for text in config.models or _default_models(device):
         spec = resolve_model(
             text,
@@ -158,7 +159,7 @@ def _models(config: SweepConfig, plugins: LoadedPlugins, device: str) -> tuple[M
         if spec.source == "local":
             # Workers start in the fork server's directory, not in the user's.
             spec = replace(spec, name=str(Path(spec.name).resolve()))
-        described.append(describe(spec))
+        described.append(describe(spec, by_plugin=by_plugin))
     labels = [model.info.label for model in described]
     if doubled := next((label for label in labels if labels.count(label) > 1), None):
         raise ConfigError(f"model {doubled!r} is named twice")

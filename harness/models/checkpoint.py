@@ -83,8 +83,7 @@ def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: 
 
     Raises:
         ConfigError: no checkpoint, pickled weights or code that nobody asked for, an index that points
-            outside of the folder, a file that is cut short, sizes that the files cannot hold, weights that
-            are quantized already.
+            outside of the folder, a file that is cut short, sizes that the files cannot hold.
     """
     where = f"model directory {directory}"
     if not (directory / "config.json").is_file():
@@ -94,7 +93,6 @@ def check_checkpoint(directory: Path, *, allow_pickle: bool, trust_remote_code: 
             f"{where} holds an adapter (adapter_config.json), not a whole model; merge it first"
         )
     config = read_json(directory / "config.json")
-    refuse_quantized(config, where)
     if config.get("transformers_weights") is not None:
         raise ConfigError(
             f"{where}: config.json names a weights file (transformers_weights); only the usual names load"

@@ -102,11 +102,15 @@ def resolve_model(
     return replace(base, label=spec.label, modifiers=(*base.modifiers, *spec.modifiers))
 
 
-def describe(spec: ModelSpec) -> ModelDescription:
+def describe(spec: ModelSpec, *, by_plugin: bool = False) -> ModelDescription:
     """Read the configuration and name the content, without loading weights.
 
+    Args:
+        by_plugin: a plugin may load it, which may know weights that transformers would make plain ones of.
+
     Raises:
-        ConfigError: a directory without a checkpoint, a hub model that cannot be reached.
+        ConfigError: a directory without a checkpoint, a hub model that cannot be reached, weights that are
+            quantized already.
         UnknownName: no such zoo, shape or scratch model.
         MissingExtra: the model's package is not installed.
     """
@@ -118,7 +122,8 @@ def describe(spec: ModelSpec) -> ModelDescription:
     elif spec.source == "hub":
         commit = hub.resolve_commit(spec.name, spec.revision)
         directory = hub.fetch_description(spec.name, commit, trust_remote_code=spec.trust_remote_code)
-        refuse_quantized(read_json(directory / "config.json"), f"model {spec.name!r}")
+        if not by_plugin:
+            refuse_quantized(read_json(directory / "config.json"), f"model {spec.name!r}")
         hub.remember(spec.name, spec.revision, "model", commit)
         info, remote = _read_info(directory, spec)
         identity = f"hub:{spec.name}@{commit}{remote}"
@@ -126,6 +131,8 @@ def describe(spec: ModelSpec) -> ModelDescription:
     else:
         directory = _directory(spec)
         check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+        if not by_plugin:
+            refuse_quantized(read_json(directory / "config.json"), f"model directory {directory}")
         info, remote = _read_info(directory, spec)
         stamps = checkpoint_stamps(directory)  # before they are hashed: a change meanwhile is seen
         identity = f"files:{checkpoint_hash(directory)}{remote}"
@@ -206,7 +213,7 @@ def _require_described(description: ModelDescription) -> None:
     spec = description.spec
     if not description.stamps or checkpoint_stamps(_directory(spec)) == description.stamps:
         return
-    if describe(spec).identity != description.identity:  # else it was only copied or touched
+    if describe(spec, by_plugin=True).identity != description.identity:  # else it was only copied or touched
         raise ConfigError(
             f"the files of model {spec.label!r} were changed since the sweep began; "
             "run the same command again"
@@ -237,10 +244,12 @@ def _directory(spec: ModelSpec) -> Path:
 def _checked_files(spec: ModelSpec) -> Path:
     """The folder of the checkpoint, whole and checked; downloads what is missing."""
     if spec.source != "hub":
-        return _directory(spec)
-    assert spec.revision is not None
-    directory = hub.fetch_weights(spec.name, spec.revision, allow_pickle=spec.allow_pickle)
-    check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+        directory = _directory(spec)
+    else:
+        assert spec.revision is not None
+        directory = hub.fetch_weights(spec.name, spec.revision, allow_pickle=spec.allow_pickle)
+        check_checkpoint(directory, allow_pickle=spec.allow_pickle, trust_remote_code=spec.trust_remote_code)
+    refuse_quantized(read_json(directory / "config.json"), f"model {spec.name!r}")
     return directory
 
 

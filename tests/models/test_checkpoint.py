@@ -118,6 +118,13 @@ def test_weights_that_are_quantized_already_are_refused(folder, key):
     _load(folder)
 
 
+def test_a_plugin_may_read_weights_that_are_quantized(folder):
+    _configure(folder, quantization_config={"quant_method": "its own"})
+    description = describe(parse_model(str(folder)), by_plugin=True)
+    with pytest.raises(ConfigError, match="quantized already"):  # where it did not, they are nobody's
+        load(description, torch.device("cpu"), torch.float32, 0)
+
+
 def test_an_encoder_is_not_measured_as_a_decoder_that_sees_what_it_predicts(tmp_path):
     from transformers import RobertaConfig, RobertaForCausalLM
 
