@@ -30,7 +30,10 @@ def test_a_narrower_window_costs_more(name):
 
 @pytest.mark.slow
 def test_recall_needs_the_window_to_reach_and_survives_shared_heads():
-    """Eight pairs, asked 32 tokens later (chance 0.03). Measured: dense .988, mqa .938, w=16 .035."""
+    """Eight pairs, asked 32 tokens later (chance 0.03). Measured: dense 1, mqa 1, w=16 .029.
+
+    With one head of keys it is learnt later and at once: after 600 steps .55 here, .94 on another machine.
+    """
     scores = {}
     for name, attend, kv_heads in (
         ("dense", dense, 2),
@@ -38,7 +41,7 @@ def test_recall_needs_the_window_to_reach_and_survives_shared_heads():
         ("sliding", sliding(16), 2),
     ):
         torch.manual_seed(0)
-        model = train(RecallModel(attend, kv_heads), recall_batch, steps=600)
+        model = train(RecallModel(attend, kv_heads), recall_batch, steps=900)
         scores[name] = accuracy(model, recall_batch(512, torch.Generator().manual_seed(10_000)))
     assert scores["dense"] >= 0.95, "the base model must solve the task"
     assert scores["mqa"] >= 0.75
