@@ -10,7 +10,7 @@ from torch import fx
 
 from harness.kernels import int8
 from harness.kernels.selection import MOST_MATRICES
-from harness.kernels.traced import Groups, example_of, is_input, join, several, source_of
+from harness.kernels.traced import Groups, example_of, is_input, join, join_groups, source_of
 
 __all__ = ["join_int8"]
 
@@ -24,14 +24,7 @@ def join_int8(module: fx.GraphModule) -> int:
     Args:
         module: as dynamo traces it, with an ``example_value`` at every node.
     """
-    joined = 0
-    for calls in several(_groups(module.graph), MOST_MATRICES):
-        _join(module.graph, calls)
-        joined += len(calls)
-    if joined:
-        module.graph.lint()
-        module.recompile()
-    return joined
+    return join_groups(module, _groups(module.graph), MOST_MATRICES, _join)
 
 
 def _groups(graph: fx.Graph) -> Groups:

@@ -10,7 +10,7 @@ from torch import fx
 
 from harness.kernels import semi_structured, sparse_rows  # noqa: F401 - the first registers the products
 from harness.kernels.selection import MOST_MATRICES
-from harness.kernels.traced import example_of, is_input, join, same_values, several, value_read
+from harness.kernels.traced import example_of, is_input, join, join_groups, same_values, value_read
 
 __all__ = ["join_sparse"]
 
@@ -25,14 +25,7 @@ def join_sparse(module: fx.GraphModule) -> int:
     Args:
         module: as dynamo traces it, with an ``example_value`` at every node.
     """
-    joined = 0
-    for calls in several(_groups(module.graph), MOST_MATRICES):
-        _join(module.graph, calls)
-        joined += len(calls)
-    if joined:
-        module.graph.lint()
-        module.recompile()
-    return joined
+    return join_groups(module, _groups(module.graph), MOST_MATRICES, _join)
 
 
 def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:

@@ -18,6 +18,7 @@ __all__ = [
     "example_of",
     "is_input",
     "join",
+    "join_groups",
     "operand_of",
     "same_values",
     "several",
@@ -248,6 +249,23 @@ def several(groups: Iterable[Sequence[fx.Node]], most: int) -> Iterator[Sequence
         for start in range(0, len(calls), most):
             if len(some := calls[start : start + most]) > 1:
                 yield some
+
+
+def join_groups(
+    module: fx.GraphModule,
+    groups: Iterable[Sequence[fx.Node]],
+    most: int,
+    join_calls: Callable[[fx.Graph, Sequence[fx.Node]], None],
+) -> int:
+    """Make one call of each group, or of each `most` calls in it, with `join_calls`; how many were joined."""
+    joined = 0
+    for calls in several(groups, most):
+        join_calls(module.graph, calls)
+        joined += len(calls)
+    if joined:
+        module.graph.lint()
+        module.recompile()
+    return joined
 
 
 def join(

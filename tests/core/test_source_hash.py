@@ -111,13 +111,16 @@ def _keys(*plugins):
     return {kind: {cell.key for cell in cells if cell.kind is kind} for kind in CellKind}
 
 
-def test_an_edited_meter_is_asked_again_in_timed_cells_alone(tmp_path):
-    file = tmp_path / "meter.py"
-    found = [_keys()]
+def _keys_of_versions(file, text):
+    """The keys without a plugin, with its first version, with its second and with that again."""
+    yield _keys()
     for number in (1, 2, 2):
-        file.write_text(METER.format(number=number))
-        found.append(_keys(str(file)))
-    without, first, second, again = found
+        file.write_text(text.format(number=number))
+        yield _keys(str(file))
+
+
+def test_an_edited_meter_is_asked_again_in_timed_cells_alone(tmp_path):
+    without, first, second, again = _keys_of_versions(tmp_path / "meter.py", METER)
     assert second == again
     for kind in (CellKind.TRANSFORM, CellKind.TASK):
         assert without[kind] == first[kind] == second[kind]
@@ -127,11 +130,8 @@ def test_an_edited_meter_is_asked_again_in_timed_cells_alone(tmp_path):
 
 
 def test_a_plugin_that_may_load_models_is_part_of_every_key(tmp_path):
-    file = tmp_path / "loader.py"
-    found = [_keys()]
-    for number in (1, 2, 2):
-        file.write_text(LOADER.format(number=number))
-        found.append(_keys(str(file)))
-    without, first, second, again = (set().union(*keys.values()) for keys in found)
+    without, first, second, again = (
+        set().union(*keys.values()) for keys in _keys_of_versions(tmp_path / "loader.py", LOADER)
+    )
     assert second == again
     assert len(without | first | second) == len(without) + len(first) + len(second)

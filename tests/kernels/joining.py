@@ -23,14 +23,14 @@ def products_of_calls(
     module: nn.Module,
     x: torch.Tensor,
     rewrite: Callable[[fx.GraphModule], int],
-    joined: Callable,
+    joined: Sequence[Callable],
     weights_at: int,
     alone: Sequence[Callable],
 ) -> list[int]:
     """How many products each call of the traced and rewritten module has; its result must not change.
 
     Args:
-        joined: the operator of several products. weights_at: the place of their weights.
+        joined: operators of several products. weights_at: the place of their weights.
         alone: operators of one product.
     """
     found: list[int] = []
@@ -38,7 +38,7 @@ def products_of_calls(
     def backend(graph, _inputs):
         rewrite(graph)
         for node in graph.graph.nodes:
-            if node.target is joined:
+            if node.target in joined:
                 found.append(len(node.args[weights_at]))
             elif node.target in alone:
                 found.append(1)

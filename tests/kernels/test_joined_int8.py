@@ -100,7 +100,7 @@ def layer(out: int, *, bias: bool = False) -> Int8Linear:
 
 
 def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
-    return products_of_calls(module, x, join_int8, JOINED, 2, ALONE)
+    return products_of_calls(module, x, join_int8, (JOINED,), 2, ALONE)
 
 
 @pytest.mark.usefixtures("joined")

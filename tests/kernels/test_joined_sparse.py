@@ -16,6 +16,7 @@ from harness.kernels.traced import same_values, value_read
 from harness.nn.quantizer import quantize_weight
 from harness.nn.semi_structured import SemiStructuredLinear
 from harness.nn.sparse_8_bit import SparseFp8Linear, SparseInt8Linear
+from tests.kernels.joining import Beside, products_of_calls
 from tests.kernels.test_sparse_rows import TYPES, encoded, matrix, needs_library, readable, rel_error
 from tests.nn.test_semi_structured import two_of_four
 
@@ -58,35 +59,8 @@ def layer(kind: str, out: int, *, bias: bool = False) -> SemiStructuredLinear:
     return SemiStructuredLinear.from_dense(weight.bfloat16(), own, tuned=False)
 
 
-class Beside(nn.Module):
-    """Layers that read the same x."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([each(x) for each in self.layers], -1)
-
-
 def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
-    """How many products each call of the traced module has; its result must not change."""
-    found: list[int] = []
-
-    def backend(graph, _inputs):
-        join_sparse(graph)
-        for node in graph.graph.nodes:
-            if node.target in (OF_16_BITS, OF_8_BITS):
-                found.append(len(node.args[1]))
-            elif node.target in ALONE:
-                found.append(1)
-        return graph.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        y = torch.compile(module, backend=backend, dynamic=False)(x)
-        assert torch.equal(y, module(x))
-    return found
+    return products_of_calls(module, x, join_sparse, (OF_16_BITS, OF_8_BITS), 1, ALONE)
 
 
 def rows_of_x(rows: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ def layer(out: int, columns: int = 256, *, bias: bool = False, **options) -> Qua
 
 
 def calls_of(module: nn.Module, x: torch.Tensor) -> list[int]:
-    return products_of_calls(module, x, rewrite_linears, JOINED, 1, (ALONE,))
+    return products_of_calls(module, x, rewrite_linears, (JOINED,), 1, (ALONE,))
 
 
 @pytest.mark.usefixtures("joined")
