@@ -112,12 +112,8 @@ def prepare(
     x = _padded(x, weight)
     if launch.kernel == "wide":
         return [_prepare_wide(x, weight, bias, launch)]
-    if launch.kernel == "matrix":
-        from harness.kernels import matrix
-
-        return matrix.prepare(x, weight, bias, launch, device_processors)
     if launch.kernel in SHARING:
-        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch)
+        call, _ = prepare_several(x, [weight], [] if bias is None else [bias], launch, device_processors)
         return [call]
     rows, out, form = x.shape[0], weight.out_features, weight.form
     is_gemv = launch.kernel == "gemv"
@@ -194,24 +190,33 @@ def multiply_several(
     biases: Sequence[torch.Tensor],
     launch: Launch,
 ) -> list[torch.Tensor]:
-    """``[x @ W.T + b for W, b in zip(weights, biases)]`` in one launch of *vector* or *few*; x [rows, in],
-    W [out, in].
+    """``[x @ W.T + b for W, b in zip(weights, biases)]`` in one launch of *vector*, *few* or *matrix*;
+    x [rows, in], W [out, in].
 
     Args:
         x: one row for *vector*, at most `launch.block_m` for *few*.
         weights: at most `MOST_MATRICES`, of one form but for their rows.
         biases: one for each weight, or none at all.
     """
-    call, outputs = prepare_several(_padded(x, weights[0]), weights, biases, launch)
+    call, outputs = prepare_several(_padded(x, weights[0]), weights, biases, launch, processors(x.device))
     call.run()
     return outputs
 
 
 def prepare_several(
-    x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
+    x: torch.Tensor,
+    weights: Sequence[StoredMatrix],
+    biases: Sequence[torch.Tensor],
+    launch: Launch,
+    device_processors: int,
 ) -> tuple[Call, list[torch.Tensor]]:
-    """The one launch, and where its results are; every warp takes each `launch.warps`-th tile."""
+    """The one launch, and where its results are; of *vector* and *few* every warp takes each
+    `launch.warps`-th tile."""
     # Of all kernels only these are written in Gluon, which Triton may still change.
+    if launch.kernel == "matrix":
+        from harness.kernels import matrix
+
+        return matrix.prepare(x, weights, biases, launch, device_processors)
     from harness.kernels import gluon_few, gluon_tiles, gluon_vector
 
     rows, tiles = x.shape[0], weights[0].codes.shape[0]

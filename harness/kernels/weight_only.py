@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _FALLBACK = "dequantize+matmul"
+_MANY = 1 << 20
+"""Rows of a matrix: more than any kernel asks for."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -164,8 +166,9 @@ def _(x: torch.Tensor, codes: torch.Tensor, *_rest: object) -> torch.Tensor:
 
 
 def share_a_launch(form: Form, rows: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrices of this form that read the same rows can be multiplied in one launch."""
-    launch = launch_for(form, rows, dtype, device)
+    """Whether a launch can take such a matrix with others that read the same rows, if those of all are
+    enough (`linears` knows them)."""
+    launch = launch_for(replace(form, out_features=_MANY), rows, dtype, device)
     return launch is not None and launch.kernel in SHARING
 
 
@@ -192,20 +195,20 @@ def linears(
         for each, scale, zero in zip(codes, scales, zeros or absent, strict=True)
     ]
     matrices = [stored(weight) for weight in weights]
-    if _run_together(x, matrices):
+    launch = _launch_together(x, matrices)
+    if launch is not None:
         from harness.kernels import triton_weight_only
 
-        form = replace(matrices[0].form, out_features=sum(matrix.out_features for matrix in matrices))
-        launch = launch_for(form, x.shape[0], x.dtype, x.device)
-        assert launch is not None
         return triton_weight_only.multiply_several(x, matrices, biases, launch)
     return [_linear(x, weight, bias) for weight, bias in zip(weights, biases or absent, strict=True)]
 
 
-def _run_together(x: torch.Tensor, matrices: Sequence[StoredMatrix]) -> bool:
-    return len(matrices) <= MOST_MATRICES and all(
-        share_a_launch(matrix.form, x.shape[0], x.dtype, x.device) for matrix in matrices
-    )
+def _launch_together(x: torch.Tensor, matrices: Sequence[StoredMatrix]) -> Launch | None:
+    """The launch for the rows of all matrices, which are stored alike; None: each has its own."""
+    form = replace(matrices[0].form, out_features=sum(matrix.out_features for matrix in matrices))
+    launch = launch_for(form, x.shape[0], x.dtype, x.device)
+    shared = launch is not None and launch.kernel in SHARING and len(matrices) <= MOST_MATRICES
+    return launch if shared else None
 
 
 @linears.register_fake

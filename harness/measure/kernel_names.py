@@ -38,7 +38,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (
         "gemm",
         r"gemm|gemv|nvjet|cutlass.*(mma|tensorop)|xmma|splitkreduce|cublas|cusparselt|marlin"
-        r"|_(matmul|small|wide|vector|few|matrix|tma|add_partials|add_blocks|add_splits)_kernel|triton_tem_fused.*(mm|bmm)|\bdot_kernel"
+        r"|_(matmul|small|wide|vector|few|matrix|tma|add_partials|add_splits)_kernel|triton_tem_fused.*(mm|bmm)|\bdot_kernel"
         r"|^(aten::)?(_)?(addmm|mm|bmm|baddbmm|addmv|mv|dot|matmul|linear|einsum|int_mm|scaled_mm)\b"
         r"|^aten::_(int_mm|scaled_mm|weight_int4pack_mm|weight_int8pack_mm|addmm_activation)"
         r"|weight_int\dpack|int4pack_mm|mkl.*linear|onednn.*(linear|matmul|qlinear)|fbgemm",

@@ -193,7 +193,7 @@ def test_small_matrices_are_left_to_other_kernels():
 
 
 def test_the_blocks_of_hoppers_kernel_grow_with_the_rows():
-    few, many = (replace(form_of(), out_features=size) for size in (8191, 8192))
+    few, many, most = (replace(form_of(), out_features=size) for size in (8191, 8192, 16384))
 
     def blocks(form, rows):
         launch = select(form, rows, 16)
@@ -206,6 +206,7 @@ def test_the_blocks_of_hoppers_kernel_grow_with_the_rows():
     assert [blocks(many, rows) for rows in (17, 33, 65, 129, 4096)] == [
         (256, 32), (256, 64), (128, 128), (128, 256), (128, 256)
     ]  # fmt: skip
+    assert [blocks(most, rows) for rows in (17, 33, 65)] == [(128, 32), (128, 64), (128, 128)]
     assert select(few, 2049, 16) is None
     assert select(many, 4097, 16) is None
     assert select(few, 16, 16).kernel == "fused"

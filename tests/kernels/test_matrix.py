@@ -1,18 +1,18 @@
 """The product of a 4-bit matrix and many rows, against plain torch.
 
-The product itself is written in Gluon, which has no interpreter. What adds its parts up runs there too:
-``TRITON_INTERPRET=1 python -m pytest tests/kernels/test_matrix.py``.
+It is written in Gluon, which has no interpreter.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
 
 from harness.kernels.selection import Launch, takes_matrix
-from tests.kernels.test_weight_only import DEVICES, GRIDS, check_product, dense_of, on_grid, tolerance
+from tests.kernels.test_weight_only import GRIDS, check_product, dense_of, on_grid, tolerance
 
 FORMS = [
     *GRIDS,
@@ -107,25 +107,94 @@ def test_many_programs_at_once_give_the_same_bits():
             assert torch.equal(triton_weight_only.multiply(x, matrix, None, launch), first), launch
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_parts_of_blocks_are_added_up(device, has_bias):
-    from harness.kernels.matrix import add_blocks
+@pytest.mark.parametrize("outs", [(4096, 4096, 4096), (520, 130, 66), (11008, 11008), (300, 4096)], ids=str)
+def test_one_launch_for_several_matrices(outs, has_bias, dtype):
+    from harness.kernels import triton_weight_only
 
-    rows, out, block_m, block_n, whole, splits = 200, 150, 128, 64, 2, 3
-    blocks_m, blocks_n = 2, 3
-    left = blocks_m * blocks_n - whole
-    partials = torch.randn(left, splits, block_n, block_m, device=device)
-    bias = torch.randn(out, device=device) if has_bias else None
-    y = torch.full((rows, out), 7.0, device=device)
-    add_blocks(partials, bias, y, blocks_m, whole).run()
-    for block in range(blocks_m * blocks_n):
-        m, n = block % blocks_m * block_m, block // blocks_m * block_n
-        found = y[m : m + block_m, n : n + block_n]
-        if block < whole:
-            assert (found == 7.0).all(), "another program's"
-            continue
-        expected = partials[block - whole].sum(0).T[: found.shape[0], : found.shape[1]]
-        if bias is not None:
-            expected = expected + bias[n : n + block_n]
-        torch.testing.assert_close(found, expected)
+    matrices = [on_grid((out, 4096), 4, 128, "packed", "cuda") for out in outs]
+    biases = [torch.randn(out, device="cuda").to(dtype) for out in outs] if has_bias else []
+    for launch, rows in LAUNCHES[sum(outs) % 2 :: 3]:  # each is compiled for each form
+        x = torch.randn(rows, 4096, device="cuda").to(dtype)
+        found = triton_weight_only.multiply_several(x, matrices, biases, launch)
+        again = triton_weight_only.multiply_several(x, matrices, biases, launch)
+        for place, (y, matrix) in enumerate(zip(found, matrices, strict=True)):
+            expected = x.double() @ dense_of(matrix).double().T
+            if has_bias:
+                expected += biases[place].double()
+            assert y.shape == expected.shape
+            assert float((y.double() - expected).norm() / expected.norm()) <= tolerance(dtype), launch
+            assert torch.equal(y, again[place])
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("rows", [256, 700])
+def test_blocks_are_shared_out_to_any_number_of_programs(splits, rows, monkeypatch):
+    from harness.kernels import matrix as launches
+    from harness.kernels import triton_weight_only
+
+    matrix = on_grid((1000, 4096), 4, 128, "packed", "cuda")
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(1000, device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ dense_of(matrix).double().T + bias.double()
+    launch, _ = LAUNCHES[0]
+    for whole in (0, 5):
+        monkeypatch.setattr(launches, "split_blocks", lambda *_, whole=whole: (whole, splits))
+        y = triton_weight_only.multiply(x, matrix, bias, launch)
+        assert float((y.double() - expected).norm() / expected.norm()) <= tolerance(x.dtype)
+        for _ in range(20):
+            assert torch.equal(triton_weight_only.multiply(x, matrix, bias, launch), y)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_programs_that_wait_are_right_in_graphs_on_several_streams():
+    """Flags are of a launch's own memory, and taken away where they were seen: replays begin without any."""
+    from harness.kernels import triton_weight_only
+
+    launch, rows = LAUNCHES[0]
+    matrix = on_grid((4096, 4096), 4, 128, "packed", "cuda")
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    expected = triton_weight_only.multiply(x, matrix, None, launch)
+    graphs, outputs, streams = [], [], [torch.cuda.Stream() for _ in range(3)]
+    for _ in streams:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append([triton_weight_only.multiply(x, matrix, None, launch) for _ in range(4)])
+        graphs.append(graph)
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for some in outputs for y in some)
+
+
+def test_no_two_launches_have_the_same_flag(monkeypatch):
+    pytest.importorskip("triton")
+    from harness.kernels import matrix
+
+    monkeypatch.setattr(matrix, "_launches", itertools.count())
+    flags = {matrix.new_flag() for _ in range(10_000)}
+    assert len(flags) == 10_000
+    assert all(1 << 62 < flag < 1 << 63 for flag in flags)
+
+
+@pytest.mark.parametrize(
+    ("block_n", "block_m", "warps"), sorted({(e.block_n, e.block_m, e.warps) for e, _ in LAUNCHES})
+)
+def test_sums_that_wait_have_places_of_their_own(block_n, block_m, warps):
+    pytest.importorskip("triton")
+    from harness.kernels.gluon_matrix import places
+
+    row, column = torch.arange(block_n), torch.arange(block_m)
+    at = places.fn(row, column, block_m, warps)
+    assert sorted(at.flatten().tolist()) == list(range(block_n * block_m))
+    # Two neighbours of a row are written at once, and those of a warp are one stretch.
+    assert torch.equal(at[:, 1::2], at[:, ::2] + 1)
+    assert at[:8, :8].sort().values.flatten().tolist() == list(range(64))

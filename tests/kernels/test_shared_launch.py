@@ -28,7 +28,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def joined(monkeypatch):
     """As on a CUDA machine: graphs are rewritten; the operator still runs in plain torch."""
     monkeypatch.setattr(weight_only, "share_a_launch", lambda form, rows, dtype, device: rows == 1)
-    monkeypatch.setattr(weight_only, "_run_together", lambda x, weights: False)
+    monkeypatch.setattr(weight_only, "_launch_together", lambda x, weights: None)
 
 
 def layer(out: int, columns: int = 256, *, bias: bool = False, **options) -> QuantizedLinear:
@@ -92,23 +92,48 @@ def test_the_operator_passes_torchs_own_checks():
 
 def test_the_launch_is_chosen_for_the_rows_of_all(monkeypatch):
     weights = [layer(4096).packed for _ in range(2)]
-    asked = []
+    launches = launches_on_hopper(monkeypatch)
+    for together in (weights[:1], weights):
+        multiply_together(torch.randn(1, 256, dtype=torch.bfloat16), together)
+    assert [(launch.kernel, launch.stages) for launch in launches] == [("vector", 4), ("vector", 2)]
+
+
+def test_heads_that_are_too_few_alone_are_multiplied_with_the_queries(monkeypatch):
+    """Keys and values of grouped heads: small matrices, for which *matrix* would lose."""
+    query, key, value = (layer(out, 1024).packed for out in (8192, 1024, 1024))
+    launches = launches_on_hopper(monkeypatch)
+    x = torch.randn(200, 1024, dtype=torch.bfloat16)
+    for each in (query, key, value):
+        assert weight_only.share_a_launch(stored(each).form, 200, x.dtype, x.device)
+    multiply_together(x, [query, key, value])
+    assert [launch.kernel for launch in launches] == ["matrix"]
+    # Without the queries they are too small together as well: each for itself, none in such a launch.
+    alone = []
+    monkeypatch.setattr(weight_only, "_linear", lambda x, weight, bias: alone.append(weight) or x.clone())
+    multiply_together(x, [key, value])
+    assert (len(launches), len(alone)) == (1, 2)
+
+
+def launches_on_hopper(monkeypatch) -> list[Launch]:
+    """As on such a device, where nothing runs: the launches of several matrices that are asked for."""
+    launches = []
 
     def multiply_several(x, matrices, biases, launch):
-        asked.append(launch.stages)
-        return [x.new_zeros(1, matrix.out_features) for matrix in matrices]
+        launches.append(launch)
+        return [x.new_zeros(x.shape[0], matrix.out_features) for matrix in matrices]
 
     runner = SimpleNamespace(multiply_several=multiply_several)
     monkeypatch.setitem(sys.modules, "harness.kernels.triton_weight_only", runner)
     monkeypatch.setattr(harness.kernels, "triton_weight_only", runner, raising=False)
-    monkeypatch.setattr(weight_only, "has_triton", lambda device: True)
-    monkeypatch.setattr(weight_only, "runs_vector", lambda device: True)
-    monkeypatch.setattr(weight_only, "runs_matrix", lambda device: False)
-    x = torch.randn(1, 256, dtype=torch.bfloat16)
-    for together in (weights[:1], weights):
-        codes, scales, zeros = zip(*((each.codes, each.scales, each.zeros) for each in together), strict=True)
-        weight_only.linears(x, codes, scales, zeros, [], 4, 128, weights[0].tile, 256)
-    assert asked == [4, 2]
+    for name in ("has_triton", "runs_vector", "runs_matrix"):
+        monkeypatch.setattr(weight_only, name, lambda device: True)
+    return launches
+
+
+def multiply_together(x, weights) -> None:
+    codes, scales, zeros = zip(*((each.codes, each.scales, each.zeros) for each in weights), strict=True)
+    first = weights[0]
+    weight_only.linears(x, codes, scales, zeros, [], first.bits, first.group_size, first.tile, x.shape[1])
 
 
 @pytest.mark.gpu
