@@ -120,7 +120,7 @@ RULES: tuple[Rule, ...] = (
     Rule((4,), 64, Launch("matrix", block_n=128, block_m=64, warps=8, stages=8)),
     Rule((4,), 128, Launch("matrix", block_n=128, block_m=128, warps=8, stages=4)),
     Rule((4,), 4096, Launch("matrix", block_n=128, block_m=256, warps=8, stages=6), least_out=8192),
-    Rule((4,), 2048, Launch("matrix", block_n=128, block_m=256, warps=8, stages=6)),
+    Rule((4,), 3072, Launch("matrix", block_n=128, block_m=256, warps=8, stages=6)),
     Rule(_ALL, 32, Launch("fused", block_n=64, block_m=32, programs=4)),
     Rule((4,), 64, Launch("fused", block_n=128, block_m=64, programs=2)),
     Rule((3,), 64, Launch("fused", block_n=128, block_m=64, programs=2, warps=8)),

@@ -4,7 +4,7 @@ The forms of the product are in `triton_gemv`, `triton_wide` and `gluon_vector` 
 `triton_small` (tensor cores) and `triton_dequantize` (writes the matrix for a library product);
 `harness.kernels.selection` chooses. All accumulate in float32. Where the rows of a matrix do not fill the
 device, all but *wide* and *vector* split the input columns between programs, whose partial sums a second
-kernel adds in a fixed order: no atomics, so the same inputs give the same bits.
+kernel (of *matrix* those programs) adds in a fixed order, so the same inputs give the same bits.
 """
 
 from __future__ import annotations

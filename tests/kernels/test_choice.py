@@ -200,14 +200,14 @@ def test_the_blocks_of_hoppers_kernel_grow_with_the_rows():
         assert launch.kernel == "matrix"
         return launch.block_n, launch.block_m
 
-    assert [blocks(few, rows) for rows in (17, 33, 65, 129, 2048)] == [
+    assert [blocks(few, rows) for rows in (17, 33, 65, 129, 3072)] == [
         (128, 32), (128, 64), (128, 128), (128, 256), (128, 256)
     ]  # fmt: skip
     assert [blocks(many, rows) for rows in (17, 33, 65, 129, 4096)] == [
         (256, 32), (256, 64), (128, 128), (128, 256), (128, 256)
     ]  # fmt: skip
     assert [blocks(most, rows) for rows in (17, 33, 65)] == [(128, 32), (128, 64), (128, 128)]
-    assert select(few, 2049, 16) is None
+    assert select(few, 3073, 16) is None
     assert select(many, 4097, 16) is None
     assert select(few, 16, 16).kernel == "fused"
 
