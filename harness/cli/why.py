@@ -119,6 +119,8 @@ def _print_tables(found: Explanation, top: int, telling: Sequence[str]) -> None:
     say(f"  verdict: {found.verdict or 'none: nothing to compare with'}")
     columns = ["phase", "time", "speed-up", "achieved", "of the ceiling", "J/token", "mode"]
     print_rows(_achieved_rows(found), columns, Format.TABLE)
+    for reason in _reasons_of_modes(found):
+        say(f"  {reason}")
     rows = [
         {
             "phase": kernel.phase,
@@ -188,6 +190,19 @@ def _achieved_rows(found: Explanation) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _reasons_of_modes(found: Explanation) -> list[str]:
+    """Why a phase is not compiled, or is so in pieces; one line where it is the same for both."""
+    from harness.why import ACHIEVED
+
+    phases: dict[str, list[str]] = {}
+    for time, phase in {time: phase for phase, time, *_ in ACHIEVED}.items():
+        record = found.records.get(time, {})
+        if note := record.get("note"):
+            mode = record.get("mode") or "how it ran"
+            phases.setdefault(note if note.startswith(mode) else f"{mode}: {note}", []).append(phase)
+    return [f"{' and '.join(names)}: {reason}" for reason, names in phases.items()]
 
 
 def _scaled(value: float | None, unit: str) -> str | None:

@@ -39,16 +39,14 @@ _FALLBACK = "dequantize+matmul"
 _MANY = 1 << 20
 """Rows of a matrix: more than any kernel asks for."""
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Found once and not by a function: layers ask while they are traced, and dynamo breaks a graph in two where
+it cannot follow the import system."""
 
 
 def has_triton(device: torch.device) -> bool:
     """Whether Triton kernels can run on this device."""
-    return device.type == "cuda" and _is_triton_installed()
-
-
-@functools.cache
-def _is_triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and _HAS_TRITON
 
 
 def make_ready(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from harness.errors import NotApplicable
 from harness.measure.static_cache import FixedCache
 from harness.nn.anatomy import anatomy_of, blocks_of
 
-__all__ = ["compile_problem", "compiled"]
+__all__ = ["broken_graphs", "compile_problem", "compiled"]
 
 Backend = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -60,8 +60,10 @@ def compiled(model: nn.Module, backend: Backend | None = None) -> Iterator[list[
         graph reads constants that belong to the code.
     """
     import torch._dynamo
+    from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
+    counters["graph_break"].clear()
     code: list[Any] = []
     make = backend or _rewritten_inductor
 
@@ -87,6 +89,26 @@ def compiled(model: nn.Module, backend: Backend | None = None) -> Iterator[list[
     finally:
         for module in [*modules, *([] if head is None else [head])]:
             _set_call(module, None)
+
+
+def broken_graphs() -> str | None:
+    """How often the compiler gave up following a block since the last `compiled` began, and compiled it in
+    pieces, and why first. None where it did not.
+
+    Nothing is fused across a break, and rewritings do not see what lies on both sides.
+    """
+    from torch._dynamo.utils import counters
+
+    reasons = {_first_line_of(reason): count for reason, count in counters["graph_break"].items() if count}
+    total = sum(reasons.values())
+    if not total:
+        return None
+    times = "once" if total == 1 else f"{total} times"
+    return f"compiled in pieces: dynamo broke off {times}, first at: {next(iter(reasons))}"
+
+
+def _first_line_of(reason: str) -> str:
+    return reason.strip().partition("\n")[0].rstrip(".: ")
 
 
 def _set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:

@@ -57,7 +57,7 @@ class Call:
     Attributes:
         mode: ``compiled`` (torch.compile, captured into a CUDA graph), ``graph`` (captured), ``eager``
             or ``cpu``.
-        note: why it is not ``compiled``.
+        note: why it is not ``compiled``, or that it is so in pieces and why.
         keeps: what a replay reads and writes: a CUDA graph knows addresses only, so it must not be freed.
         taken_bytes: what the first capture took of the device's memory.
         again: further captures of the same call, whose buffers lie elsewhere.
@@ -164,11 +164,12 @@ def _compiled_calls(
     disagreement: Callable[[tuple[Call, ...]], str | None],
 ) -> tuple[tuple[Call, ...] | None, str | None]:
     """The calls compiled and captured, or None with the reason."""
-    from harness.measure.compiling import compiled
+    from harness.measure.compiling import broken_graphs, compiled
 
     try:
         with masks_known_on_host(), compiled(model) as code:
             calls = prepare()
+            pieces = broken_graphs()
     except torch.OutOfMemoryError:
         raise
     except NotApplicable as error:
@@ -179,7 +180,9 @@ def _compiled_calls(
     problem = disagreement(calls) if failed is None else failed.note
     if problem is not None:
         return None, problem
-    return tuple(replace(call, mode="compiled", keeps=(call.keeps, code)) for call in calls), None
+    return tuple(
+        replace(call, mode="compiled", note=pieces, keeps=(call.keeps, code)) for call in calls
+    ), None
 
 
 def _prepare_pair(generation: Generation, more: More) -> tuple[Call, Call]:

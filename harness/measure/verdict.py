@@ -85,6 +85,7 @@ def _time_causes(
     found = [
         *_simulated(facts),
         *_worse_mode(phase, variant, baseline),
+        *_in_pieces(phase, variant, baseline),
         *_launches(phase, variant, ceilings),
         *_dequantizes(phase, variant, baseline, facts),
         *_quantizes(kernels),
@@ -118,6 +119,14 @@ def _worse_mode(phase: str, variant: CellFacts, baseline: CellFacts) -> list[_Ca
         return []
     why = f" ({ours.note})" if ours.note else ""
     return [_Cause(0.9, f"it ran {modes[0]} while the baseline ran {modes[1]}{why}")]
+
+
+def _in_pieces(phase: str, variant: CellFacts, baseline: CellFacts) -> list[_Cause]:
+    """Compiled, but not as one graph: nothing is fused across the breaks."""
+    ours, theirs = (facts.records.get(f"{phase}_latency") for facts in (variant, baseline))
+    if ours is None or theirs is None or not ours.note or (ours.mode, theirs.mode) != ("compiled",) * 2:
+        return []
+    return [] if theirs.note else [_Cause(0.5, f"its blocks were {ours.note}")]
 
 
 def _launches(phase: str, variant: CellFacts, ceilings: Ceilings) -> list[_Cause]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -14,6 +15,8 @@ from harness.store import queries
 from harness.store.store import Store
 from tests.cli.test_sweep import FAST
 from tests.core.stores import add_cell, add_sweep, around, timed
+
+PIECES = "compiled in pieces: a wall"
 
 
 @pytest.fixture
@@ -114,6 +117,33 @@ def test_what_a_heading_leaves_out_is_alike_in_all(tmp_path, capsys):
     assert run(["why", "--db", path, "--format", "json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["dtype"], row["device"]) for row in rows] == [("bfloat16", "a GPU"), ("float16", "other")]
+
+
+@pytest.mark.parametrize(
+    ("modes", "lines"),
+    [
+        ([("compiled", None)] * 2, []),
+        (
+            [("compiled", "compiled in pieces: a wall")] * 2,
+            ["  prefill and decode: compiled in pieces: a wall"],
+        ),
+        (
+            [("compiled", "compiled in pieces: a wall"), ("eager", "cannot be captured: .item()")],
+            [f"  prefill: {PIECES}", "  decode: eager: cannot be captured: .item()"],
+        ),
+    ],
+    ids=["whole", "both", "each its own"],
+)
+def test_why_a_phase_was_not_compiled_or_only_in_pieces(modes, lines, tmp_path, capsys):
+    with Store.open(tmp_path / "results.db") as store:
+        records = [
+            replace(timed(f"{phase}_latency", around(0.02)), mode=mode, note=note)
+            for phase, (mode, note) in zip(("prefill", "decode"), modes, strict=True)
+        ]
+        add_cell(store, add_sweep(store), "rtn", *records, scenario="b1-p8-g2")
+    assert run(["why", "--db", str(tmp_path / "results.db")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if "pieces" in line or "captured" in line] == lines
 
 
 def test_a_method_that_failed_is_not_unknown(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch import nn
 from harness.kernels import decode_attention, dense
 from harness.kernels.rewriting import rewrite_linears
 from harness.kernels.rewriting_attention import rewrite_decode_attention
-from harness.measure import graphs
+from harness.measure import compiling, graphs
 from harness.measure.agreement import LARGEST, Agreement, distance, perturbed
-from harness.measure.compiling import _options, compile_problem, compiled
+from harness.measure.compiling import _options, broken_graphs, compile_problem, compiled
 from harness.measure.generation import Generation, forward_only, random_prompt
 from harness.nn.anatomy import blocks_of
 from harness.testing import make_context
@@ -88,6 +89,37 @@ def test_the_step_of_a_dense_model_runs_the_kernel_for_few_rows(tiny_llama):
         logits_of(generation)
     # The step: seven products of a block and the head. The prefill: the head, for the last position.
     assert backend.rewritten == 9
+
+
+def test_a_block_that_the_compiler_cannot_follow_says_so(tiny_llama, monkeypatch):
+    generation = Generation(tiny_llama, random_prompt(256, 1, 12, 5, CPU), 6)
+    plain, whole = logits_of(generation), Counting()
+    with compiled(tiny_llama, whole):
+        logits_of(generation)
+        assert broken_graphs() is None
+    mlp = type(tiny_llama.model.layers[0].mlp)
+    forward = mlp.forward
+
+    def in_two(self, x):
+        torch._dynamo.graph_break("a wall")
+        return forward(self, x)
+
+    monkeypatch.setattr(mlp, "forward", in_two)
+    backend = Counting()
+    with compiled(tiny_llama, backend):
+        torch.testing.assert_close(logits_of(generation), plain, rtol=1e-4, atol=1e-4)
+        found = broken_graphs()
+    assert backend.graphs > whole.graphs
+    assert re.fullmatch(r"compiled in pieces: dynamo broke off (once|\d+ times), first at: .*[^\s.]", found)
+    with compiled(tiny_llama, Counting()):
+        assert broken_graphs() is None, "of the model before"
+
+
+def test_calls_that_are_compiled_in_pieces_are_used_and_say_so(tiny_llama, monkeypatch):
+    call = graphs.Call(lambda: torch.zeros(1), "graph")
+    monkeypatch.setattr(compiling, "broken_graphs", lambda: "compiled in pieces: why")
+    [found], problem = graphs._compiled_calls(tiny_llama, lambda: (call,), lambda _: None)
+    assert (found.mode, found.note, problem) == ("compiled", "compiled in pieces: why", None)
 
 
 def test_nothing_stays_behind(tiny_llama):

@@ -111,6 +111,16 @@ def test_eager_calls_wait_for_launches():
     )
 
 
+def test_a_variant_that_was_compiled_in_pieces():
+    pieces = "compiled in pieces: dynamo broke off 4 times, first at: a wall"
+    slow, base = cell(2e-3, mode="compiled", note=pieces), cell(mode="compiled")
+    assert f"its blocks were {pieces}" in words(slow, base, facts(module())).text
+    # The baseline's own breaks are no reason, nor is a mode that both have without compiling.
+    broken = cell(mode="compiled", note=pieces)
+    assert "in pieces" not in words(slow, broken, facts(module())).text
+    assert "in pieces" not in words(cell(2e-3, note=pieces), cell(), facts(module())).text
+
+
 def test_tiny_kernels_are_launch_bound_even_in_a_graph():
     tiny = cell(1.2e-3, [("elementwise", "k", 500, 0.8e-3)], weight_bytes=300.0)
     found = words(tiny, cell(1e-3), facts(module(kernel="k")))
