@@ -1,5 +1,4 @@
-"""Every stored layer is one graph for the compiler: between pieces nothing is fused, and no rewriting sees more
-than one."""
+"""Every stored layer is one graph for the compiler: between pieces nothing is fused or rewritten."""
 
 from __future__ import annotations
 
