@@ -6,12 +6,15 @@ could not be judged; 130 and 143 interrupted by SIGINT and SIGTERM.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+import typer.main
 
 from harness.cli import (
     catalog,
@@ -91,6 +94,12 @@ def _main(
     del version
 
 
+@functools.cache
+def _command() -> Any:
+    """What Typer makes of the signatures of all commands: once, and not for each line that a process runs."""
+    return typer.main.get_command(app)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line with these arguments and return the exit code.
 
@@ -103,7 +112,7 @@ def run(arguments: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     streams = sys.stdout, sys.stderr
     try:
-        code = app(list(arguments), prog_name="harness", standalone_mode=False)
+        code = _command()(list(arguments), prog_name="harness", standalone_mode=False)
         sys.stdout.flush()  # here, where a reader that is gone is no error
     except HarnessError as error:
         _say(str(error))

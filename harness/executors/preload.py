@@ -14,6 +14,7 @@ import transformers.models.auto.tokenization_auto
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama
 import transformers.models.opt.modeling_opt
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import harness.executors.starting
 import harness.measure.explaining
@@ -31,3 +32,5 @@ __all__: list[str] = []
 _PRELOADED = (lm_eval, torch, transformers, harness)
 
 harness.plugins.import_bundled()
+# The table of renamed weights, built of hundreds of patterns when the first checkpoint is loaded.
+get_checkpoint_conversion_mapping("llama")

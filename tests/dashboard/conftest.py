@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from harness.store.store import Store
 from tests.dashboard.browsing import browsing
 from tests.dashboard.filling import fill
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _components_looked_for_once():
+    """Each AppTest would read the metadata of all that is installed, which costs more than the page."""
+    try:
+        from streamlit.components.v2 import manifest_scanner
+    except ImportError:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        once = functools.cache(manifest_scanner.scan_component_manifests)
+        patch.setattr(manifest_scanner, "scan_component_manifests", once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -306,3 +306,10 @@ def test_a_further_variant_imports_nothing_large_and_costs_less_than_a_second(tm
         "harness_plugins",
     )
     assert [name for name in imported if name.startswith(large)] == []
+
+
+def test_a_worker_need_not_build_the_table_of_renamed_weights():
+    """Hundreds of patterns, which take a tenth of a second where the first checkpoint is loaded."""
+    from harness.executors.calling import call_in_worker
+
+    assert call_in_worker(together_jobs.conversions_are_known, timeout_s=120)

@@ -65,3 +65,10 @@ def costs_of_a_worker(job):
 
     assert run_worker(job, send) == 0
     return fixed_s, sorted(set(sys.modules) - before), statuses
+
+
+def conversions_are_known():
+    """Whether a worker begins with transformers' table of the weights that it renames."""
+    from transformers import conversion_mapping
+
+    return conversion_mapping._checkpoint_conversion_mapping_cache is not None

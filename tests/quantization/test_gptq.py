@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from harness.errors import ConfigError, NotApplicable, NumericalFailure
 from harness.kernels import gptq as kernels
 from harness.models.info import info_from_config
+from harness.nn import quantizer
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.hessian import inverse_root, output_error
 from harness.nn.quantized import QuantizedLinear
@@ -272,8 +273,10 @@ def on_meta(form, out: int, columns: int):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_value_is_read_inside_the_loops(form):
+def test_no_value_is_read_inside_the_loops(form, monkeypatch):
     """Tensors without values cannot be read: whatever would wait for a GPU raises here."""
+    # The loop over ranges does the same for each, and an operator without values takes half a millisecond.
+    monkeypatch.setattr(quantizer, "CLIP_FACTORS", quantizer.CLIP_FACTORS[:3])
     codes, losses = _round_columns(*on_meta(form, 24, 144))
     assert (codes.shape, losses.shape) == ((24, 144), (24,))
     with pytest.raises(RuntimeError, match="meta"):

@@ -198,11 +198,13 @@ def main(path):
     import harness.cli.app
     import harness.cli.results
     import harness.comparing
+    import harness.corpus
     import harness.executors.calling
     import harness.executors.preload
     import harness.measure.bundled
     import harness.measure.ceilings
     import harness.measure.control
+    import harness.measure.profile
     import harness.measure.timing
     import harness.planning
     import harness.progress
@@ -216,10 +218,12 @@ def main(path):
     # What is tested is not how long things take: few readings, few meters.
     harness.measure.timing.CPU_BUDGET = harness.measure.timing.TimingBudget(1, 1, 0.0)
     harness.measure.control._PRODUCTS = 1
+    harness.measure.profile.HOST_PROFILES = 1
     harness.planning.threads_per_worker = lambda jobs: 1
     harness.measure.ceilings.measure_ceilings = _no_ceilings
     harness.measure.bundled.register_meters = _few_meters(harness.measure.bundled.register_meters)
     load_plugins(())
+    harness.corpus.kjv_books()  # every sweep hashes the text that it may calibrate on
     adopt_orphans()
     gc.collect()
     gc.freeze()
