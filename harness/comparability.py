@@ -74,6 +74,9 @@ _FACTS: Mapping[str, _Fact] = {
     "limit": _Fact("limit of items", _QUALITY),
     "calibration": _Fact("calibration budget", _QUALITY),
     "training": _Fact("training budget", _QUALITY),
+    # What making a variant took depends on them too; what it takes to run does not.
+    "transform_calibration": _Fact("calibration budget", _COST),
+    "transform_training": _Fact("training budget", _COST),
 }
 
 _PASSING = frozenset({"SM clock seen (MHz)", "throttling"})

@@ -13,7 +13,7 @@ from harness.errors import ConfigError, UnknownName
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
 from harness.records import Record, Status
 from harness.store.store import Store
-from tests.core.stores import add_cell, add_sweep, around, items, timed
+from tests.core.stores import add_cell, add_sweep, around, items, timed, variant_key
 
 SHAPE = "b1-p8-g2"
 
@@ -114,6 +114,16 @@ def test_a_state_of_the_moment_leaves_paired_rounds_alone(store, is_paired):
         assert "throttling: none and HwThermalSlowdown, in the rounds alike" in row.flags
 
 
+def test_a_difference_that_is_clear_is_not_called_1x(store):
+    sweep = add_sweep(store)
+    for method, seconds in {"baseline": 1.0, "new": 1.0004}.items():
+        record = timed("decode_latency", around(seconds, spread=1e-5))
+        add_cell(store, sweep, method, record, scenario=SHAPE)
+    (row,) = compare_methods(store, "baseline", "new")
+    assert row.lower > 1
+    assert row.verdict == "1.0004x slower"
+
+
 def test_a_ratio_of_bytes_is_no_time(store):
     first, second = add_sweep(store), add_sweep(store, gpu={"driver": "590"}, workload={"jobs": 2})
     add_cell(store, first, "a", Record("compression_ratio", 1.0, "x"), Record("transform_s", 1.0, "s"))
@@ -157,6 +167,25 @@ def test_the_newest_comparable_pair_is_compared(store):
     assert (row.a, row.b, row.sweep_a, row.flags) == (pytest.approx(0.04), pytest.approx(0.01), new, ())
 
 
+def test_what_one_device_allows_hides_nothing_of_another(store, compare):
+    """Comparable on the one device, and not on the other: that is refused and told, not left out."""
+    for device, drivers in {"a GPU": ("580.1", "580.1"), "another GPU": ("580.1", "590")}.items():
+        for method, driver in zip(("baseline", "new"), drivers, strict=True):
+            sweep = add_sweep(store, gpu={"driver": driver})
+            key = variant_key(method, device=device)
+            latency(store, sweep, method, 1.0, device_name=device, key=key)
+    code, out, err = compare("baseline", "new", "--format", "json")
+    assert code == 2
+    assert [row["device"] for row in json.loads(out)] == ["a GPU"]
+    assert "not compared: baseline and new differ in driver: 580.1 and 590 (b1-p8-g2)" in err
+    sweep = add_sweep(store)
+    for method in ("baseline", "new"):
+        key = variant_key(method, device="another GPU")
+        latency(store, sweep, method, 2.0, device_name="another GPU", key=key)
+    rows = compare_methods(store, "baseline", "new")
+    assert [(row.device, row.a) for row in rows] == [("another GPU", 2.0), ("a GPU", 1.0)]
+
+
 def test_a_newer_cell_that_was_passed_over_is_named(store):
     old = add_sweep(store)
     latency(store, old, "baseline", 0.02)
@@ -183,7 +212,7 @@ def test_a_limit_of_both_is_flagged(store):
     scored(store, quick, "new", [1] * 10)
     (row,) = compare_methods(store, "baseline", "new")
     assert row.flags == ("limit 10",)
-    assert row.verdict == "equal"
+    assert row.verdict == "no clear difference"  # of ten items
 
 
 def test_other_items_are_a_difference_even_where_nothing_else_is(store):
