@@ -227,7 +227,7 @@ def conditions_of(rows: Iterable[Conditions], scope: Scope) -> Iterator[tuple[st
 
 
 def _scopes_of_variable(name: str) -> frozenset[Scope]:
-    if name.endswith("_NUM_THREADS") or name.startswith(("OMP_", "KMP_")):
+    if name.endswith("_NUM_THREADS") or name.startswith(("OMP_", "GOMP_", "KMP_")):
         return _TIMING
     return _COST if "ALLOC" in name else _ALL
 

@@ -58,6 +58,14 @@ def test_one_sweep_agrees_with_itself_and_with_its_like(store):
         ({"workload": {"jobs": 2}}, Scope.QUALITY, {}),
         ({"environment": {"OMP_NUM_THREADS": "4"}}, Scope.TIMING, {"OMP_NUM_THREADS": ("unset", "4")}),
         ({"environment": {"OMP_NUM_THREADS": "4"}}, Scope.QUALITY, {}),
+        ({"environment": {"GOMP_CPU_AFFINITY": "0"}}, Scope.TIMING, {"GOMP_CPU_AFFINITY": ("unset", "0")}),
+        ({"environment": {"GOMP_CPU_AFFINITY": "0"}}, Scope.QUALITY, {}),
+        ({"environment": {"MALLOC_ARENA_MAX": "1"}}, Scope.MEMORY, {"MALLOC_ARENA_MAX": ("unset", "1")}),
+        (
+            {"environment": {"ATEN_CPU_CAPABILITY": "default"}},
+            Scope.QUALITY,
+            {"ATEN_CPU_CAPABILITY": ("unset", "default")},
+        ),
         ({"environment": {"PYTORCH_ALLOC_CONF": "x"}}, Scope.MEMORY, {"PYTORCH_ALLOC_CONF": ("unset", "x")}),
         ({"environment": {"PYTORCH_ALLOC_CONF": "x"}}, Scope.QUALITY, {}),
         (

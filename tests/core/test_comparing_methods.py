@@ -158,6 +158,14 @@ def test_gates_are_not_judged_on_what_is_not_compared(store, compare):
     assert "(rows that should not be compared)" in err
 
 
+@pytest.mark.parametrize(("right", "code"), [(79, 0), (78, 3)])
+def test_what_lies_on_the_bound_is_not_beyond_it(store, compare, right, code):
+    sweep = add_sweep(store)
+    scored(store, sweep, "baseline", [1] * 80 + [0] * 20)
+    scored(store, sweep, "new", [1] * right + [0] * (100 - right))
+    assert compare("baseline", "new", "--fail-on", "acc<-0.01")[0] == code
+
+
 def test_the_newest_comparable_pair_is_compared(store):
     old, new = add_sweep(store), add_sweep(store, versions={"torch": "2.12"})
     for sweep, seconds in ((old, 0.02), (new, 0.04)):
