@@ -9,9 +9,11 @@ import pytest
 
 from harness.cli.app import run
 from harness.comparing import break_even_batches, compare_methods
+from harness.comparing.crossings import crossings_in_words
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
 from harness.records import Record, Status
+from harness.scaling import Point, break_even
 from harness.store.store import Store
 from tests.core.stores import add_cell, add_sweep, around, items, timed, variant_key
 
@@ -428,6 +430,25 @@ def test_sizes_of_a_break_even_are_drawn_by_themselves(store, compare):
     (row,) = json.loads(out)
     assert (code, set(row["bases"].values())) == (0, {"paired"})
     assert row["upper"] / row["lower"] > 2
+
+
+def test_the_words_of_a_break_even_claim_no_more_than_its_intervals():
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, 400))
+
+    def said(*ratios):
+        draws = [ratio * np.exp(each) for ratio, each in zip(ratios, noise, strict=True)]
+        points = [Point(size, r, d) for size, r, d in zip((1, 64), ratios, draws, strict=True)]
+        known = {
+            point.size: (ratio * 0.96, ratio * 1.04) for point, ratio in zip(points, ratios, strict=True)
+        }
+        (found,) = break_even(points)
+        return crossings_in_words(found, dict(zip((1, 64), ratios, strict=True)), "b", intervals=known)
+
+    assert said(0.5, 2.0) == "b is faster below it"
+    assert said(0.9999, 1.0001) == "not clear: b is faster below it, if it is there at all"
+    assert said(0.998, 0.999) == "no clear difference at any measured batch size (1 to 64)"
+    assert said(0.5, 0.99) == "b is faster at every measured batch size (1 to 64), not clearly at 64"
+    assert said(0.5, 0.6) == "b is faster at every measured batch size (1 to 64)"
 
 
 def test_a_break_even_across_drivers_is_refused(store, compare):
