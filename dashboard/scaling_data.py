@@ -325,7 +325,7 @@ def crossing_table(found: Sequence[Crossing], name_b: str) -> pd.DataFrame:
                 held: each.fixed,
                 "new tokens": each.new_tokens,
                 "crossing": "none" if each.found.outcome in ("below", "above") else str(each.found),
-                "in words": crossings_in_words(each.found, each.ratios, name_b, each.axis),
+                "in words": crossings_in_words(each.found, each.ratios, name_b, each.axis, each.intervals),
                 "ratios": ", ".join(f"{mark}{size}: {ratio:.3g}" for size, ratio in each.ratios.items()),
                 "basis": ", ".join(dict.fromkeys(each.bases.values())),
                 "caution": "; ".join([*cautions, *each.flags]),
@@ -336,7 +336,7 @@ def crossing_table(found: Sequence[Crossing], name_b: str) -> pd.DataFrame:
 
 def crossing_sentence(each: Crossing, name_b: str) -> str:
     """One crossing said in words, with its place and its interval."""
-    words = crossings_in_words(each.found, each.ratios, name_b, each.axis)
+    words = crossings_in_words(each.found, each.ratios, name_b, each.axis, each.intervals)
     if each.found.batch is None:
         return f"No crossing: {words}."
     what = "tokens of prompt" if each.axis is Axis.PROMPT_LEN else "sequences in a batch"

@@ -74,6 +74,9 @@ _FACTS: Mapping[str, _Fact] = {
     "limit": _Fact("limit of items", _QUALITY),
     "calibration": _Fact("calibration budget", _QUALITY),
     "training": _Fact("training budget", _QUALITY),
+    # What making a variant took depends on them too; what it takes to run does not.
+    "transform_calibration": _Fact("calibration budget", _COST),
+    "transform_training": _Fact("training budget", _COST),
 }
 
 _PASSING = frozenset({"SM clock seen (MHz)", "throttling"})
@@ -224,7 +227,7 @@ def conditions_of(rows: Iterable[Conditions], scope: Scope) -> Iterator[tuple[st
 
 
 def _scopes_of_variable(name: str) -> frozenset[Scope]:
-    if name.endswith("_NUM_THREADS") or name.startswith(("OMP_", "KMP_")):
+    if name.endswith("_NUM_THREADS") or name.startswith(("OMP_", "GOMP_", "KMP_")):
         return _TIMING
     return _COST if "ALLOC" in name else _ALL
 

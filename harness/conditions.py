@@ -128,6 +128,7 @@ def facts_of(
 
 def _cell_conditions(row: Any, sweep: _SweepFacts, spent: set[tuple[int, str]]) -> Conditions:
     is_task = row.kind == CellKind.TASK
+    made = "transform_" if row.kind == CellKind.TRANSFORM else ""
     used = {
         "calibration": (row.variant_id, "calibration_tokens") in spent,
         "training": (row.variant_id, "trained_tokens") in spent,
@@ -140,7 +141,7 @@ def _cell_conditions(row: Any, sweep: _SweepFacts, spent: set[tuple[int, str]]) 
         "model": row.model_identity or None,
         "limit": sweep.limit if is_task else None,
         "task": sweep.tasks.get(row.task) if is_task else None,
-        **{name: _budget(sweep.budget.get(name)) if used[name] else None for name in used},
+        **{f"{made}{name}": _budget(sweep.budget.get(name)) if used[name] else None for name in used},
     }
     return Conditions(
         cell=row.id,

@@ -91,7 +91,7 @@ def _differences(
     if weights is None:
         weights = [float(item.detail.get("tokens", 1)) for item in second]
     a, b = ([item.outcome for item in side] for side in (first, second))
-    return _told(name, compare_paired(a, b, weights))
+    return _told(name, compare_paired(a, b, weights, answers=name != "nll_rise"))
 
 
 def _told(name: str, found: PairedOutcome) -> list[Record]:
@@ -99,7 +99,10 @@ def _told(name: str, found: PairedOutcome) -> list[Record]:
     name, comma, filter_name = name.partition(",")
     end, n = f"{comma}{filter_name}", found.n
     unit = metric_of(name).unit
-    records = [Record(name + end, found.difference.value, unit, *found.difference[1:], n)]
+    value = found.difference.value
+    # A single item says nothing of the spread.
+    lower, upper = (found.difference.lower, found.difference.upper) if n > 1 else (None, None)
+    records = [Record(name + end, value, unit, lower, upper, n)]
     if n > 1:
         note = "80 % power at 5 %, two-sided"
         records += [

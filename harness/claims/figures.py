@@ -123,7 +123,9 @@ def _over_items(sums: Floats, weights: list[float], about: _About) -> Finding:
     """`sums`: [seeds, items]."""
     even = len(set(weights)) == 1
     means = sums.mean(axis=0)
-    outcome = compare_paired([about.bound] * len(means), list(means), None if even else weights)
+    outcome = compare_paired(
+        [about.bound] * len(means), list(means), None if even else weights, answers=False
+    )
     value, lower, upper = (each + about.bound for each in outcome.difference)
     p, detectable, test = outcome.p, outcome.detectable, outcome.test
     if len(sums) > 1 and float(np.ptp(sums)) > 0:

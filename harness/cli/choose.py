@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.output import Format, print_rows, say
+from harness.measure.verdict_facts import in_times
 
 if TYPE_CHECKING:
     from harness.choosing import Candidate, Choice, Goal, Loss
@@ -203,9 +204,9 @@ def _name(candidate: Candidate, choice: Choice) -> str:
 def _gain(candidate: Candidate, goal: Goal) -> str:
     gain, lower, upper = candidate.gain, candidate.lower, candidate.upper
     if lower == upper:
-        return f"{gain:.3g}x {goal.more if gain >= 1 else goal.less}"
+        return f"{in_times(gain)}x {goal.more if gain >= 1 else goal.less}"
     word = goal.more if lower > 1 else goal.less if upper < 1 else "as before"
-    return f"{gain:.3g}x [{lower:.3g}, {upper:.3g}] {word}"
+    return f"{in_times(gain)}x [{in_times(lower)}, {in_times(upper)}] {word}"
 
 
 def _loss(loss: Loss) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.output import Format, clean, format_value, print_rows, say
+from harness.measure.verdict_facts import in_times
 
 if TYPE_CHECKING:
     from harness.comparing import Absent, Compared, Comparison, Gate, Outcome, Side
@@ -179,8 +180,12 @@ def _values(row: Comparison) -> str:
     value, mark = (row.ratio, "x") if row.ratio is not None else (row.difference, "")
     if value is None:
         return text
-    interval = "" if row.lower is None else f", {row.lower:.4g} to {row.upper:.4g}"
-    return f"{text} ({value:{'.4g' if mark else '+.4g'}}{mark}{interval})"
+    if not mark:
+        interval = "" if row.lower is None else f", {row.lower:.4g} to {row.upper:.4g}"
+        return f"{text} ({value:+.4g}{interval})"
+    bounds = () if row.lower is None or row.upper is None else (row.lower, row.upper)
+    interval = f", {' to '.join(in_times(each, 4) for each in bounds)}" if bounds else ""
+    return f"{text} ({in_times(value, 4)}{mark}{interval})"
 
 
 # --- for a comment on a pull request ------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.output import Format, format_value, print_rows, say
+from harness.measure.verdict_facts import in_times
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,7 +181,7 @@ def _achieved_rows(found: Explanation) -> list[dict[str, Any]]:
             {
                 "phase": phase,
                 "time": _scaled(found.value(time), "s"),
-                "speed-up": None if faster is None else f"{faster:.3g}×",
+                "speed-up": None if faster is None else f"{in_times(faster)}×",
                 "achieved": _scaled(found.value(achieved), unit),
                 "of the ceiling": None
                 if reached is None

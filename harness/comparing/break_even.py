@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from harness.comparability import Difference
 from harness.comparing.cells import cells_of
@@ -20,7 +20,8 @@ __all__ = ["BreakEvenRow", "break_even_batches"]
 class BreakEvenRow:
     """One crossing, or its absence, of one metric of two methods at one prompt length, on one device.
 
-    `ratios` are the measured b/a by batch size (below 1: b is faster) and `bases` what each rests on.
+    `ratios` are the measured b/a by batch size (below 1: b is faster) with their `intervals` (95 %), and
+    `bases` what each rests on.
     """
 
     model: str
@@ -37,11 +38,12 @@ class BreakEvenRow:
     bases: dict[int, str]
     flags: tuple[str, ...] = ()
     differences: tuple[Difference, ...] = ()
+    intervals: Mapping[int, tuple[float, float] | tuple[None, None]] = field(default_factory=dict)
 
     @property
     def says(self) -> str:
         """In words: where b is the faster one."""
-        return crossings_in_words(self.found, self.ratios, self.method_b)
+        return crossings_in_words(self.found, self.ratios, self.method_b, intervals=self.intervals)
 
 
 def break_even_batches(
@@ -65,7 +67,7 @@ def break_even_batches(
             model=each.model, method_a=a, method_b=b, metric=each.metric, prompt_len=each.fixed,
             new_tokens=each.new_tokens, seed=each.seed, dtype=each.dtype, device=each.device,
             found=each.found, ratios=each.ratios, bases=each.bases, flags=each.flags,
-            differences=each.differences,
+            differences=each.differences, intervals=each.intervals,
         )
         for b in others
         for each in crossings(mine, [cell for cell in cells if cell.method == b], Axis.BATCH_SIZE)

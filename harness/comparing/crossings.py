@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -46,17 +47,31 @@ class Crossing:
 
 
 def crossings_in_words(
-    found: BreakEven, ratios: Mapping[int, float], b: str, axis: Axis = Axis.BATCH_SIZE
+    found: BreakEven,
+    ratios: Mapping[int, float],
+    b: str,
+    axis: Axis = Axis.BATCH_SIZE,
+    intervals: Mapping[int, tuple[float, float] | tuple[None, None]] | None = None,
 ) -> str:
-    """Where b is the faster one."""
+    """Where b is the faster one, and where the intervals of the ratios do not show it."""
+    size = _NAMES[axis]
     if found.outcome == "crosses":
         side = "below" if found.better_below else "above"
+        if (found.lower, found.upper) == (-math.inf, math.inf):
+            return f"not clear: {b} is faster {side} it, if it is there at all"
         return f"{b} is faster {side} it"
     sizes = f"{found.smallest:g} to {found.largest:g}"
-    where = f"at every measured {_NAMES[axis]} ({sizes})"
+    where = f"at every measured {size} ({sizes})"
     if all(ratio == 1 for ratio in ratios.values()):
         return f"equally fast {where}"
-    return f"{b} is {'faster' if max(ratios.values()) <= 1 else 'slower'} {where}"
+    unclear = [
+        at for at, (lower, upper) in (intervals or {}).items()
+        if lower is not None and upper is not None and lower <= 1 <= upper
+    ]  # fmt: skip
+    if len(unclear) == len(ratios):
+        return f"no clear difference at any measured {size} ({sizes})"
+    doubt = f", not clearly at {', '.join(map(str, sorted(unclear)))}" if unclear else ""
+    return f"{b} is {'faster' if max(ratios.values()) <= 1 else 'slower'} {where}{doubt}"
 
 
 def crossings(mine: Sequence[Cell], theirs: Sequence[Cell], axis: Axis) -> list[Crossing]:

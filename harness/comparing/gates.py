@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class Gate:
         return value if self.above else -value
 
     def _beyond(self, value: float) -> bool:
+        if math.isclose(value, self.bound, rel_tol=1e-9):  # 0.79 - 0.8 is a hair below -0.01
+            return False
         return value > self.bound if self.above else value < self.bound
 
 

@@ -211,8 +211,8 @@ def pairs_of(
 ) -> Iterator[tuple[Cell, Cell, tuple[Difference, ...], str | None]]:
     """For one group the pairs to compare: the newest comparable one of each device and type.
 
-    Where no pair is comparable, the newest with what keeps it from being compared. The text says where a
-    newer measurement of b was passed over.
+    Where no pair of a device and type is comparable, the newest with what keeps it from being compared; where
+    both sides share none, the newest of all. The text says where a newer measurement of b was passed over.
     """
     judged = []
     for b in sorted(theirs, key=lambda cell: -cell.id):
@@ -238,3 +238,8 @@ def pairs_of(
         ]  # fmt: skip
         passed = f"sweep {max(newer)} measured b under other conditions" if newer else None
         yield a, b, none, passed
+    for a, b, found in judged:
+        setting = b.dtype, b.device
+        if setting not in done and (a.dtype, a.device) == setting:
+            done.add(setting)
+            yield a, b, found, None

@@ -17,6 +17,7 @@ from harness.comparing.sides import Side, SideName
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import benjamini_hochberg
+from harness.measure.verdict_facts import in_times
 from harness.store.store import Store
 
 __all__ = [
@@ -289,7 +290,7 @@ def ratio_verdict(row: Comparison) -> str:
     good, bad = words
     is_gain = (row.ratio > 1) == (row.unit in ("tokens/s", "x"))
     factor = max(row.ratio, 1 / row.ratio)
-    return f"{factor:.3g}x {good if is_gain else bad}"
+    return f"{in_times(factor)}x {good if is_gain else bad}"
 
 
 def _quality(

@@ -11,6 +11,7 @@ import numpy as np
 
 from harness.comparability import Difference
 from harness.evaluate.correlation import CORRELATIONS, compare_correlations
+from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import PairedOutcome, compare_paired
 from harness.records import Item
 
@@ -65,7 +66,12 @@ def outcome_of(
         return None
     a, b = [item.outcome for item in first], [item.outcome for item in second]
     even = len(set(weights)) == 1
-    return compare_paired(a, b, None if even else weights)
+    return compare_paired(a, b, None if even else weights, answers=_are_answers(metric))
+
+
+def _are_answers(metric: str) -> bool:
+    """Whether an outcome of 0 or 1 is a wrong or a right answer; else it is a number like any other."""
+    return metric != "top1_agreement" and metric_of(metric).unit in ("", "fraction")
 
 
 def document_names(items: Sequence[Item]) -> dict[int, Hashable]:

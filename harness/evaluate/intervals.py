@@ -1,4 +1,4 @@
-"""95 % intervals for one sample: Wilson for shares, percentile bootstrap for the rest. Only numpy."""
+"""95 % intervals: Wilson and Tango for shares, percentile bootstrap for the rest. Only numpy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ __all__ = [
     "bootstrap_ratio",
     "bootstrap_statistic",
     "bootstrap_weighted_mean",
+    "changed_share",
     "generator",
     "percentile_interval",
     "sum_of_independent",
@@ -41,6 +42,41 @@ def wilson(k: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float
     # At the ends the bound is exact; rounding must not put it beyond the share itself.
     lower = 0.0 if k == 0 else centre - half
     upper = 1.0 if k == n else centre + half
+    return lower, upper
+
+
+def changed_share(lost: float, won: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval for ``(won - lost) / n``, the change of a share over the same `n` items.
+
+    Tango (1998, Statistics in Medicine 17). Where few items changed sides, or none, or all to one side, a
+    bootstrap sees no spread and claims to know the difference; this is as wide as Wilson's then.
+
+    Args:
+        lost, won: how many items changed to the one and to the other side; of weighted items what they
+            count for, of an effective number `n`.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+
+    def score(difference: float) -> float:
+        # How many standard errors `won - lost` lies from what is expected at this difference, with the
+        # likeliest share of lost items given it.
+        b = (2 * n - won + lost) * difference - won - lost
+        c = -lost * difference * (1 - difference)
+        share = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
+        variance = n * (2 * share + difference * (1 - difference))
+        distance = won - lost - n * difference
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
+
+    def crossed(wanted: float, low: float, high: float) -> float:
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if score(middle) > wanted else (low, middle)
+        return (low + high) / 2
+
+    value = (won - lost) / n
+    # At the ends the bound is exact: a share cannot change by more than 1.
+    lower = -1.0 if value == -1 else crossed(z, -1.0, value)
+    upper = 1.0 if value == 1 else crossed(-z, value, 1.0)
     return lower, upper
 
 

@@ -18,6 +18,7 @@ from harness.errors import ConfigError
 from harness.evaluate.intervals import (
     Floats,
     bootstrap_weighted_mean,
+    changed_share,
     generator,
     percentile_interval,
     wilson,
@@ -43,6 +44,7 @@ __all__ = [
 
 SIGN_FLIPS = 20_000
 _EXACT_PAIRS = 12  # up to here all sign patterns are counted: 4,096
+_FEW_FLIPS = 10  # below this a bootstrap of right and wrong answers covers too rarely
 _NORMAL_PAIRS = 1_000  # from here on the distribution of the sum is normal
 _ELEMENTS_AT_ONCE = 2_000_000
 
@@ -137,13 +139,24 @@ def paired_bootstrap_difference(
 
 
 def compare_paired(
-    a: Sequence[float], b: Sequence[float], weights: Sequence[float] | None = None, seed: int = 0
+    a: Sequence[float],
+    b: Sequence[float],
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    *,
+    answers: bool = True,
 ) -> PairedOutcome:
     """Compare outcomes of the same items: right or wrong by McNemar's test, others by sign flips.
+
+    The interval of the difference is the paired bootstrap's; where fewer than ten items went from right to
+    wrong or back, the score interval (`changed_share`): with no such item every resample says 0, which is
+    not to know that the difference is 0.
 
     Args:
         weights: what an item counts (tokens of a window, one over the size of its subtask). Weighted
             shares are tested by sign flips: McNemar's test counts items.
+        answers: whether outcomes of 0 and 1 are wrong and right answers, and no numbers (losses, divergences)
+            that happen to be 0 or 1.
 
     Raises:
         ValueError: the two are not of one length, or empty.
@@ -151,16 +164,29 @@ def compare_paired(
     difference = paired_bootstrap_difference(a, b, seed, weights)
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     n = len(first)
-    is_binary = bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
+    is_binary = answers and bool(np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
     lost, won = int((first > second).sum()), int((first < second).sum())
     flips_share = (lost + won) / n if is_binary else None
+    of_few = None
+    if is_binary and lost + won < _FEW_FLIPS:
+        few = _counted(first, second, weights)
+        difference = Difference(difference.value, *changed_share(*few))
+        of_few = minimum_detectable_effect(few[2], (few[0] + few[1]) / few[2])
     if is_binary and (weights is None or len(set(weights)) == 1):
         detectable = minimum_detectable_effect(n, (lost + won) / n)
         return PairedOutcome(n, difference, mcnemar(lost, won), "McNemar", detectable, flips_share)
     changes = second - first
     p = sign_flip_test(changes, weights, seed)
-    detectable = detectable_mean_difference(changes, weights)
+    detectable = detectable_mean_difference(changes, weights) if of_few is None else of_few
     return PairedOutcome(n, difference, p, "sign flips", detectable, flips_share)
+
+
+def _counted(a: Floats, b: Floats, weights: Sequence[float] | None) -> tuple[float, float, float]:
+    """Items that only `a` has right, only `b`, and all: of weighted ones, as many as they amount to."""
+    weight = np.ones_like(a) if weights is None else np.asarray(weights, dtype=np.float64)
+    n = float(weight.sum() ** 2 / (weight**2).sum())
+    lost, won = (float(np.average(side, weights=weight)) * n for side in (a > b, a < b))
+    return lost, won, n
 
 
 def sign_flip_test(
@@ -199,8 +225,8 @@ def detectable_mean_difference(
 ) -> float:
     """The smallest true mean difference that pairs which spread like these would show with this power.
 
-    ``(z_alpha + z_beta)`` standard errors of the weighted mean. Infinite for a single pair, which says
-    nothing of the spread.
+    ``(z_alpha + z_beta)`` standard errors of the weighted mean. Infinite for a single pair, and for pairs
+    that all differ by the same, which say nothing of the spread.
     """
     values = np.asarray(differences, dtype=np.float64)
     if values.size < 2:
@@ -209,30 +235,49 @@ def detectable_mean_difference(
     residuals = values - np.average(values, weights=weight)
     correction = values.size / (values.size - 1)
     error = math.sqrt(correction * float((weight**2 * residuals**2).sum())) / float(weight.sum())
+    if error == 0:
+        return math.inf
     normal = NormalDist()
     return (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * error
 
 
-def minimum_detectable_effect(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
+def minimum_detectable_effect(n: float, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest difference in accuracy that McNemar's test on `n` pairs finds with this power.
 
     Solves the sample-size formula of Connor (1987, Biometrics 43),
     ``n d^2 = (z_alpha sqrt(q) + z_beta sqrt(q - d^2))^2``, for the difference `d`, where `q` is the
-    share of discordant pairs. Infinite where even `d = q`, all flips to one side, would be missed.
+    share of discordant pairs. Where so few flips would be missed even if all went to one side, it is the
+    difference that brings enough flips with it, all to one side (binomial). Infinite for so few pairs that
+    no outcome is significant: fewer than six at 5 %.
 
     Args:
         discordance: the share of discordant pairs; below one pair it is taken as one pair, because
             none in `n` is no proof of none.
     """
+    enough = (
+        math.floor(1 - math.log2(alpha)) + 1
+    )  # flips to one side whose exact p, 2^(1 - k), is below alpha
+    if n < enough:
+        return math.inf
     q = max(discordance, 1 / n)
     z_alpha = NormalDist().inv_cdf(1 - alpha / 2)
     z_beta = NormalDist().inv_cdf(power)
     # A quadratic in d once the root of q - d^2 is isolated and squared.
     inner = n - z_alpha**2 + z_beta**2
-    if inner < 0:
-        return math.inf
     d = math.sqrt(q) * (math.sqrt(n) * z_alpha + z_beta * math.sqrt(inner)) / (n + z_beta**2)
-    return d if d <= q else math.inf
+    if d <= q:
+        return d
+    return _share_of_enough(int(n), enough, power)
+
+
+def _share_of_enough(n: int, enough: int, power: float) -> float:
+    """The share at which `n` items hold `enough` with this probability."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        fewer = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(enough))
+        low, high = (share, high) if fewer > 1 - power else (low, share)
+    return high
 
 
 def benjamini_hochberg(pvalues: Sequence[float]) -> list[float]:

@@ -196,7 +196,9 @@ def _details_of(
         detail: dict[str, Any] = {"doc_hash": _document_hash(sample["doc"])}
         answers = sample["filtered_resps"]
         if task.OUTPUT_TYPE == "multiple_choice":
-            detail["loglikelihoods"] = [float(score) for score, _ in answers]
+            # For mutual information each choice is asked for without its context too, after the others.
+            choices = len(answers) // 2 if "acc_mutual_info" in sample["metrics"] else len(answers)
+            detail["loglikelihoods"] = [float(score) for score, _ in answers[:choices]]
         elif task.OUTPUT_TYPE == "loglikelihood":
             detail["loglikelihood"] = float(answers[0][0])
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":

@@ -162,3 +162,18 @@ def test_a_folder_of_the_name_is_no_module(tmp_path, monkeypatch):
     (tmp_path / "my_method").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run(["new", "my-method"]) == 0
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_no_traceback(monkeypatch):
+    from harness.__main__ import main
+
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "harness.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "harness.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130

@@ -58,6 +58,14 @@ def test_one_sweep_agrees_with_itself_and_with_its_like(store):
         ({"workload": {"jobs": 2}}, Scope.QUALITY, {}),
         ({"environment": {"OMP_NUM_THREADS": "4"}}, Scope.TIMING, {"OMP_NUM_THREADS": ("unset", "4")}),
         ({"environment": {"OMP_NUM_THREADS": "4"}}, Scope.QUALITY, {}),
+        ({"environment": {"GOMP_CPU_AFFINITY": "0"}}, Scope.TIMING, {"GOMP_CPU_AFFINITY": ("unset", "0")}),
+        ({"environment": {"GOMP_CPU_AFFINITY": "0"}}, Scope.QUALITY, {}),
+        ({"environment": {"MALLOC_ARENA_MAX": "1"}}, Scope.MEMORY, {"MALLOC_ARENA_MAX": ("unset", "1")}),
+        (
+            {"environment": {"ATEN_CPU_CAPABILITY": "default"}},
+            Scope.QUALITY,
+            {"ATEN_CPU_CAPABILITY": ("unset", "default")},
+        ),
         ({"environment": {"PYTORCH_ALLOC_CONF": "x"}}, Scope.MEMORY, {"PYTORCH_ALLOC_CONF": ("unset", "x")}),
         ({"environment": {"PYTORCH_ALLOC_CONF": "x"}}, Scope.QUALITY, {}),
         (
@@ -149,6 +157,26 @@ def test_budgets_count_for_variants_that_spent_them(store):
     assert named(store, *sweeps, Scope.QUALITY, task="grammar") == {
         "calibration budget": ("samples 128, len 128, text tttttttt", "samples 32, len 128, text tttttttt")
     }
+
+
+def test_budgets_count_for_the_cost_of_making_a_variant(store):
+    budgets = [{"calibration": {"samples": n}, "training": {"steps": 10 * n}} for n in (128, 32)]
+    made = []
+    for budget in budgets:
+        tokens = [Record("calibration_tokens", 1000.0, "tokens"), Record("trained_tokens", 1000.0, "tokens")]
+        sweep = add_sweep(store, workload={"budget": budget})
+        cost = Record("transform_s", 1.0, "s"), Record("transform_peak_bytes", 1.0, "B")
+        made.append(add_cell(store, sweep, "a", *cost, *tokens))
+        made.append(add_cell(store, sweep, "a", Record("decode_latency", 1.0, "s"), scenario="b1-p8-g2"))
+    found = read_conditions(store, made)
+    expected = {
+        "calibration budget": ("samples 128", "samples 32"),
+        "training budget": ("steps 1280", "steps 320"),
+    }
+    for scope in (Scope.TIMING, Scope.MEMORY):
+        differ = differences(found[made[0]], found[made[2]], scope)
+        assert {each.name: (each.a, each.b) for each in differ} == expected
+        assert differences(found[made[1]], found[made[3]], scope) == ()
 
 
 def test_modes_are_compared_without_what_was_taken(store):

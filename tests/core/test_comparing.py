@@ -185,6 +185,13 @@ def test_what_is_stored_beside_the_baseline():
     assert 0 < rise.lower <= 0.2 <= rise.upper
 
 
+def test_one_item_has_no_interval():
+    for metric, values in {"acc": (1.0, 0.0), "nll": (2.0, 2.5)}.items():
+        difference = baseline_records(_items(values[:1], metric), _items(values[1:], metric))[0]
+        assert difference.value == values[1] - values[0]
+        assert (difference.lower, difference.upper) == (None, None)
+
+
 def test_a_group_whose_members_count_the_same_is_stored_so_too(tmp_path):
     """Its score is the mean of its members' shares, and its difference is that of the scores."""
     sizes = {"small": 10, "large": 90}

@@ -9,11 +9,13 @@ import pytest
 
 from harness.cli.app import run
 from harness.comparing import break_even_batches, compare_methods
+from harness.comparing.crossings import crossings_in_words
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.paired import benjamini_hochberg, mcnemar
 from harness.records import Record, Status
+from harness.scaling import Point, break_even
 from harness.store.store import Store
-from tests.core.stores import add_cell, add_sweep, around, items, timed
+from tests.core.stores import add_cell, add_sweep, around, items, timed, variant_key
 
 SHAPE = "b1-p8-g2"
 
@@ -114,6 +116,16 @@ def test_a_state_of_the_moment_leaves_paired_rounds_alone(store, is_paired):
         assert "throttling: none and HwThermalSlowdown, in the rounds alike" in row.flags
 
 
+def test_a_difference_that_is_clear_is_not_called_1x(store):
+    sweep = add_sweep(store)
+    for method, seconds in {"baseline": 1.0, "new": 1.0004}.items():
+        record = timed("decode_latency", around(seconds, spread=1e-5))
+        add_cell(store, sweep, method, record, scenario=SHAPE)
+    (row,) = compare_methods(store, "baseline", "new")
+    assert row.lower > 1
+    assert row.verdict == "1.0004x slower"
+
+
 def test_a_ratio_of_bytes_is_no_time(store):
     first, second = add_sweep(store), add_sweep(store, gpu={"driver": "590"}, workload={"jobs": 2})
     add_cell(store, first, "a", Record("compression_ratio", 1.0, "x"), Record("transform_s", 1.0, "s"))
@@ -148,6 +160,14 @@ def test_gates_are_not_judged_on_what_is_not_compared(store, compare):
     assert "(rows that should not be compared)" in err
 
 
+@pytest.mark.parametrize(("right", "code"), [(79, 0), (78, 3)])
+def test_what_lies_on_the_bound_is_not_beyond_it(store, compare, right, code):
+    sweep = add_sweep(store)
+    scored(store, sweep, "baseline", [1] * 80 + [0] * 20)
+    scored(store, sweep, "new", [1] * right + [0] * (100 - right))
+    assert compare("baseline", "new", "--fail-on", "acc<-0.01")[0] == code
+
+
 def test_the_newest_comparable_pair_is_compared(store):
     old, new = add_sweep(store), add_sweep(store, versions={"torch": "2.12"})
     for sweep, seconds in ((old, 0.02), (new, 0.04)):
@@ -155,6 +175,25 @@ def test_the_newest_comparable_pair_is_compared(store):
         latency(store, sweep, "new", 0.01, key=f"new {sweep}")
     (row,) = compare_methods(store, "baseline", "new")
     assert (row.a, row.b, row.sweep_a, row.flags) == (pytest.approx(0.04), pytest.approx(0.01), new, ())
+
+
+def test_what_one_device_allows_hides_nothing_of_another(store, compare):
+    """Comparable on the one device, and not on the other: that is refused and told, not left out."""
+    for device, drivers in {"a GPU": ("580.1", "580.1"), "another GPU": ("580.1", "590")}.items():
+        for method, driver in zip(("baseline", "new"), drivers, strict=True):
+            sweep = add_sweep(store, gpu={"driver": driver})
+            key = variant_key(method, device=device)
+            latency(store, sweep, method, 1.0, device_name=device, key=key)
+    code, out, err = compare("baseline", "new", "--format", "json")
+    assert code == 2
+    assert [row["device"] for row in json.loads(out)] == ["a GPU"]
+    assert "not compared: baseline and new differ in driver: 580.1 and 590 (b1-p8-g2)" in err
+    sweep = add_sweep(store)
+    for method in ("baseline", "new"):
+        key = variant_key(method, device="another GPU")
+        latency(store, sweep, method, 2.0, device_name="another GPU", key=key)
+    rows = compare_methods(store, "baseline", "new")
+    assert [(row.device, row.a) for row in rows] == [("another GPU", 2.0), ("a GPU", 1.0)]
 
 
 def test_a_newer_cell_that_was_passed_over_is_named(store):
@@ -183,7 +222,7 @@ def test_a_limit_of_both_is_flagged(store):
     scored(store, quick, "new", [1] * 10)
     (row,) = compare_methods(store, "baseline", "new")
     assert row.flags == ("limit 10",)
-    assert row.verdict == "equal"
+    assert row.verdict == "no clear difference"  # of ten items
 
 
 def test_other_items_are_a_difference_even_where_nothing_else_is(store):
@@ -391,6 +430,25 @@ def test_sizes_of_a_break_even_are_drawn_by_themselves(store, compare):
     (row,) = json.loads(out)
     assert (code, set(row["bases"].values())) == (0, {"paired"})
     assert row["upper"] / row["lower"] > 2
+
+
+def test_the_words_of_a_break_even_claim_no_more_than_its_intervals():
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, 400))
+
+    def said(*ratios):
+        draws = [ratio * np.exp(each) for ratio, each in zip(ratios, noise, strict=True)]
+        points = [Point(size, r, d) for size, r, d in zip((1, 64), ratios, draws, strict=True)]
+        known = {
+            point.size: (ratio * 0.96, ratio * 1.04) for point, ratio in zip(points, ratios, strict=True)
+        }
+        (found,) = break_even(points)
+        return crossings_in_words(found, dict(zip((1, 64), ratios, strict=True)), "b", intervals=known)
+
+    assert said(0.5, 2.0) == "b is faster below it"
+    assert said(0.9999, 1.0001) == "not clear: b is faster below it, if it is there at all"
+    assert said(0.998, 0.999) == "no clear difference at any measured batch size (1 to 64)"
+    assert said(0.5, 0.99) == "b is faster at every measured batch size (1 to 64), not clearly at 64"
+    assert said(0.5, 0.6) == "b is faster at every measured batch size (1 to 64)"
 
 
 def test_a_break_even_across_drivers_is_refused(store, compare):

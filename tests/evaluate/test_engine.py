@@ -206,6 +206,19 @@ def test_choices_keep_their_log_likelihoods(model, tokenizer, folder):
     assert {item.metric for item in evaluation.items} == {"acc", "acc_norm"}
 
 
+def test_choices_without_their_context_are_no_further_choices(model, tokenizer, folder):
+    """For `acc_mutual_info` lm-eval asks for each choice twice; the divergence is of those in their place."""
+    plain = evaluate("pick", model, tokenizer, folder)
+    path = folder / "pick.yaml"
+    path.write_text(path.read_text().replace("{metric: acc},", "{metric: acc}, {metric: acc_mutual_info},"))
+    both = evaluate("pick", model, tokenizer, folder)
+    mine, theirs = ([i for i in each.items if i.metric == "acc"] for each in (both, plain))
+    for item, other in zip(mine, theirs, strict=True):
+        scores = other.detail["loglikelihoods"]
+        assert item.detail["loglikelihoods"] == pytest.approx(scores, abs=1e-4)
+    assert {item.metric for item in both.items} == {"acc", "acc_norm", "acc_mutual_info"}
+
+
 def test_grammar_has_one_record_for_each_phenomenon(model, tokenizer):
     evaluation = evaluate("grammar", model, tokenizer, limit=45)
     found = values(evaluation)

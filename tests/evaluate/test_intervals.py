@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import xlogy
 
 from harness.evaluate.intervals import (
     bootstrap_statistic,
     bootstrap_weighted_mean,
+    changed_share,
     generator,
     percentile_interval,
     sum_of_independent,
+    wilson,
 )
 
 
@@ -64,3 +68,30 @@ def test_sides_of_independent_readings_are_added_in_squares():
     value, lower, upper = sum_of_independent([(*lopsided, 1.0), (5.0, 1.0, 8.0, -1.0)])
     assert (value, lower, upper) == pytest.approx((5.0, 5.0 - np.hypot(3, 3), 5.0 + np.hypot(4, 4)))
     assert sum_of_independent([]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("n", [1, 10, 1500])
+def test_no_changed_item_is_as_uncertain_as_no_success(n):
+    lower, upper = changed_share(0, 0, n)
+    assert (-lower, upper) == pytest.approx([wilson(0, n)[1]] * 2)
+
+
+@pytest.mark.parametrize(("lost", "won", "n"), [(0, 1, 10), (3, 9, 100), (9, 0, 44), (0, 6, 6), (2, 2, 5)])
+def test_a_changed_share_is_bounded_where_the_score_test_turns(lost, won, n):
+    """By the definition: the likelihood of the shares given the difference, maximised by brute force."""
+    z = stats.norm.ppf(0.975)
+
+    def square(difference):
+        shares = np.linspace(max(0, -difference), (1 - difference) / 2, 200_001)[1:-1]  # of lost items
+        with np.errstate(divide="ignore", invalid="ignore"):
+            kept = 1 - 2 * shares - difference
+            fit = xlogy(lost, shares) + xlogy(won, shares + difference) + xlogy(n - lost - won, kept)
+        share = shares[np.argmax(fit)]
+        return (won - lost - n * difference) ** 2 / (n * (2 * share + difference * (1 - difference)))
+
+    for bound in changed_share(lost, won, n):
+        if abs(bound) < 1:
+            assert square(bound) == pytest.approx(z**2, rel=2e-3)
+    lower, upper = changed_share(lost, won, n)
+    assert changed_share(won, lost, n) == pytest.approx((-upper, -lower))
+    assert lower <= (won - lost) / n <= upper

@@ -157,6 +157,37 @@ def test_the_paired_interval_covers_the_true_difference(weighted):
     assert 0.9 < covered / 300 < 0.985
 
 
+@pytest.mark.parametrize(("n", "expected"), [(30, 3), (100, 1.5), (1000, 3)])
+def test_the_interval_of_a_few_flips_covers_the_true_difference(n, expected):
+    """A bootstrap covers it 65 to 90 times in 100: with no flip, or all to one side, it sees no spread."""
+    lost, won = 0.8 * expected / n, 0.2 * expected / n
+    draws = np.random.default_rng(0).multinomial(n, [lost, won, 1 - lost - won], size=300)
+    covered = 0
+    for a_only, b_only, same in draws:
+        a, b = [1.0] * a_only + [0.0] * b_only, [0.0] * a_only + [1.0] * b_only
+        found = compare_paired([*a, *[1.0] * same], [*b, *[1.0] * same]).difference
+        covered += found.lower <= won - lost <= found.upper
+    assert covered / 300 > 0.93
+
+
+def test_no_flip_is_no_proof_that_there_is_no_difference():
+    few, many = ([1.0] * n for n in (10, 1500))
+    assert compare_paired(few, few).difference == pytest.approx((0.0, -0.2775, 0.2775), abs=1e-4)
+    assert compare_paired(many, many).difference.upper < 0.003
+    # Items that count differently amount to fewer, here to 18² / (9 + 81).
+    weighted, z = compare_paired(few, few, [1.0] * 9 + [9.0]), stats.norm.ppf(0.975)
+    assert weighted.difference.upper == pytest.approx(z**2 / (3.6 + z**2))
+    assert weighted.detectable == math.inf
+    some = compare_paired(many, many, [1.0] * 750 + [2.0] * 750)
+    assert some.detectable == minimum_detectable_effect(1350, 0)
+
+
+def test_numbers_that_happen_to_be_0_are_no_answers():
+    found = compare_paired([0.0] * 10, [0.0] * 10, answers=False)
+    assert (found.difference, found.flips, found.p) == ((0.0, 0.0, 0.0), None, 1.0)
+    assert found.detectable == math.inf  # pairs that are all alike say nothing of the spread
+
+
 def test_a_detectable_difference_is_found_four_times_in_five():
     rng, n, found = np.random.default_rng(0), 60, 0
     weights = rng.uniform(0.5, 2, size=n)
@@ -200,10 +231,22 @@ def test_minimum_detectable_effect_has_its_power():
     assert 0.74 < found < 0.84  # the exact test is a little more cautious than the formula
 
 
+@pytest.mark.parametrize(("n", "flips"), [(6, 0), (10, 1), (100, 5), (1500, 2)])
+def test_what_few_flips_would_hide_shows_where_all_go_to_one_side(n, flips):
+    """A true difference brings flips with it, however few these items have shown."""
+    d = minimum_detectable_effect(n, flips / n)
+    significant = next(k for k in range(n + 1) if mcnemar(0, k) < 0.05)
+    assert stats.binom.sf(significant - 1, n, d) == pytest.approx(0.8)
+    # Near the share at which Connor's formula takes over the two agree.
+    assert minimum_detectable_effect(1000, 0.0078) == pytest.approx(
+        minimum_detectable_effect(1000, 0.0082), rel=0.06
+    )
+
+
 def test_minimum_detectable_effect_shrinks_with_n_and_grows_with_flips():
     assert minimum_detectable_effect(4000, 0.1) < minimum_detectable_effect(1000, 0.1)
     assert minimum_detectable_effect(1000, 0.05) < minimum_detectable_effect(1000, 0.2)
-    assert minimum_detectable_effect(10, 0.1) == math.inf
+    assert minimum_detectable_effect(5, 0.2) == math.inf
     # No flip among 1000 is no proof that there are none.
     assert minimum_detectable_effect(1000, 0.0) == minimum_detectable_effect(1000, 0.001)
 

@@ -72,6 +72,9 @@ def test_variables_that_change_numbers_are_noted_and_places_are_not(monkeypatch)
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "NVIDIA_TF32_OVERRIDE": "0",
         "OMP_NUM_THREADS": "1",
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MALLOC_ARENA_MAX": "1",
         "TRITON_CACHE_DIR": "/somewhere",
         "TORCH_HOME": "/elsewhere",
         "HF_TOKEN": "secret",
@@ -79,6 +82,9 @@ def test_variables_that_change_numbers_are_noted_and_places_are_not(monkeypatch)
     }.items():
         monkeypatch.setenv(name, value)
     assert manifest("cpu")["environment"] == {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MALLOC_ARENA_MAX": "1",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
         "NVIDIA_TF32_OVERRIDE": "0",
         "OMP_NUM_THREADS": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

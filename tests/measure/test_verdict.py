@@ -6,7 +6,7 @@ import pytest
 
 from harness.measure.ceilings import Ceilings
 from harness.measure.verdict import judge
-from harness.measure.verdict_facts import CellFacts, VariantFacts, time_ratio
+from harness.measure.verdict_facts import CellFacts, Ratio, VariantFacts, time_ratio
 from harness.records import KernelUse, ModuleEffect, Record
 
 CEILINGS = Ceilings(
@@ -234,3 +234,9 @@ def test_a_single_reading_is_compared_as_it_is():
 def test_simulated_modes_are_still_known():
     slow = cell(2e-3, mode="eager, simulated")
     assert "it ran eager while the baseline ran graph" in words(slow, cell(), facts(simulated=True)).text
+
+
+def test_a_factor_near_1_is_not_called_1():
+    assert str(Ratio(1.0004, 1.0003, 1.0005)) == "1.0004× [1.0003, 1.0005]"
+    assert str(Ratio(1.0, 0.996, 1.004)) == "1× [0.996, 1.004]"
+    assert str(Ratio(2.948)) == "2.95×"
