@@ -254,9 +254,8 @@ def minimum_detectable_effect(n: float, discordance: float, alpha: float = 0.05,
         discordance: the share of discordant pairs; below one pair it is taken as one pair, because
             none in `n` is no proof of none.
     """
-    enough = (
-        math.floor(1 - math.log2(alpha)) + 1
-    )  # flips to one side whose exact p, 2^(1 - k), is below alpha
+    # Flips to one side whose exact p, 2^(1 - k), is below alpha.
+    enough = math.floor(1 - math.log2(alpha)) + 1
     if n < enough:
         return math.inf
     q = max(discordance, 1 / n)
