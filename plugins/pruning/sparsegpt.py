@@ -162,6 +162,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_layers=lambda options: options.bits == 16 or options.targets is not None,
 )
 
 

@@ -49,8 +49,8 @@ UNTRAINED = "a scratch model is trained after the transform, and packed weights 
 
 
 def whole_number(value: Any) -> Any:
-    """A whole number where a text spells one: what the command line gives."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    """A whole number where a text spells one: what the command line gives in quotes."""
+    return int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
 
 
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]

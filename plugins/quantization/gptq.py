@@ -38,7 +38,7 @@ from harness import Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.folding import linears_of
 from harness.nn.hessian import observe_hessians, output_error, output_size
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._gptq import GptqResult, Rounding, factorise, gptq_quantize, quantize_stack
 from ._hessians import OriginalHessians
@@ -75,7 +75,7 @@ class GptqOptions(Options):
     calibrate_on: Literal["quantized", "original"] = Field(
         "quantized", description="inputs from the model as quantized so far, or as it was"
     )
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
 
     @field_validator("group_size")

@@ -91,11 +91,18 @@ def test_labels_leave_out_what_is_implied(label):
         ({"bits": 8, "a_gran": "per-tensor-static"}, "needs a_bits=8"),
         ({"bits": 8, "a_bits": 8, "calib_method": "mse"}, "needs a_gran=per-tensor-static"),
         ({"bitz": 4}, "unknown option 'bitz'; did you mean 'bits'"),
+        ({"targets": "mlp("}, "targets: is no regular expression .*, not 'mlp\\('"),
     ],
 )
 def test_options_that_make_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):
         options(**values)
+
+
+@pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 16, "a_bits": 8}, {"group_size": -1}, {"bits": 3}])
+@pytest.mark.parametrize("spelling", [float, str], ids=["8.0", "'8'"])
+def test_what_is_implied_does_not_depend_on_the_spelling_of_a_number(values, spelling):
+    assert options(**{name: spelling(value) for name, value in values.items()}) == options(**values)
 
 
 def test_needs_calibration_only_for_static_scales():
