@@ -91,7 +91,11 @@ def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | 
         return UNTRAINED
     if group_size == -1 or ragged != "raise" or targets is not None:
         return None
-    for what, size in (("hidden size", info.hidden_size), ("FFN size", info.ffn_size)):
+    for what, size in (
+        ("hidden size", info.hidden_size),
+        ("attention width", info.num_heads * info.head_dim),  # another one where heads have their own size
+        ("FFN size", info.ffn_size),
+    ):
         if size % group_size:
             return (
                 f"group_size {group_size} does not divide the {what} {size}; choose a divisor, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness_plugins.quantization import gobo, gptq, smoothquant
@@ -121,6 +123,9 @@ def test_the_group_size_must_divide_the_widths():
     assert "does not divide the hidden size 128" in METHOD.applies(info, options(group_size=256))
     assert METHOD.applies(info, options(group_size=96, ragged="pad")) is None
     assert METHOD.applies(info, options(bits=8)) is None
+    wide = replace(info, head_size=24)  # 4 heads of 24, as Qwen3 and Gemma give them a size of their own
+    assert "does not divide the attention width 96" in METHOD.applies(wide, options(group_size=64))
+    assert METHOD.applies(wide, options(group_size=32)) is None
 
 
 @pytest.mark.parametrize("method", [METHOD, gptq.METHOD, smoothquant.METHOD], ids=lambda method: method.name)
