@@ -58,6 +58,13 @@ class Chain:
     def is_baseline(self) -> bool:
         return all(step.method.family == "baseline" for step in self.steps)
 
+    def ends_with(self, position: int) -> bool:
+        """Whether nothing follows the step at a position but the baseline, which changes nothing.
+
+        A method that only prepares (smoothing) leaves the rest to what follows, and that must do it.
+        """
+        return all(step.method.family == "baseline" for step in self.steps[position + 1 :])
+
     @property
     def family(self) -> str:
         """The family of the last step that is not the baseline."""

@@ -48,8 +48,8 @@ class Context:
         load_teacher: makes a fresh copy of the original model, or None where there is none.
         load_named: loads another model by its written form, or None where none can be had.
         cache_store: the content-keyed disk cache.
-        last_in_chain: False where another method of the chain follows (a method that only prepares,
-            such as smoothing, leaves the rest to it).
+        last_in_chain: False where another method of the chain follows, but for the baseline (a method that
+            only prepares, such as smoothing, leaves the rest to it).
         identity: what every cached value depends on (model, chain so far, plugin source, versions).
         needs: what the method says that it needs; None asks nothing. The budgets of calibration and training
             are in the keys of its results only where it says so.

@@ -180,16 +180,21 @@ def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
 
 
 def _order_refusal(chain: Chain) -> str | None:
-    """Why a quantizer that comes after another would find no full-precision layer."""
+    """Why a step that works on full-precision layers would find none after a quantizer."""
     earlier = None
     for step in chain.steps:
-        if step.method.family != "quantization":
+        if not step.method.works_on_layers:
             continue
         if earlier is not None:
+            advice = f"put it before {earlier}"
+            if step.method.family in ("quantization", "external"):
+                advice = (
+                    "choose one of the two, or split the layers between them with targets where both have "
+                    "that option"
+                )
             return (
                 f"{step.method.name}: {earlier} comes before it and quantizes every linear layer, so no "
-                "full-precision layer is left to quantize; choose one of the two, or split the layers "
-                "between them with targets where both have that option"
+                f"full-precision layer is left for it; {advice}"
             )
         if not step.method.leaves_layers_for_others(step.options):
             earlier = step.method.name

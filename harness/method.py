@@ -248,9 +248,10 @@ class Method:
             again: what it holds in place (zeros, a student's weights) would not outlast that.
         inputs: ``inputs(options) -> {what: identity}``: what else decides the result and lies outside options
             and source, such as the content of a model that an option names; part of the key.
-        leaves_layers: of a quantization, ``leaves_layers(options) -> bool``: whether full-precision layers
-            are left for another quantizer that follows in the chain. By default only where an option
-            `targets` names some layers of all.
+        leaves_layers: of a method that works on the full-precision linear layers of the blocks, as every
+            quantization does, ``leaves_layers(options) -> bool``: whether it leaves some to another such
+            method that follows in the chain. By default a quantization leaves some only where an option
+            `targets` names some layers of all, and what is of another family works on no such layers.
     """
 
     name: str
@@ -322,13 +323,16 @@ class Method:
             raise PluginError(f"method {self.name!r}: inputs must return texts by name, not {inputs!r}")
         return dict(inputs)
 
+    @property
+    def works_on_layers(self) -> bool:
+        """Whether it needs linear layers in full precision, which a quantizer before it may have packed."""
+        return self.family == "quantization" or self.leaves_layers is not None
+
     def leaves_layers_for_others(self, options: Options) -> bool:
-        """Whether a quantizer that follows finds full-precision layers; True for all but quantizers."""
-        if self.family != "quantization":
-            return True
+        """Whether a method that follows and works on full-precision layers finds some."""
         if self.leaves_layers is not None:
             return bool(self._asked("leaves_layers", self.leaves_layers, options))
-        return getattr(options, "targets", None) is not None
+        return self.family != "quantization" or getattr(options, "targets", None) is not None
 
     def _asked(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function of the method answers; `PluginError` where it raises what is not the harness's."""

@@ -151,7 +151,7 @@ def _apply(
 ) -> nn.Module:
     model = loaded.model
     for position, step in enumerate(chain.steps):
-        last = position == len(chain.steps) - 1
+        last = chain.ends_with(position)
         context = _context(job, plugins, loaded, device, dtype, chain.steps[: position + 1], last)
         context.report_progress = report_progress
         contexts.append(context)

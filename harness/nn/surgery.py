@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harness.errors import ConfigError
 from harness.nn.anatomy import anatomy_of, blocks_of
 
 __all__ = [
+    "Targets",
     "block_linears",
     "conv1d_to_linear",
     "linear_from",
     "replace_linears",
     "replace_module",
 ]
+
+
+def _regular_expression(value: str | None) -> str | None:
+    try:
+        re.compile(value or "")
+    except re.error as error:
+        raise ValueError(f"is no regular expression ({error})") from None
+    return value
+
+
+Targets = Annotated[str | None, AfterValidator(_regular_expression)]
+"""The type of an option for `block_linears`: a regular expression of layers' names, or None for all."""
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -63,7 +79,8 @@ def block_linears(model: nn.Module, *, targets: str | None = None) -> Iterator[t
     """The `nn.Linear` layers inside the blocks, in the order in which they run, by full name.
 
     Embeddings, norms and the output head are not inside the blocks. Layers that a method already
-    replaced by another class are not `nn.Linear` and so are left out.
+    replaced by another class are not `nn.Linear` and so are left out, and so are those whose weight another
+    library packed into a tensor of its own (torchao).
 
     Args:
         targets: a regular expression that the full name must contain.
@@ -78,7 +95,11 @@ def block_linears(model: nn.Module, *, targets: str | None = None) -> Iterator[t
     order = anatomy_of(model).linears
     found = 0
     for prefix, block in blocks_of(model):
-        inside = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        inside = {
+            name: module
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and not is_traceable_wrapper_subclass(module.weight)
+        }
         ranked = sorted(inside, key=lambda n: order.index(n) if n in order else len(order))
         for name in ranked:
             full = f"{prefix}.{name}"

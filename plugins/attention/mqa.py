@@ -110,6 +110,7 @@ MQA = Method(
     transform=transform,
     needs=_needs,
     applies=applies,
+    leaves_layers=lambda _options: True,
     architectural=True,
 )
 
@@ -127,6 +128,7 @@ GQA = Method(
     transform=transform,
     needs=_needs,
     applies=applies,
+    leaves_layers=lambda _options: True,
     architectural=True,
 )
 

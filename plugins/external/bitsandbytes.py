@@ -76,6 +76,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("cuda",) if options.scheme == "llm-int8" else (),
     applies=applies,
+    leaves_layers=lambda _options: False,
 )
 
 

@@ -135,6 +135,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_layers=lambda _options: False,
 )
 
 

@@ -115,6 +115,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("cuda",) if options.scheme in ("int4", "float8") else (),
     applies=applies,
+    leaves_layers=lambda _options: False,
 )
 
 

@@ -17,7 +17,7 @@ from harness.nn.anatomy import anatomy_of, blocks_of, sharing_input
 from harness.nn.magnitude import count_of, keep_largest_of_rows
 from harness.nn.n_of_m import keep_n_of_m
 from harness.nn.n_of_m_layers import store_n_of_m
-from harness.nn.surgery import block_linears
+from harness.nn.surgery import Targets, block_linears
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +36,7 @@ class MaskOptions(Options):
     backend: Literal["auto", "dense"] = Field(
         "auto", description="2:4 stored for sparse tensor cores, or as zeros in dense weights"
     )
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="before")
     @classmethod

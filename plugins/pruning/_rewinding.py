@@ -14,6 +14,7 @@ from harness import Options
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, record_masks, target_weights
+from harness.nn.surgery import Targets
 
 from ._scope import require_reachable
 from ._trained import training_refusal
@@ -41,7 +42,7 @@ class RewindOptions(Options):
     min_layer_density: float = Field(0.01, ge=0, le=1, description="kept at least; scope=global")
     steps: int | None = Field(None, ge=1, description="of the run; by default the sweep's training budget")
     lr: float | None = Field(None, gt=0, description="peak learning rate of the run; by default the loop's")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="after")
     def _can_be_reached(self) -> RewindOptions:

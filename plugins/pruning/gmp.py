@@ -29,6 +29,7 @@ from harness import ConfigError, Method, Options, Paper, hookimpl
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, burn_in, record_masks, target_weights
+from harness.nn.surgery import Targets
 
 from ._scope import require_reachable
 from ._trained import training_refusal
@@ -57,7 +58,7 @@ class GmpOptions(Options):
     min_layer_density: float = Field(0.01, ge=0, le=1, description="kept at least; scope=global")
     steps: int | None = Field(None, ge=1, description="training steps; by default the sweep's")
     lr: float | None = Field(None, gt=0, description="peak learning rate; by default the loop's")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="after")
     def _ordered(self) -> GmpOptions:
@@ -156,6 +157,7 @@ METHOD = Method(
     transform=transform,
     needs=("training",),
     applies=lambda info, _options: training_refusal(info),
+    leaves_layers=lambda _options: True,
     trains_scratch=True,
 )
 

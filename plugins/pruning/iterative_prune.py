@@ -31,6 +31,7 @@ from harness import Method, Options, Paper, hookimpl
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks, live_magnitudes
 from harness.nn.pruned import all_kept, record_masks, target_weights
+from harness.nn.surgery import Targets
 
 from ._scope import require_reachable
 from ._trained import training_refusal
@@ -58,7 +59,7 @@ class IterativeOptions(Options):
     lr: float | None = Field(None, gt=0, description="peak learning rate; by default the loop's")
     scope: Literal["layer", "global", "row"] = "global"
     min_layer_density: float = Field(0.01, ge=0, le=1, description="kept at least; scope=global")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="after")
     def _reachable(self) -> IterativeOptions:
@@ -140,6 +141,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: () if options.steps_per_cycle == 0 else ("training",),
     applies=applies,
+    leaves_layers=lambda _options: True,
     trains_scratch=True,
 )
 

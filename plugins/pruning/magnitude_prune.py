@@ -28,6 +28,7 @@ from harness import Method, Options, Paper, hookimpl
 from harness.nn.held_masks import HeldMasks
 from harness.nn.magnitude import keep_masks
 from harness.nn.pruned import bitmap_bytes, burn_in, record_masks, target_weights
+from harness.nn.surgery import Targets
 
 from ._scope import require_reachable
 
@@ -43,7 +44,7 @@ class MagnitudeOptions(Options):
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights that become zero")
     scope: Literal["layer", "global", "row"] = "layer"
     steps: int = Field(0, ge=0, description="retraining steps with the zeros held")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
     min_layer_density: float = Field(0.01, ge=0, le=1, description="kept at least; scope=global")
 
     @model_validator(mode="after")
@@ -89,6 +90,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("training",) if options.steps else (),
     applies=applies,
+    leaves_layers=lambda _options: True,
 )
 
 

@@ -263,6 +263,7 @@ METHOD = Method(
     transform=transform,
     needs=_needs,
     applies=applies,
+    leaves_layers=lambda _options: True,
 )
 
 

@@ -24,7 +24,11 @@ __all__ = ["Factor", "GptqResult", "Rounding", "factorise", "gptq_quantize", "qu
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """How weights are rounded; see the options of the method."""
+    """How weights are rounded; see the options of the method.
+
+    `keep_zeros`: what is exactly zero stays so, as a pruned weight must; its correction is an error to be
+    spread like those of rounding.
+    """
 
     bits: int
     group_size: int = -1
@@ -32,6 +36,7 @@ class Rounding:
     static_groups: bool = False
     clip: Literal["absmax", "mse"] = "absmax"
     block_size: int = 128
+    keep_zeros: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -61,12 +66,14 @@ def gptq_quantize(
     block_size: int = 128,
     static_groups: bool = False,
     clip: Literal["absmax", "mse"] = "absmax",
+    keep_zeros: bool = False,
 ) -> GptqResult:
     """Quantize a matrix [out, in] given ``mean(x x^T)`` [in, in] of its inputs; float32 or float64.
 
     A group's grid follows from the weights as corrected up to its first column (`static_groups`: as
     given), with ``clip="mse"`` by the least loss of its own columns. Columns that no token ever reaches
-    (``H_jj = 0``) become zeros. The result does not depend on `block_size`; the last group may be shorter.
+    (``H_jj = 0``) become zeros; with `keep_zeros` weights that are zero stay so. The result does not depend
+    on `block_size`; the last group may be shorter.
 
     Raises:
         NumericalFailure: weights or Hessian are not finite, or the Hessian cannot be factorised.
@@ -81,6 +88,7 @@ def gptq_quantize(
         static_groups=static_groups,
         clip=clip,
         block_size=block_size,
+        keep_zeros=keep_zeros,
     )
     return quantize_stack([weight], factor, rounding)[0]
 
@@ -171,6 +179,7 @@ def _round_columns(
         weight = weight[:, factor.order]
         places = factor.order if rounding.is_static else places
     groups = (places // width).to(torch.int32)
+    keep = weight != 0 if rounding.keep_zeros else None
     importance = _importance(root)
     codes = torch.empty(out, columns, dtype=torch.uint8, device=device)
     losses = weight.new_zeros(out)
@@ -178,8 +187,9 @@ def _round_columns(
     group_starts = () if rounding.is_static else range(0, columns, width)
     for start, end in pairwise(sorted({*range(0, columns, rounding.block_size), *group_starts, columns})):
         if not rounding.is_static and start % width == 0:
+            values = weight[:, start : start + width]
             grid = group_grid(
-                weight[:, start : start + width],
+                values if keep is None else values.where(keep[:, start : start + width], 0),
                 bits=rounding.bits,
                 sym=rounding.sym,
                 scale_dtype=scale.dtype,
@@ -190,7 +200,13 @@ def _round_columns(
             if zero is not None and grid.zero is not None:
                 zero[:, start // width] = grid.zero[:, 0]
         codes[:, start:end], errors = quantize_columns(
-            weight[:, start:end], root[start:end, start:end], scale, zero, groups[start:end], rounding.bits
+            weight[:, start:end],
+            root[start:end, start:end],
+            scale,
+            zero,
+            groups[start:end],
+            rounding.bits,
+            None if keep is None else keep[:, start:end],
         )
         losses += errors.square().sum(1)
         weight[:, end:].addmm_(errors, root[start:end, end:], alpha=-1)

@@ -44,7 +44,8 @@ class TrainedOptions(ImpliedDefaults):
     def _imply(cls, values: Any) -> Any:
         values = dict(values)
         values.setdefault("group_size", 128 if values.get("w_gran") == "per-group" else -1)
-        values.setdefault("w_gran", "per-channel" if str(values["group_size"]) == "-1" else "per-group")
+        is_per_row = whole_number(values["group_size"]) == -1
+        values.setdefault("w_gran", "per-channel" if is_per_row else "per-group")
         return values
 
     @model_validator(mode="after")

@@ -49,8 +49,8 @@ UNTRAINED = "a scratch model is trained after the transform, and packed weights 
 
 
 def whole_number(value: Any) -> Any:
-    """A whole number where a text spells one: what the command line gives."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    """A whole number where a text spells one: what the command line gives in quotes."""
+    return int(value) if isinstance(value, str) and value.removeprefix("-").isdecimal() else value
 
 
 WeightBits = Annotated[Literal[2, 3, 4, 8], BeforeValidator(whole_number)]
@@ -91,7 +91,11 @@ def refusal(info: ModelInfo, *, group_size: int, ragged: Ragged, targets: str | 
         return UNTRAINED
     if group_size == -1 or ragged != "raise" or targets is not None:
         return None
-    for what, size in (("hidden size", info.hidden_size), ("FFN size", info.ffn_size)):
+    for what, size in (
+        ("hidden size", info.hidden_size),
+        ("attention width", info.num_heads * info.head_dim),  # another one where heads have their own size
+        ("FFN size", info.ffn_size),
+    ):
         if size % group_size:
             return (
                 f"group_size {group_size} does not divide the {what} {size}; choose a divisor, "

@@ -35,7 +35,7 @@ from harness.nn.fp8 import Fp8Format, Fp8Linear
 from harness.nn.quantized import ActivationScale
 from harness.nn.ranges import observe_peaks
 from harness.nn.sparse_8_bit import SparseFp8Linear
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import left_dense, quantizable, refusal
 
@@ -53,7 +53,7 @@ class Fp8Options(Options):
         "per-channel", description="what shares a weight scale"
     )
     a_gran: ActivationScale = Field("per-token", description="what shares an activation scale")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
     sparse: bool = Field(False, description="store 2:4 weights as such; e4m3, scales per row and token")
 
     @model_validator(mode="after")

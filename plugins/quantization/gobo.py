@@ -30,7 +30,7 @@ from harness import ConfigError, Method, NotApplicable, NumericalFailure, Option
 from harness.nn.codebook import CodebookLinear
 from harness.nn.codebook_embedding import CodebookEmbedding, find_embedding, replace_embedding
 from harness.nn.codebook_weight import CodebookWeight, Outliers, nearest_codes
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import quantizable, refusal
 
@@ -48,7 +48,7 @@ class GoboOptions(Options):
     max_iter: int = Field(100, ge=1, description="refinements of the table, at most")
     embeddings: bool = Field(False, description="quantize the word embedding and a tied head too")
     scope: Literal["layer"] = Field("layer", description="what shares a table")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
 
 
 def outlier_mask(weight: torch.Tensor, threshold: float) -> torch.Tensor:

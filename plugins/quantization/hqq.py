@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 
 from harness import ConfigError, Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.quantizer import QuantizedWeight, group_grid, padded_to_groups
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import Ragged, WeightBits, leaves_layers, pack_float_weight, quantizable, refusal
 
@@ -47,7 +47,7 @@ class HqqOptions(Options):
     beta: float = Field(10.0, gt=0, description="weight of the splitting; higher: larger steps")
     kappa: float = Field(1.01, ge=1, description="growth of beta in an iteration")
     iters: int = Field(20, ge=0, description="iterations; 0: plain rounding")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
 
     @field_validator("group_size")

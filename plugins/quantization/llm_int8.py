@@ -34,7 +34,7 @@ from torch import nn
 from harness import Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.outlier_int8 import CAPACITY, OutlierInt8Linear
 from harness.nn.ranges import observe_peaks
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import quantizable, refusal
 
@@ -55,7 +55,7 @@ class LlmInt8Options(Options):
         "all", description="which columns count for a weight's scale; regular: those that are not cached"
     )
     capacity: int = Field(CAPACITY, ge=1, description="outlier columns of a call at most; CUDA only")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
 
     @model_validator(mode="after")
     def _consistent(self) -> LlmInt8Options:

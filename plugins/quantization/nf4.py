@@ -32,7 +32,7 @@ from harness.nn.codebook import CodebookLinear
 from harness.nn.codebook_weight import CodebookWeight, ScaleCodes, nearest_codes, quantize_scales
 from harness.nn.lora import LoraLinear
 from harness.nn.quantizer import padded_to_groups
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import Ragged, leaves_layers, quantizable, refusal
 
@@ -53,7 +53,7 @@ class Nf4Options(Options):
     lora_alpha: float = Field(16.0, gt=0, description="the adapters count alpha / r times")
     steps: int | None = Field(None, ge=0, description="training steps of the adapters; default: the sweep's")
     lr: float = Field(2e-4, gt=0, description="learning rate of the adapters")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
 
     aliases = {"blocksize": "group_size", "block_size": "group_size", "r": "lora_r"}  # noqa: RUF012

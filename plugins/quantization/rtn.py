@@ -36,7 +36,7 @@ from harness import Method, NotApplicable, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, find
 from harness.nn.ranges import ClipMethod, observe_clips
 from harness.nn.rounded_input import RoundedInputLinear
-from harness.nn.surgery import replace_module
+from harness.nn.surgery import Targets, replace_module
 
 from ._weights import (
     ActivationBits,
@@ -77,7 +77,7 @@ class RtnOptions(ImpliedDefaults):
     )
     calib_method: ClipMethod = Field("absmax", description="how a static activation scale clips")
     percentile: float = Field(99.9, gt=0, le=100, description="of |x|, for calib_method=percentile")
-    targets: str | None = Field(None, description="regular expression of full layer names")
+    targets: Targets = Field(None, description="regular expression of full layer names")
     include_lm_head: bool = Field(False, description="quantize the output head too")
     untie: bool = Field(False, description="let include_lm_head separate tied embeddings")
     ragged: Ragged = Field("raise", description="where the group size does not divide a layer")
@@ -87,10 +87,10 @@ class RtnOptions(ImpliedDefaults):
     @classmethod
     def _imply(cls, values: Any) -> Any:
         values = dict(values)
-        is_8_bit = str(values.get("bits", 4)) in ("8", "16")
+        is_8_bit = whole_number(values.get("bits", 4)) in (8, 16)
         gran = values.get("w_gran", "per-channel" if is_8_bit else "per-group")
         values.setdefault("group_size", 128 if gran == "per-group" else -1)
-        implied = "per-channel" if str(values["group_size"]) == "-1" else "per-group"
+        implied = "per-channel" if whole_number(values["group_size"]) == -1 else "per-group"
         values.setdefault("w_gran", implied)
         values.setdefault("sym", is_8_bit)
         return values

@@ -13,7 +13,7 @@ from harness.kernels import semi_structured as kernel
 from harness.nn.n_of_m_layers import store_n_of_m
 from harness.nn.pruned import bitmap_bits
 from harness.nn.semi_structured import misfit
-from harness.nn.surgery import block_linears
+from harness.nn.surgery import Targets, block_linears
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +38,7 @@ class PatternOptions(Options):
     m: int = Field(4, ge=2, le=1024, description="weights of a group")
     backend: Literal["auto", "cusparselt", "dense"] = Field("auto", description="how 2:4 is stored and run")
     algorithm: Literal["tuned", "default"] = Field("tuned", description="of cuSPARSELt, on CUDA")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
     ragged: Literal["raise", "skip"] = Field("raise", description="where m does not divide a width")
 
     @model_validator(mode="after")

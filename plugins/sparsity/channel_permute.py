@@ -267,6 +267,7 @@ METHOD = Method(
     transform=transform,
     needs=needs_cuda,
     applies=applies,
+    leaves_layers=lambda _options: True,
 )
 
 

@@ -30,6 +30,7 @@ from pydantic import Field, model_validator
 
 from harness import Method, Options, Paper, hookimpl
 from harness.nn.pruned import record_masks, target_weights
+from harness.nn.surgery import Targets
 
 from ._exploration import Exploration
 
@@ -57,7 +58,7 @@ class TopKastOptions(Options):
     scope: Literal["layer", "global"] = "layer"
     steps: int | None = Field(None, ge=1, description="training steps; by default the sweep's")
     lr: float | None = Field(None, gt=0, description="peak learning rate; by default the loop's")
-    targets: str | None = Field(None, description="regular expression for the layers' names")
+    targets: Targets = Field(None, description="regular expression for the layers' names")
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> TopKastOptions:
@@ -122,6 +123,7 @@ METHOD = Method(
     transform=transform,
     needs=("training",),
     applies=applies,
+    leaves_layers=lambda _options: True,
     trains_scratch=True,
 )
 

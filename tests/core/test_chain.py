@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -149,3 +150,33 @@ def test_a_set_equal_to_the_default_is_no_option_of_a_label():
         names: frozenset[str] = frozenset({"q", "k", "v", "o"})
 
     assert Sets(names=frozenset({"o", "v", "k", "q"})).non_default() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("smooth", [True]),
+        ("smooth+gptq", [False, True]),
+        ("smooth+baseline", [True, True]),
+        ("baseline+smooth+baseline+baseline", [False, True, True, True]),
+        ("smooth+baseline+gptq", [False, False, True]),
+    ],
+)
+def test_a_step_that_only_the_baseline_follows_is_told_that_it_is_the_last(text, told, monkeypatch):
+    """Else smoothquant+baseline would smooth, leave the rounding to the baseline, and be stored unrounded."""
+    from torch import nn
+
+    from harness import transforming
+
+    def context(*arguments):
+        return SimpleNamespace(last_in_chain=arguments[-1])
+
+    monkeypatch.setattr(transforming, "_context", context)
+    contexts = []
+    methods = {
+        **METHODS,
+        "baseline": Method(name="baseline", options=_Options, transform=_identity, family="baseline"),
+    }
+    job, loaded = SimpleNamespace(seed=0), SimpleNamespace(model=nn.Linear(1, 1))
+    transforming._apply(parse_chain(text, methods), job, None, loaded, None, None, contexts, print)
+    assert [each.last_in_chain for each in contexts] == told

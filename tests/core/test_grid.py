@@ -46,6 +46,8 @@ METHODS = {
     "packs-too": _method("packs-too", family="quantization"),
     "prepares": _method("prepares", family="quantization", leaves_layers=lambda options: options.bits == 4),
     "some": Method(name="some", options=_SomeOptions, transform=_identity, family="quantization"),
+    "wraps": _method("wraps", family="external", leaves_layers=lambda _options: False),
+    "prunes": _method("prunes", family="pruning", leaves_layers=lambda _options: True),
     "picky": _method("picky", applies=lambda info, options: "not today" if options.bits == 3 else None),
 }
 
@@ -197,6 +199,13 @@ def test_skips_are_explained_before_anything_is_loaded(method, model, reason):
         ("baseline+packs", False),
         ("prepares+packs", False),
         ("some:targets=mlp+packs", False),
+        ("wraps+packs", True),
+        ("packs+wraps", True),
+        ("packs+prunes", True),
+        ("wraps+prunes", True),
+        ("prunes+packs", False),
+        ("prunes+wraps", False),
+        ("prepares+prunes", False),
     ],
 )
 def test_a_quantizer_after_a_quantizer_is_refused_before_anything_is_loaded(chain, refused):
@@ -206,8 +215,9 @@ def test_a_quantizer_after_a_quantizer_is_refused_before_anything_is_loaded(chai
         assert reasons == {None}
         return
     (reason,) = reasons
-    names = [step.method.name for step in variant.chain.steps if step.method.family == "quantization"]
+    names = [step.method.name for step in variant.chain.steps if step.method.works_on_layers]
     assert reason.startswith(f"{names[1]}: {names[0]} comes before it and quantizes every linear layer")
+    assert reason.endswith(f"put it before {names[0]}" if names[1] == "prunes" else "have that option")
     assert {cell.decision.status for cell in variant.cells} == {Status.NOT_APPLICABLE}
 
 

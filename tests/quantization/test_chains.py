@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness_plugins.quantization import (
-    awq,
-    gptq,
-    hqq,
-    llm_int8,
-    nf4,
-    qat,
-    qat_kd,
-    rtn,
-    zeroquant,
-    zeroquant_lkd,
-)
 
+from harness import NotApplicable
 from harness.chain import parse_chain
 from harness.grid import refusal
 from harness.models.info import info_from_config
 from harness.nn.quantized import Int8Linear, PackedLinear, QuantizedLinear
+from harness.plugins import load_plugins
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
 
-MODULES = (awq, gptq, hqq, llm_int8, nf4, qat, qat_kd, rtn, zeroquant, zeroquant_lkd)
-METHODS = {module.METHOD.name: module.METHOD for module in MODULES}
+METHODS = load_plugins().methods
 
 
 def reason(chain: str, family: str = "llama") -> str | None:
@@ -62,6 +51,49 @@ def test_a_quantizer_that_leaves_layers_may_come_before_another(first):
 @pytest.mark.parametrize("first", ["awq:quantize=true", "hqq", "nf4", "gptq", "qat", "qat-kd:bits=8"])
 def test_one_that_quantizes_every_layer_may_not(first):
     assert "comes before it and quantizes every linear layer" in reason(f"{first}+rtn")
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "magnitude-prune",
+        "gmp",
+        "iterative-prune",
+        "structured-prune",
+        "wanda",
+        "sparsegpt",
+        "nm-prune",
+        "channel-permute",
+        "sr-ste",
+        "top-kast",
+        "gqa:groups=2",
+        "mqa",
+        "torchao",
+        "bitsandbytes:scheme=nf4",
+    ],
+)
+@pytest.mark.parametrize("first", ["gptq:group_size=32", "torchao", "bitsandbytes:scheme=nf4"])
+def test_what_needs_plain_layers_is_refused_after_what_packs_them_all(first, second):
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    assert "comes before it and quantizes every linear layer" in reason(f"{first}+{second}")
+    if second in ("wanda", "sparsegpt"):
+        assert reason(f"{second}+{first}") is None
+
+
+def test_pruning_that_also_quantizes_leaves_nothing_to_quantize():
+    assert "comes before it" in reason("sparsegpt:bits=4:group_size=32+rtn:group_size=32")
+    assert reason("sparsegpt:bits=4:group_size=32:targets=mlp+rtn:group_size=32") is None
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "hqq", "nf4", "torchao", "bitsandbytes:scheme=nf4"])
+def test_layers_that_torchao_packed_are_quantized_already(method):
+    """They are still of the class `nn.Linear`; a plugin may load a model that has such ones."""
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    model = applied("torchao", tiny_model("llama"))
+    with pytest.raises(NotApplicable, match="quantized already"):
+        applied(method, model)
 
 
 @pytest.mark.parametrize("first", ["awq:n_grid=2", "qat:bits=16:steps=1"])

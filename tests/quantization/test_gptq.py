@@ -26,6 +26,7 @@ from harness.nn.hessian import inverse_root, output_error
 from harness.nn.quantized import QuantizedLinear
 from harness.nn.quantizer import Grid, group_grid, quantize_weight
 from harness.nn.surgery import block_linears
+from harness.plugins import load_plugins
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
 from tests.quantization.obq import damped, obq
@@ -202,6 +203,63 @@ def test_columns_without_input_become_zeros():
     assert bool(torch.isfinite(result.quantized.dequantize()).all())
 
 
+def pruned_in_order(weight, hessian, keep, grid):
+    """Column after column as OBQ removes and rounds them, with an explicit inverse: zero where not kept."""
+    weight, inverse, result = (
+        weight.clone(),
+        torch.linalg.inv(damped(hessian, 0.01)),
+        torch.empty_like(weight),
+    )
+    for j in range(weight.shape[1]):
+        result[:, j] = grid.round(weight[:, j : j + 1])[:, 0].where(keep[:, j], 0)
+        weight -= torch.outer((weight[:, j] - result[:, j]) / inverse[j, j], inverse[j])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return result
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zeros_of_a_pruned_matrix_stay_and_their_correction_is_spread(bits, sym):
+    hessian, keep = correlated(48, decay=1), matrix(8, 48, seed=1).abs() > 0.6
+    weight = matrix(8, 48) * keep
+    result = gptq_quantize(weight, hessian, bits=bits, sym=sym, keep_zeros=True)
+    grid = group_grid(weight, bits=bits, sym=sym)
+    expected = pruned_in_order(weight, hessian, keep, grid)
+    assert torch.equal(result.quantized.dequantize(torch.float64), expected)
+    assert bool((expected[~keep] == 0).all())
+    if bits == 8:  # a coarser grid rounds most corrections of zeros away
+        filled = gptq_quantize(weight, hessian, bits=bits, sym=sym).quantized.dequantize()
+        assert bool((filled[~keep] != 0).any())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kept_zeros_are_part_of_the_loss_and_cost_less_than_rounding(form):
+    hessian, keep = correlated(96, decay=1), matrix(16, 96, seed=1).abs() > 0.6
+    weight = matrix(16, 96) * keep
+    result = gptq_quantize(weight, hessian, keep_zeros=True, **form)
+    assert bool((result.quantized.dequantize()[~keep] == 0).all())
+    assert result.loss == pytest.approx(error(weight, result.quantized, hessian), rel=1e-9)
+    grid = {name: value for name, value in form.items() if name in ("bits", "group_size")}
+    rounded = quantize_weight(weight, sym=form.get("sym", False), **grid)
+    assert result.loss < error(weight, rounded, hessian)
+
+
+@pytest.mark.parametrize("first", ["nm-prune", "wanda", "magnitude-prune", "sparsegpt"])
+def test_quantizing_a_pruned_model_keeps_its_zeros(first):
+    methods = load_plugins().methods
+    options: dict[str, object] = {"targets": "self_attn"} if first == "wanda" else {}
+    model = tiny_model("llama")
+    context = make_context(model)
+    context.last_in_chain = False
+    model = methods[first].transform(model, methods[first].options.parse(options), context)
+    zeros = {name: linear.weight == 0 for name, linear in block_linears(model)}
+    assert any(bool(each.any()) for each in zeros.values())
+    context.last_in_chain = True
+    model = METHOD.transform(model, METHOD.options.parse({"bits": 8, "group_size": -1}), context)
+    for name, before in zeros.items():
+        assert bool((model.get_submodule(name).dequantize()[before] == 0).all())
+
+
 def test_a_shorter_last_group():
     weight, hessian = matrix(8, 40), correlated(40, decay=1)
     quantized = gptq_quantize(weight, hessian, bits=4, group_size=16).quantized
@@ -293,7 +351,7 @@ def test_few_launches_for_a_block_of_columns(monkeypatch):
                 launched.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    def columns_kernel(block, root, scale, zero, groups, bits):
+    def columns_kernel(block, root, scale, zero, groups, bits, keep):
         return torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
 
     def search_kernel(values, importance, factors, bits, sym, scale_dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness_plugins.quantization import gobo, gptq, smoothquant
@@ -91,11 +93,18 @@ def test_labels_leave_out_what_is_implied(label):
         ({"bits": 8, "a_gran": "per-tensor-static"}, "needs a_bits=8"),
         ({"bits": 8, "a_bits": 8, "calib_method": "mse"}, "needs a_gran=per-tensor-static"),
         ({"bitz": 4}, "unknown option 'bitz'; did you mean 'bits'"),
+        ({"targets": "mlp("}, "targets: is no regular expression .*, not 'mlp\\('"),
     ],
 )
 def test_options_that_make_no_sense(values, message):
     with pytest.raises(ConfigError, match=message):
         options(**values)
+
+
+@pytest.mark.parametrize("values", [{"bits": 8}, {"bits": 16, "a_bits": 8}, {"group_size": -1}, {"bits": 3}])
+@pytest.mark.parametrize("spelling", [float, str], ids=["8.0", "'8'"])
+def test_what_is_implied_does_not_depend_on_the_spelling_of_a_number(values, spelling):
+    assert options(**{name: spelling(value) for name, value in values.items()}) == options(**values)
 
 
 def test_needs_calibration_only_for_static_scales():
@@ -114,6 +123,9 @@ def test_the_group_size_must_divide_the_widths():
     assert "does not divide the hidden size 128" in METHOD.applies(info, options(group_size=256))
     assert METHOD.applies(info, options(group_size=96, ragged="pad")) is None
     assert METHOD.applies(info, options(bits=8)) is None
+    wide = replace(info, head_size=24)  # 4 heads of 24, as Qwen3 and Gemma give them a size of their own
+    assert "does not divide the attention width 96" in METHOD.applies(wide, options(group_size=64))
+    assert METHOD.applies(wide, options(group_size=32)) is None
 
 
 @pytest.mark.parametrize("method", [METHOD, gptq.METHOD, smoothquant.METHOD], ids=lambda method: method.name)
