@@ -71,9 +71,9 @@ def test_scores_follow_their_papers():
     # From the definition: the j-th pivot of the inverse of the rest, columns eliminated in order.
     damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(8)).double()
     pivots = torch.stack([torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(8)])
-    torch.testing.assert_close(
-        scores_of(weight, "sparsegpt", hessian, 0.01).double(), weight.double().square() / pivots
-    )
+    # In float32, whose last digits depend on the machine's Cholesky factorisation.
+    scores = scores_of(weight, "sparsegpt", hessian, 0.01)
+    torch.testing.assert_close(scores, (weight.double().square() / pivots).float())
 
 
 @pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
