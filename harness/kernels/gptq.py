@@ -29,6 +29,7 @@ def quantize_columns(
     zero: torch.Tensor | None,
     groups: torch.Tensor,
     bits: int,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round the columns of a block one after the other; each error corrects the columns after it.
 
@@ -37,12 +38,14 @@ def quantize_columns(
         root: the same columns [columns, columns] of the upper triangular `inverse_root`.
         scale: [out, groups], in its storage type. zero: uint8 of the same shape, or None where symmetric.
         groups: int32 [columns], the group of each column.
+        keep: bool [out, columns], False where a weight becomes zero whatever corrects it; None: nowhere. With
+            it PyTorch does the work on every device.
 
     Returns:
         Codes, uint8 [out, columns], and errors [out, columns]: what each rounding changed, over ``root_jj``.
     """
-    if choose(block, block.shape[1]) == "torch":
-        return reference.quantize_columns(block, root, scale, zero, groups, bits)
+    if keep is not None or choose(block, block.shape[1]) == "torch":
+        return reference.quantize_columns(block, root, scale, zero, groups, bits, keep)
     from harness.kernels import triton_gptq
 
     return triton_gptq.quantize_columns(block, root, scale, zero, groups, bits)

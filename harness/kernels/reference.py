@@ -149,6 +149,7 @@ def quantize_columns(
     zero: torch.Tensor | None,
     groups: torch.Tensor,
     bits: int,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and errors of a block of GPTQ; see `harness.kernels.gptq.quantize_columns`."""
     # Transposed: what a step reads and writes then lies together.
@@ -159,7 +160,7 @@ def quantize_columns(
     codes, errors = torch.empty_like(rest, dtype=torch.uint8), torch.empty_like(rest)
     for j in range(len(rest)):
         grid = Grid(bits, scales[j], None if zeros is None else zeros[j])
-        codes[j] = grid.encode(rest[j])
+        codes[j] = grid.encode(rest[j] if keep is None else rest[j].where(keep[:, j], 0))
         errors[j] = (rest[j] - grid.decode(codes[j], rest.dtype)) / root[j, j]
         rest[j + 1 :] -= torch.outer(root[j, j + 1 :], errors[j])
     return codes.t(), errors.t()

@@ -20,8 +20,8 @@ Knobs: `sparsity`; `n` and `m` (n of every m inputs stay, 2:4 is n=2, m=4); `bit
 then output, then FFN see each other's pruning); `backend` (auto; dense: 2:4 too stays zeros in dense
 weights); `targets`, a regular expression for the names of layers.
 
-Hurts: with few calibration tokens it fits those. Another method that corrects weights afterwards (GPTQ)
-fills the zeros again; round with `bits` instead. Beyond 60 % the loss grows fast, as for all of its kind.
+Hurts: with few calibration tokens it fits those. To round as well, `bits` costs no second pass; GPTQ after it
+keeps the zeros, methods that train do not. Beyond 60 % the loss grows fast, as for all of its kind.
 """
 
 from __future__ import annotations

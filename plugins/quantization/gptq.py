@@ -8,7 +8,8 @@ packed `bits`. Columns are rounded in one fixed order for all rows; each roundin
 the columns still to come so that the layer's output on calibration data changes least (squared error).
 Block after block, each calibrated on inputs that the already quantized blocks produce, as in the paper,
 or (`calibrate_on`: original) on those of the untouched model. The latter's Hessians depend on no option
-and are kept on disk (11 GB for a 7B model), so that every later configuration runs no calibration pass.
+and are kept on disk (11 GB for a 7B model), so that every later configuration runs no calibration pass. Zeros
+that a pruner before it left stay zero (where they are a hundredth of a layer or more).
 
 Needs: calibration tokens.
 

@@ -144,6 +144,51 @@ def test_the_loss_is_bounded_where_nothing_is_clipped():
     assert 0.1 * bound < result.loss <= bound
 
 
+def held_obq(weight: torch.Tensor, keep: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Column after column by the inverse of what is left of the damped Hessian; zero outside `keep`."""
+    rest, hessian = weight.clone(), damped(hessian, 0.01)
+    for j in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[j:, j:])
+        new = grid.round(rest[:, j : j + 1])[:, 0] * keep[:, j]
+        rest[:, j + 1 :] -= torch.outer((rest[:, j] - new) / inverse[0, 0], inverse[0, 1:])
+        rest[:, j] = new
+    return rest
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_was_pruned_is_rounded_to_zero_and_made_up_for(sym):
+    weight, hessian = matrix(8, 48), correlated(48, decay=1)
+    keep = matrix(8, 48, seed=1) > 0
+    pruned = weight * keep
+    result = gptq_quantize(pruned, hessian, bits=3, sym=sym)
+    grid = group_grid(pruned, bits=3, sym=sym, group_size=-1)
+    expected = held_obq(pruned, keep, hessian, grid)
+    assert bool((expected[keep] != 0).any())
+    torch.testing.assert_close(result.quantized.dequantize(torch.float64), expected, rtol=0, atol=1e-12)
+    assert result.loss < error(pruned, quantize_weight(pruned, bits=3, sym=sym), hessian)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zeros_stay_zero_and_the_errors_still_add_up(form):
+    weight, hessian = matrix(24, 144), correlated(144, decay=1)
+    weight = weight * (matrix(24, 144, seed=1).abs() > 0.7)
+    results = [gptq_quantize(weight, hessian, block_size=size, **form) for size in (1, 64, 1000)]
+    values = results[0].quantized.dequantize(torch.float64)
+    assert bool((values[weight == 0] == 0).all())
+    assert results[0].loss == pytest.approx(error(weight, results[0].quantized, hessian), rel=1e-9)
+    assert all(torch.equal(other.quantized.codes, results[0].quantized.codes) for other in results[1:])
+
+
+def test_beside_a_pruned_matrix_others_are_rounded_as_if_alone():
+    weights, hessian = [matrix(8, 32, seed=seed) for seed in range(3)], correlated(32, decay=1)
+    weights[1] = weights[1] * (weights[1].abs() > 1)
+    weights[2][0, 0] = 0.0  # one zero is no pruning
+    factor, rounding = factorise(hessian, damp=0.01), Rounding(bits=3)
+    together = quantize_stack(weights, factor, rounding)
+    for weight, result in zip(weights, together, strict=True):
+        assert torch.equal(result.quantized.codes, gptq_quantize(weight, hessian, bits=3).quantized.codes)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_correlated_inputs_are_where_it_gains(bits):
     weight = matrix(256, 256)
@@ -290,7 +335,7 @@ def test_few_launches_for_a_block_of_columns(monkeypatch):
                 launched.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    def columns_kernel(block, root, scale, zero, groups, bits):
+    def columns_kernel(block, root, scale, zero, groups, bits, keep):
         return torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
 
     def search_kernel(values, importance, factors, bits, sym, scale_dtype):
