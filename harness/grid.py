@@ -180,9 +180,18 @@ def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
 
 
 def _order_refusal(chain: Chain) -> str | None:
-    """Why a quantizer that comes after another would find no full-precision layer."""
-    earlier = None
+    """Why a quantizer that comes after another would find no full-precision layer, or a distillation after a
+    pruner would undo it."""
+    earlier = pruner = None
     for step in chain.steps:
+        is_student = step.method.family == "distillation"
+        if pruner is not None and is_student and "training" in step.method.needs_of(step.options):
+            return (
+                f"{step.method.name}: {pruner} comes before it, and the student's training would fill its "
+                f"zeros; write {step.method.name} first and {pruner} after it"
+            )
+        if step.method.leaves_zeros:
+            pruner = step.method.name
         if step.method.family != "quantization":
             continue
         if earlier is not None:

@@ -251,6 +251,8 @@ class Method:
         leaves_layers: of a quantization, ``leaves_layers(options) -> bool``: whether full-precision layers
             are left for another quantizer that follows in the chain. By default only where an option
             `targets` names some layers of all.
+        leaves_zeros: True where weights are pruned in place. A distillation, which trains all of them, may not
+            follow in the chain: it would fill the zeros.
     """
 
     name: str
@@ -263,6 +265,7 @@ class Method:
     applies: Callable[[ModelInfo, Any], str | None] | None = None
     architectural: bool = False
     leaves_layers: Callable[[Any], bool] | None = None
+    leaves_zeros: bool = False
     trains_scratch: bool = False
     inputs: Callable[[Any], Mapping[str, str]] | None = None
 

@@ -157,6 +157,7 @@ METHOD = Method(
     needs=("training",),
     applies=lambda info, _options: training_refusal(info),
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

@@ -141,6 +141,7 @@ METHOD = Method(
     needs=lambda options: () if options.steps_per_cycle == 0 else ("training",),
     applies=applies,
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

@@ -108,6 +108,7 @@ METHOD = Method(
     needs=("training",),
     applies=lambda info, _options: rewinding_refusal(info),
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

@@ -75,6 +75,7 @@ METHOD = Method(
     needs=("training",),
     applies=lambda info, _options: rewinding_refusal(info),
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

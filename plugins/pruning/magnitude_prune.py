@@ -89,6 +89,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("training",) if options.steps else (),
     applies=applies,
+    leaves_zeros=True,
 )
 
 

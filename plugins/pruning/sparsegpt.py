@@ -162,6 +162,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_zeros=True,
 )
 
 

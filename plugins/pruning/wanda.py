@@ -128,6 +128,7 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
+    leaves_zeros=True,
 )
 
 

@@ -168,6 +168,7 @@ METHOD = Method(
     transform=transform,
     needs=_needs,
     applies=applies,
+    leaves_zeros=True,
 )
 
 

@@ -282,6 +282,7 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: (*(() if options.steps == 0 else ("training",)), *needs_cuda(options)),
     applies=applies,
+    leaves_zeros=True,
 )
 
 

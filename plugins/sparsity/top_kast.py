@@ -123,6 +123,7 @@ METHOD = Method(
     needs=("training",),
     applies=applies,
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 
