@@ -170,7 +170,8 @@ def _is_text(value: Any) -> bool:
 def _first_problem(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        # Of a choice of types pydantic adds its own names: constrained-float, literal['auto'].
+        where = ".".join(part for part in map(str, problem["loc"]) if not set(part) & set("-["))
         message = problem["msg"].removeprefix("Value error, ")
         got = "" if problem["type"] == "missing" or not where else f", not {problem['input']!r}"
         problems.append(f"{where}: {message}{got}" if where else message)
@@ -251,8 +252,8 @@ class Method:
         leaves_layers: of a quantization, ``leaves_layers(options) -> bool``: whether full-precision layers
             are left for another quantizer that follows in the chain. By default only where an option
             `targets` names some layers of all.
-        leaves_zeros: True where weights are pruned in place. A distillation, which trains all of them, may not
-            follow in the chain: it would fill the zeros.
+        leaves_zeros: True where weights are pruned in place. A distillation, which trains all weights, may
+            not follow in the chain: it would fill the zeros.
     """
 
     name: str
