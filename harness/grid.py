@@ -180,9 +180,18 @@ def refusal(chain: Chain, info: ModelInfo, device: str) -> Decision | None:
 
 
 def _order_refusal(chain: Chain) -> str | None:
-    """Why a step that works on full-precision layers would find none after a quantizer."""
-    earlier = None
+    """Why a step that works on full-precision layers would find none after a quantizer, or a distillation
+    would undo a pruner before it."""
+    earlier = pruner = None
     for step in chain.steps:
+        is_student = step.method.family == "distillation"
+        if pruner is not None and is_student and "training" in step.method.needs_of(step.options):
+            return (
+                f"{step.method.name}: {pruner} comes before it, and the student's training would fill its "
+                f"zeros; write {step.method.name} first and {pruner} after it"
+            )
+        if step.method.leaves_zeros:
+            pruner = step.method.name
         if not step.method.works_on_layers:
             continue
         if earlier is not None:

@@ -170,7 +170,8 @@ def _is_text(value: Any) -> bool:
 def _first_problem(error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        # Of a choice of types pydantic adds its own names: constrained-float, literal['auto'].
+        where = ".".join(part for part in map(str, problem["loc"]) if not set(part) & set("-["))
         message = problem["msg"].removeprefix("Value error, ")
         got = "" if problem["type"] == "missing" or not where else f", not {problem['input']!r}"
         problems.append(f"{where}: {message}{got}" if where else message)
@@ -252,6 +253,8 @@ class Method:
             quantization does, ``leaves_layers(options) -> bool``: whether it leaves some to another such
             method that follows in the chain. By default a quantization leaves some only where an option
             `targets` names some layers of all, and what is of another family works on no such layers.
+        leaves_zeros: True where weights are pruned in place. A distillation, which trains all weights, may
+            not follow in the chain: it would fill the zeros.
     """
 
     name: str
@@ -264,6 +267,7 @@ class Method:
     applies: Callable[[ModelInfo, Any], str | None] | None = None
     architectural: bool = False
     leaves_layers: Callable[[Any], bool] | None = None
+    leaves_zeros: bool = False
     trains_scratch: bool = False
     inputs: Callable[[Any], Mapping[str, str]] | None = None
 

@@ -23,6 +23,7 @@ __all__ = [
     "bitmap_bits",
     "bitmap_bytes",
     "burn_in",
+    "note_before_others",
     "record_masks",
     "target_weights",
 ]
@@ -58,6 +59,13 @@ def bitmap_bits(places: int, kept: int, value_bits: int) -> int:
 def bitmap_bytes(weight: torch.Tensor, keep: torch.Tensor) -> int:
     """One bit for each place and the surviving values in the weight's own type."""
     return bitmap_bits(weight.numel(), int(keep.sum()), 8 * weight.element_size()) // 8
+
+
+def note_before_others(context: Context) -> str | None:
+    """For figures of zeros that a method which follows in the chain may fill or add to."""
+    if context.last_in_chain:
+        return None
+    return "before what follows in the chain; `sparsity` is that of the model that is measured"
 
 
 @dataclass
@@ -96,12 +104,15 @@ class ZeroCount:
         """
         if not self.places:
             raise ConfigError("no layer was pruned")
+        note = note_before_others(context)
         if not compressed:
             theoretical = "theoretical size of the pruned layers; the dense weights are what runs"
-            context.record("bitmap_bytes", self.stored_bits / 8, "B", theoretical)
-        context.record("pruned_share_of_targets", self.zeros / self.places, "1")
-        context.record("pruned_share_of_all_parameters", self.zeros / self.parameters, "1")
-        context.record("lowest_layer_density", self.lowest_density, "1")
+            context.record(
+                "bitmap_bytes", self.stored_bits / 8, "B", f"{theoretical}; {note}" if note else theoretical
+            )
+        context.record("pruned_share_of_targets", self.zeros / self.places, "1", note)
+        context.record("pruned_share_of_all_parameters", self.zeros / self.parameters, "1", note)
+        context.record("lowest_layer_density", self.lowest_density, "1", note)
 
 
 def record_masks(

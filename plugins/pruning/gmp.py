@@ -159,6 +159,7 @@ METHOD = Method(
     applies=lambda info, _options: training_refusal(info),
     leaves_layers=lambda _options: True,
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

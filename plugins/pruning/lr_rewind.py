@@ -76,6 +76,7 @@ METHOD = Method(
     applies=lambda info, _options: rewinding_refusal(info),
     leaves_layers=lambda _options: True,
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

@@ -91,6 +91,7 @@ METHOD = Method(
     needs=lambda options: ("training",) if options.steps else (),
     applies=applies,
     leaves_layers=lambda _options: True,
+    leaves_zeros=True,
 )
 
 

@@ -163,6 +163,7 @@ METHOD = Method(
     needs=("calibration",),
     applies=applies,
     leaves_layers=lambda options: options.bits == 16 or options.targets is not None,
+    leaves_zeros=True,
 )
 
 

@@ -129,6 +129,7 @@ METHOD = Method(
     needs=("calibration",),
     applies=applies,
     leaves_layers=lambda _options: True,
+    leaves_zeros=True,
 )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from harness import ConfigError, NotApplicable, NumericalFailure, Options
 from harness.kernels import semi_structured as kernel
 from harness.nn.n_of_m_layers import store_n_of_m
-from harness.nn.pruned import bitmap_bits
+from harness.nn.pruned import bitmap_bits, note_before_others
 from harness.nn.semi_structured import misfit
 from harness.nn.surgery import Targets, block_linears
 
@@ -175,10 +175,13 @@ def store_zeros(model: nn.Module, names: Iterable[str], options: PatternOptions,
     if not places:
         raise ConfigError("no layer was pruned")
     pattern = f"{options.n}:{options.m}"
-    context.record("nm_groups", groups, "1", f"each keeps at most {pattern}; counted in the final weights")
-    context.record("pruned_share_of_targets", zeros / places, "1")
+    before = note_before_others(context)
+    counted = before or "counted in the final weights"
+    context.record("nm_groups", groups, "1", f"each keeps at most {pattern}; {counted}")
+    context.record("pruned_share_of_targets", zeros / places, "1", before)
     if not compressed:
         note = (
             f"theoretical size of the {pattern} layers; dense weights are what runs, so no speed is claimed"
         )
+        note = f"{note}; {before}" if before else note
         context.record("bitmap_bytes", stored_bits // 8, "B", note)

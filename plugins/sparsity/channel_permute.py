@@ -84,7 +84,7 @@ class PermuteOptions(PatternOptions):
     @classmethod
     def _each_once(cls, value: tuple[Site, ...]) -> tuple[Site, ...]:
         if not value or len(set(value)) < len(value):
-            raise ValueError("sites: name at least one, and each once")
+            raise ValueError("name at least one, and each once")
         return value
 
     @model_validator(mode="after")

@@ -169,6 +169,7 @@ METHOD = Method(
     needs=_needs,
     applies=applies,
     leaves_layers=lambda _options: True,
+    leaves_zeros=True,
 )
 
 

@@ -283,6 +283,7 @@ METHOD = Method(
     needs=lambda options: (*(() if options.steps == 0 else ("training",)), *needs_cuda(options)),
     applies=applies,
     leaves_layers=lambda _options: True,
+    leaves_zeros=True,
 )
 
 

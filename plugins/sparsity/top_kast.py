@@ -125,6 +125,7 @@ METHOD = Method(
     applies=applies,
     leaves_layers=lambda _options: True,
     trains_scratch=True,
+    leaves_zeros=True,
 )
 
 

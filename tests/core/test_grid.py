@@ -38,6 +38,13 @@ METHODS = {
     "baseline": _method("baseline", family="baseline"),
     "plain": _method("plain"),
     "calibrated": _method("calibrated", needs=["calibration"]),
+    "prunes": _method("prunes", family="pruning", leaves_layers=lambda _options: True, leaves_zeros=True),
+    "narrows": _method("narrows", family="pruning"),
+    "teaches": _method(
+        "teaches",
+        family="distillation",
+        needs=lambda options: ["training"] if options.bits > 1 else [],
+    ),
     "trained": _method("trained", needs=["training"]),
     "taught": _method("taught", needs=["teacher"]),
     "gpu": _method("gpu", needs=["cuda"]),
@@ -47,7 +54,6 @@ METHODS = {
     "prepares": _method("prepares", family="quantization", leaves_layers=lambda options: options.bits == 4),
     "some": Method(name="some", options=_SomeOptions, transform=_identity, family="quantization"),
     "wraps": _method("wraps", family="external", leaves_layers=lambda _options: False),
-    "prunes": _method("prunes", family="pruning", leaves_layers=lambda _options: True),
     "picky": _method("picky", applies=lambda info, options: "not today" if options.bits == 3 else None),
 }
 
@@ -287,3 +293,25 @@ def test_a_reason_of_the_harness_itself_is_passed_on():
 
     with pytest.raises(NotApplicable, match="as it says"):
         _method("odd", applies=applies).reason_against(INFO, _Options())
+
+
+@pytest.mark.parametrize(
+    ("chain", "refused"),
+    [
+        ("prunes+teaches", True),
+        ("prunes+plain+teaches", True),
+        ("teaches+prunes", False),
+        ("narrows+teaches", False),
+        ("prunes+teaches:bits=1", False),  # trains nothing
+    ],
+)
+def test_a_distillation_after_a_pruner_is_refused_before_anything_is_loaded(chain, refused):
+    variant = build_grid(_inputs(chains=(chain,))).variants[-1]
+    reasons = {cell.decision and cell.decision.reason for cell in variant.cells}
+    if not refused:
+        assert reasons == {None}
+        return
+    (reason,) = reasons
+    assert reason.startswith("teaches: prunes comes before it")
+    assert "write teaches first" in reason
+    assert {cell.decision.status for cell in variant.cells} == {Status.NOT_APPLICABLE}

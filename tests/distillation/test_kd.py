@@ -12,6 +12,7 @@ from harness.errors import ConfigError, NotApplicable, UnknownName
 from harness.grid import refusal
 from harness.models.info import info_from_config
 from harness.nn.anatomy import blocks_of
+from harness.plugins import load_plugins
 from harness.testing import TinyTokenizer, make_context, tiny_model
 from harness.training import TrainSettings
 
@@ -321,3 +322,25 @@ def test_the_teacher_is_written_by_its_name_in_a_list_of_methods():
     chain = parse_chain("kd:teacher=opt-4m:T=4", {"kd": METHOD})
     assert chain.steps[0].options == KdOptions(teacher="zoo:opt-4m", T=4.0)
     assert parse_chain(chain.label, {"kd": METHOD}) == chain
+
+
+def test_a_student_comes_before_every_pruner():
+    methods = load_plugins().methods
+    info = info_from_config(tiny_model("llama").config, "test:llama")
+    pruners = {name for name, method in methods.items() if method.leaves_zeros}
+    assert pruners >= {
+        "gmp",
+        "iterative-prune",
+        "magnitude-prune",
+        "nm-prune",
+        "sparsegpt",
+        "sr-ste",
+        "wanda",
+    }
+    for name in pruners:
+        for student in ("kd", "distilbert"):
+            found = refusal(parse_chain(f"{name}+{student}", methods), info, "cpu")
+            assert found is not None
+            assert f"write {student} first" in found.reason
+    assert refusal(parse_chain("distilbert+nm-prune", methods), info, "cpu") is None
+    assert refusal(parse_chain("structured-prune+distilbert", methods), info, "cpu") is None

@@ -10,6 +10,7 @@ from harness.chain import parse_chain
 from harness.grid import refusal
 from harness.models.info import info_from_config
 from harness.nn.quantized import Int8Linear, PackedLinear, QuantizedLinear
+from harness.nn.surgery import block_linears
 from harness.plugins import load_plugins
 from harness.testing.making import make_context
 from harness.testing.models import tiny_model
@@ -29,6 +30,15 @@ def applied(chain: str, model: torch.nn.Module) -> torch.nn.Module:
         context.last_in_chain = step is steps[-1]
         model = step.method.transform(model, step.options, context)
     return model
+
+
+def pruned_before_others(text: str, model: torch.nn.Module, *, last: bool = False):
+    """A model after a method that is the last of its chain or not, and the notes on what it recorded."""
+    (step,) = parse_chain(text, METHODS).steps
+    context = make_context(model)
+    context.last_in_chain = last
+    step.method.transform(model, step.options, context)
+    return model, {record.metric: record.note or "" for record in context.records}
 
 
 @pytest.mark.parametrize(
@@ -138,3 +148,28 @@ def test_distilled_blocks_keep_the_type_of_what_is_not_packed(first, logits):
     model = applied(chain, tiny_model("llama").bfloat16())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert bool(torch.isfinite(logits(model)).all())
+
+
+@pytest.mark.parametrize("second", ["rtn:group_size=32", "gptq:bits=3:group_size=32:act_order=true"])
+@pytest.mark.parametrize(
+    ("first", "family"), [("nm-prune", "gpt2"), ("magnitude-prune:sparsity=0.4", "llama")]
+)
+def test_rounding_after_pruning_keeps_every_zero(first, second, family):
+    pruned, _ = pruned_before_others(first, tiny_model(family))
+    zeros = {name: linear.weight == 0 for name, linear in block_linears(pruned)}
+    assert zeros
+    model = applied(f"{first}+{second}", tiny_model(family))
+    for name, zero in zeros.items():
+        values = model.get_submodule(name).dequantize()
+        assert zero.float().mean() >= 0.39
+        assert bool((values[zero] == 0).all()), name
+        assert bool((values[~zero] != 0).any()), name
+
+
+@pytest.mark.parametrize("first", ["nm-prune:n=1", "magnitude-prune"])
+def test_figures_of_zeros_say_that_other_methods_follow(first):
+    _, alone = pruned_before_others(first, tiny_model("llama"), last=True)
+    _, noted = pruned_before_others(first, tiny_model("llama"))
+    for metric in {"bitmap_bytes", "pruned_share_of_targets", "nm_groups"} & set(alone):
+        assert "before what follows in the chain" in noted[metric]
+        assert "before" not in alone[metric]

@@ -286,7 +286,7 @@ def test_from_scratch_nothing_of_the_checkpoint_is_left(family):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"lambda_w": -1e-4}, "lambda_w"),
+        ({"lambda_w": -1e-4}, r"lambda_w: .* or equal to 0, not -0.0001; lambda_w: .* 'auto'"),
         ({"lambda_w": "much"}, "lambda_w"),
         ({"lambda_w": float("nan")}, "lambda_w"),
         ({"decay": "l2"}, "decay"),
