@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +18,8 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable, PluginError
 from harness.nn.blocks import Block, iterate_blocks
+from harness.nn.held_masks import HeldMasks
+from harness.nn.pruned import pruned_matrices
 from harness.records import Record
 from harness.training import TrainReport, TrainSettings, train
 
@@ -31,6 +33,17 @@ __all__ = ["Context", "Progress"]
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
+
+
+def _in_turn(first: Callable[..., None] | None, then: Callable[..., None]) -> Callable[..., None]:
+    """One callback after the other."""
+
+    def both(*arguments: Any) -> None:
+        if first is not None:
+            first(*arguments)
+        then(*arguments)
+
+    return both
 
 
 @dataclass
@@ -51,6 +64,7 @@ class Context:
         last_in_chain: False where another method of the chain follows, but for the baseline (a method that
             only prepares, such as smoothing, leaves the rest to it).
         identity: what every cached value depends on (model, chain so far, plugin source, versions).
+        holds_zeros: a method before it in the chain pruned: what is zero then stays so in `train`.
         needs: what the method says that it needs; None asks nothing. The budgets of calibration and training
             are in the keys of its results only where it says so.
     """
@@ -69,6 +83,7 @@ class Context:
     cache_store: ContentCache
     identity: Mapping[str, Any]
     last_in_chain: bool = True
+    holds_zeros: bool = False
     needs: frozenset[str] | None = None
     load_named: Callable[[str], LoadedModel] | None = None
     report_progress: Progress = lambda _what, _done, _total: None
@@ -124,6 +139,9 @@ class Context:
     ) -> TrainReport:
         """The one training loop (AdamW, warm-up and cosine, clipping, mixed precision on CUDA).
 
+        Where a method before this one in the chain pruned (`holds_zeros`), zeros of matrices that have a
+        hundredth or more stay zero, whatever else is asked.
+
         Args:
             loss: ``loss(model, tokens) -> scalar`` for tokens int64 [batch, seq_len] on the device;
                 by default the mean causal cross-entropy.
@@ -156,19 +174,25 @@ class Context:
             warmup_share=warmup_share,
             final_share=final_share,
         )
-        report = train(
-            model,
-            self.training_source,
-            settings.limited_to(self.info.max_positions),
-            self.generator(stream),
-            loss=loss,
-            parameters=parameters,
-            lr_multiples=lr_multiples,
-            first_step=first_step,
-            on_start=on_start,
-            on_step=on_step,
-            progress=lambda done, total: self.report_progress("train", done, total),
-        )
+        with ExitStack() as stack:
+            if self.holds_zeros:
+                weights = pruned_matrices(model)
+                masks = {name: weight.detach() != 0 for name, weight in weights.items()}
+                held = stack.enter_context(HeldMasks(weights, masks))
+                on_start, on_step = _in_turn(on_start, held.start), _in_turn(on_step, held.hold)
+            report = train(
+                model,
+                self.training_source,
+                settings.limited_to(self.info.max_positions),
+                self.generator(stream),
+                loss=loss,
+                parameters=parameters,
+                lr_multiples=lr_multiples,
+                first_step=first_step,
+                on_start=on_start,
+                on_step=on_step,
+                progress=lambda done, total: self.report_progress("train", done, total),
+            )
         self.trained_tokens += report.tokens
         self.trained_steps += report.steps
         return report

@@ -253,8 +253,8 @@ class Method:
             quantization does, ``leaves_layers(options) -> bool``: whether it leaves some to another such
             method that follows in the chain. By default a quantization leaves some only where an option
             `targets` names some layers of all, and what is of another family works on no such layers.
-        leaves_zeros: True where weights are pruned in place. A distillation, which trains all weights, may
-            not follow in the chain: it would fill the zeros.
+        leaves_zeros: True where weights are pruned in place. They stay zero while later methods of the chain
+            train (`Context.train`); a distillation, whose student has weights of its own, may not follow.
     """
 
     name: str

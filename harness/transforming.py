@@ -208,6 +208,7 @@ def _context(
             "environment": dict(job.environment),
         },
         last_in_chain=last,
+        holds_zeros=any(step.method.leaves_zeros for step in steps[:-1]),
         needs=steps[-1].method.needs_of(steps[-1].options),
     )
 

@@ -23,10 +23,27 @@ __all__ = [
     "bitmap_bits",
     "bitmap_bytes",
     "burn_in",
+    "is_pruned",
     "note_before_others",
+    "pruned_matrices",
     "record_masks",
     "target_weights",
 ]
+
+
+_PRUNED_SHARE = 0.01
+"""Zeros of a matrix that pruning made; training leaves hardly any."""
+
+
+def is_pruned(weight: torch.Tensor) -> bool:
+    """Whether a matrix [out, in] has so many zeros that a method must have made them."""
+    return weight.numel() > 0 and int((weight == 0).sum()) >= _PRUNED_SHARE * weight.numel()
+
+
+def pruned_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The matrices among the parameters that are pruned, by name."""
+    matrices = ((name, weight) for name, weight in model.named_parameters() if weight.dim() == 2)
+    return {name: weight for name, weight in matrices if is_pruned(weight.detach())}
 
 
 def target_weights(model: nn.Module, targets: str | None) -> dict[str, nn.Parameter]:

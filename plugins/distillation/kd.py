@@ -10,7 +10,8 @@ Needs: training tokens and a teacher: the untouched model, or a bundled one of t
 `teacher` names. With a named teacher the student keeps its depth, and a `scratch:` model can be taught.
 Random weights (`shape:` models) are only made shallower.
 
-Knobs: `T`, the temperature; `lam`; `t2_scale` (False: without the factor T²); `topk`, for the teacher's
+Knobs: `T`, the temperature; `lam`; `t2_scale` (False: without the factor T²); `loss` (kl, or ce: the
+cross-entropy, which is larger by the teacher's entropy and has the same gradient); `topk`, for the teacher's
 likeliest tokens only (both sides renormalised over them); `teacher` (the name of a bundled model); `layers`
 of the student; `init` (random, or the model's own weights); `lr`; `steps` (the sweep's budget where left
 out).
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, field_validator
 
-from harness import ConfigError, Method, Options, Paper, UnknownName, hookimpl
+from harness import ConfigError, Method, NotApplicable, Options, Paper, UnknownName, hookimpl
 from harness.models.loading import describe, zoo_names
 from harness.models.spec import parse_model
 from harness.nn.anatomy import blocks_of
@@ -48,6 +49,7 @@ class KdOptions(Options):
     T: float = Field(2.0, gt=0, description="temperature of the soft targets")
     lam: float = Field(0.5, ge=0, description="weight of the true tokens")
     t2_scale: bool = Field(True, description="soft targets times T², so that gradients keep their size")
+    loss: Literal["kl", "ce"] = Field("kl", description="divergence from the teacher, or cross-entropy")
     topk: int | None = Field(None, ge=1, description="the teacher's likeliest tokens only; all by default")
     teacher: str | None = Field(None, description="a bundled model; by default the original")
     layers: int | None = Field(
@@ -97,9 +99,17 @@ def distillation_loss(
     if options.topk is not None:
         soft_student, soft_teacher, dropped = likeliest(soft_student, soft_teacher, options.topk, options.T)
     soft = soft_target_loss(soft_student, soft_teacher, options.T)
+    if options.loss == "ce":
+        soft = soft + options.T**2 * _entropy(soft_teacher.detach() / options.T)
     if not options.t2_scale:
         soft = soft / options.T**2
     return soft + options.lam * task_loss(student, labels), dropped
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Mean entropy (nats) of the distributions that logits [positions, vocab] stand for."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
 
 
 def transform(model: nn.Module, options: KdOptions, context: Context) -> nn.Module:
@@ -109,7 +119,7 @@ def transform(model: nn.Module, options: KdOptions, context: Context) -> nn.Modu
     context.training_steps(options.steps)
     teacher = context.teacher(None if options.teacher is None else f"zoo:{options.teacher}")
     student = _student(model, options, context)
-    left_out = torch.zeros((), device=context.device)
+    left_out, predicted = torch.zeros((), device=context.device), torch.zeros((), device=context.device)
 
     def loss(student: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         inputs, labels = corrupt(tokens)
@@ -117,9 +127,12 @@ def transform(model: nn.Module, options: KdOptions, context: Context) -> nn.Modu
             target = outputs_of(teacher, inputs).logits
         value, dropped = distillation_loss(outputs_of(student, inputs).logits, target, labels, options)
         left_out.add_(dropped.detach())
+        predicted.add_((labels != -100).sum())
         return value
 
     report = context.train(student, loss=loss, steps=options.steps, lr=options.lr)
+    if not int(predicted):
+        raise NotApplicable("the training data has no token to predict: windows of one token, or none masked")
     context.record("distillation_loss", report.final_loss, "nats", "mean of the last tenth")
     if options.topk is not None:
         context.record("teacher_mass_left_out", float(left_out) / report.steps, "1", "outside topk")

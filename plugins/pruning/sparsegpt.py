@@ -20,8 +20,7 @@ Knobs: `sparsity`; `n` and `m` (n of every m inputs stay, 2:4 is n=2, m=4); `bit
 then output, then FFN see each other's pruning); `backend` (auto; dense: 2:4 too stays zeros in dense
 weights); `targets`, a regular expression for the names of layers.
 
-Hurts: with few calibration tokens it fits those. Training the weights afterwards (qat, zeroquant-lkd)
-fills the zeros again. Beyond 60 % the loss grows fast, as for all of its kind.
+Hurts: with few calibration tokens it fits those. Beyond 60 % the loss grows fast, as for all of its kind.
 """
 
 from __future__ import annotations

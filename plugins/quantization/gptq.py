@@ -40,6 +40,7 @@ from harness import Method, NumericalFailure, Options, Paper, hookimpl
 from harness.nn.anatomy import anatomy_of, blocks_of
 from harness.nn.folding import linears_of
 from harness.nn.hessian import observe_hessians, output_error, output_size
+from harness.nn.pruned import is_pruned
 from harness.nn.surgery import Targets, replace_module
 
 from ._gptq import GptqResult, Rounding, factorise, gptq_quantize, quantize_stack
@@ -60,9 +61,6 @@ if TYPE_CHECKING:
     from harness import Context, ModelInfo
 
 __all__ = ["METHOD", "GptqOptions", "GptqResult", "gptq_quantize"]
-
-_PRUNED_SHARE = 0.01
-"""Zeros of a matrix that pruning made; training leaves hardly any."""
 
 
 class GptqOptions(Options):
@@ -151,7 +149,7 @@ def _quantize_group(
             raise NumericalFailure(f"{name}: weights are NaN or infinite")
     rounding = Rounding(
         **options.model_dump(include={each.name for each in fields(Rounding)}),
-        keep_zeros=any(_is_pruned(weight) for weight in weights),
+        keep_zeros=any(is_pruned(weight) for weight in weights),
     )
     try:
         factor = factorise(hessian, damp=options.damp, act_order=options.act_order)
@@ -165,10 +163,6 @@ def _quantize_group(
         errors.append(output_error(difference, hessian) / size if size else 0.0)
         replace_module(model, name, pack_float_weight(linear, result.quantized))
     return errors
-
-
-def _is_pruned(weight: torch.Tensor) -> bool:
-    return int((weight == 0).sum()) >= _PRUNED_SHARE * weight.numel()
 
 
 def applies(info: ModelInfo, options: GptqOptions) -> str | None:

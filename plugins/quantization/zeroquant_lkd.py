@@ -34,6 +34,8 @@ from torch.nn import functional
 
 from harness import Method, NumericalFailure, hookimpl
 from harness.nn.blocks import BlockInput, run_block
+from harness.nn.held_masks import HeldMasks
+from harness.nn.pruned import pruned_matrices
 from harness.nn.ste import SteLinear
 from harness.nn.surgery import replace_module
 from harness.tokens import RandomTokens
@@ -91,7 +93,8 @@ def distill(
 ) -> Distilled:
     """Train a float32 block with rounded layers towards `targets` [batch, tokens, d], a batch a step.
 
-    After every pass over the batches, in random order, the error over all of them decides what is best.
+    After every pass over the batches, in random order, the error over all of them decides what is best. Zeros
+    of pruned matrices stay zero.
 
     Args:
         on_step: called after each step with the number of tokens it read.
@@ -103,29 +106,34 @@ def distill(
         return diverged
     best: dict[str, torch.Tensor] | None = None
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
-    order: list[int] = []
-    for step in range(iters):
-        order = order or torch.randperm(len(inputs), generator=generator).tolist()
-        index = order.pop()
-        try:
-            with torch.enable_grad():
-                loss = functional.mse_loss(run_block(student, inputs[index]), targets[index].float())
-        except NumericalFailure:  # a weight that is not finite cannot be rounded
-            return diverged
-        if not bool(loss.isfinite()):
-            return diverged
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        on_step(targets[index][..., 0].numel())
-        if order and step + 1 < iters:
-            continue
-        error = _error(student, inputs, targets)
-        if not math.isfinite(error):
-            return diverged
-        if error < best_mse:
-            best_mse = error
-            best = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    pruned = pruned_matrices(student)
+    held = HeldMasks(pruned, {name: weight.detach() != 0 for name, weight in pruned.items()})
+    with held:
+        held.start(optimizer)
+        order: list[int] = []
+        for step in range(iters):
+            order = order or torch.randperm(len(inputs), generator=generator).tolist()
+            index = order.pop()
+            try:
+                with torch.enable_grad():
+                    loss = functional.mse_loss(run_block(student, inputs[index]), targets[index].float())
+            except NumericalFailure:  # a weight that is not finite cannot be rounded
+                return diverged
+            if not bool(loss.isfinite()):
+                return diverged
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            held.hold()
+            on_step(targets[index][..., 0].numel())
+            if order and step + 1 < iters:
+                continue
+            error = _error(student, inputs, targets)
+            if not math.isfinite(error):
+                return diverged
+            if error < best_mse:
+                best_mse = error
+                best = {name: parameter.detach().clone() for name, parameter in trained.items()}
     return Distilled(start, best_mse, best)
 
 

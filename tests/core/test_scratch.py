@@ -10,6 +10,7 @@ from harness.errors import ConfigError
 from harness.job import Budget, VariantJob
 from harness.models.loading import describe
 from harness.models.spec import parse_model
+from harness.nn.quantized import PackedLinear
 from harness.nn.surgery import block_linears
 from harness.plugins import load_plugins
 from harness.texts import text_hash
@@ -26,7 +27,7 @@ def made(tmp_path):
 
     planned = text_hash(text)
 
-    def make(chain):
+    def make(chain, model="scratch:llama-nano"):
         job = VariantJob(
             variant_key="variant",
             label=chain,
@@ -34,7 +35,7 @@ def made(tmp_path):
                 (step.method.name, step.options.canonical())
                 for step in parse_chain(chain, PLUGINS.methods).steps
             ),
-            model=describe(parse_model("scratch:llama-nano")),
+            model=describe(parse_model(model)),
             seed=0,
             dtype="float32",
             device="cpu",
@@ -50,6 +51,13 @@ def made(tmp_path):
         return make_variant(job, PLUGINS, lambda _what, _done, _total: None)
 
     return make
+
+
+def test_what_a_pruner_made_zero_stays_zero_while_the_next_method_trains(made):
+    variant = made("magnitude-prune:sparsity=0.5+qat:bits=8:lr=0.001", "zoo:opt-4m")
+    layers = [module for module in variant.model.modules() if isinstance(module, PackedLinear)]
+    values = torch.cat([layer.dequantize().flatten() for layer in layers])
+    assert 0.5 <= float((values == 0).float().mean()) < 0.6
 
 
 def _zeros(model) -> float:

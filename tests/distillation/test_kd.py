@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from harness_plugins.distillation import kd
 from harness_plugins.distillation.kd import METHOD, KdOptions, distillation_loss, likeliest
 from torch.nn import functional as F
 
@@ -77,6 +78,32 @@ def test_the_gradient_is_that_of_the_cross_entropy_with_the_teacher(T):
     cross_entropy = -(target * (wide / T).log_softmax(-1)).sum(-1).mean() * T**2
     (expected,) = torch.autograd.grad(cross_entropy, wide)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("topk", [None, 5])
+def test_as_cross_entropy_the_loss_is_larger_by_the_teachers_entropy(topk):
+    student, teacher = (_logits(1, 6, 40, seed=seed).requires_grad_() for seed in (1, 2))
+    labels = torch.zeros(1, 6, dtype=torch.int64)
+    losses, gradients = [], []
+    for loss in ("kl", "ce"):
+        value, _ = distillation_loss(student, teacher, labels, KdOptions(T=3.0, loss=loss, topk=topk))
+        losses.append(value)
+        gradients.append(torch.autograd.grad(value, student)[0])
+    kept = teacher.detach().double()
+    kept = kept if topk is None else kept.topk(topk, dim=-1).values
+    entropy = torch.distributions.Categorical(logits=kept / 3.0).entropy().mean()
+    assert float((losses[1] - losses[0]).detach()) == pytest.approx(9 * float(entropy), rel=1e-5)
+    assert torch.equal(*gradients)
+
+
+def test_training_data_without_anything_to_predict_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    context = make_context(model, settings=SETTINGS)
+    monkeypatch.setattr(
+        kd, "prediction_task", lambda *_: lambda tokens: (tokens, torch.full_like(tokens, -100))
+    )
+    with pytest.raises(NotApplicable, match="no token to predict"):
+        METHOD.transform(model, KdOptions(), context)
 
 
 @pytest.mark.parametrize("shift", [0.0, 3.0])

@@ -24,8 +24,8 @@ def as_with_triton(monkeypatch):
         monkeypatch.setattr(module, "_runs", lambda *_: False)
     monkeypatch.setattr(weight_only, "share_a_launch", lambda form, rows, dtype, device: rows == 1)
     monkeypatch.setattr(int8, "share_a_launch", lambda rows, out, columns, device: rows == 1)
-    for module in (weight_only, int8):
-        monkeypatch.setattr(module, "_run_together", lambda x, weights: False)
+    monkeypatch.setattr(weight_only, "_launch_together", lambda x, weights: None)
+    monkeypatch.setattr(int8, "_run_together", lambda x, weights: False)
 
 
 def layer(kind: str) -> nn.Module:

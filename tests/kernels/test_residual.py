@@ -26,7 +26,7 @@ def as_with_triton(monkeypatch):
     monkeypatch.setattr(dense, "has_triton", lambda device: True)
     monkeypatch.setattr(dense, "_runs", lambda *_: False)
     monkeypatch.setattr(weight_only, "share_a_launch", lambda form, rows, dtype, device: rows == 1)
-    monkeypatch.setattr(weight_only, "_run_together", lambda x, weights: False)
+    monkeypatch.setattr(weight_only, "_launch_together", lambda x, weights: None)
 
 
 @pytest.fixture
