@@ -187,8 +187,8 @@ def _order_refusal(chain: Chain) -> str | None:
         is_student = step.method.family == "distillation"
         if pruner is not None and is_student and "training" in step.method.needs_of(step.options):
             return (
-                f"{step.method.name}: {pruner} comes before it, and the student's training would fill its "
-                f"zeros; write {step.method.name} first and {pruner} after it"
+                f"{step.method.name}: {pruner} comes before it, and nothing prunes the student's own "
+                f"weights; write {step.method.name} first and {pruner} after it"
             )
         if step.method.leaves_zeros:
             pruner = step.method.name

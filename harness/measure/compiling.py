@@ -99,16 +99,13 @@ def broken_graphs() -> str | None:
     """
     from torch._dynamo.utils import counters
 
-    reasons = {_first_line_of(reason): count for reason, count in counters["graph_break"].items() if count}
-    total = sum(reasons.values())
+    breaks = counters["graph_break"]
+    total = sum(breaks.values())
     if not total:
         return None
     times = "once" if total == 1 else f"{total} times"
-    return f"compiled in pieces: dynamo broke off {times}, first at: {next(iter(reasons))}"
-
-
-def _first_line_of(reason: str) -> str:
-    return reason.strip().partition("\n")[0].rstrip(".: ")
+    first = next(iter(breaks)).strip().partition("\n")[0].rstrip(".: ")
+    return f"compiled in pieces: dynamo broke off {times}, first at: {first}"
 
 
 def _set_call(module: nn.Module, call: Callable[..., Any] | None) -> None:
