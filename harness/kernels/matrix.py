@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 
 from harness.kernels.selection import MOST_MATRICES, Launch, split_blocks
 from harness.kernels.stored import StoredMatrix
-from harness.kernels.triton_weight_only import Call, shared_arguments
+from harness.kernels.triton_weight_only import Call, arguments_of_several
 
 __all__ = ["new_flag", "prepare"]
 
@@ -48,20 +47,12 @@ def prepare(
     rows, tiles, tile = x.shape[0], weights[0].codes.shape[0], weights[0].tile
     block_n = launch.block_n
     block_m = min(launch.block_m, max(_LEAST_ROWS, triton.next_power_of_2(rows)))
-    outputs = [torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
-    blocks_m, blocks, before = triton.cdiv(rows, block_m), 0, []
-    matrices: list[Any] = []
-    for place in range(MOST_MATRICES):
-        index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
-        weight, output = weights[index], outputs[index]
-        shared = shared_arguments(weight, 1, block_n)
-        codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
-        bias = biases[index] if biases else codes
-        matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
-        before.append(blocks)
-        if place < len(weights):
-            blocks += triton.cdiv(weight.out_features, block_n)
-    blocks *= blocks_m
+    several = arguments_of_several(x, weights, biases, launch)
+    blocks_m = triton.cdiv(rows, block_m)
+    blocks_n = [triton.cdiv(weight.out_features, block_n) for weight in weights]
+    # Blocks of rows of the matrices before the second and the third; of absent ones all.
+    before = [sum(blocks_n[:place]) for place in range(1, MOST_MATRICES)]
+    blocks = sum(blocks_n) * blocks_m
     whole, splits = split_blocks(blocks, tiles, processors)
     left = blocks - whole
     pieces = splits if splits in _PIECES and block_m // splits >= _LEAST_ROWS else 1
@@ -73,24 +64,17 @@ def prepare(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     descriptor = TensorDescriptor.from_tensor(_aligned(x), [block_m, tile // 2], layout)
     arguments = (
-        descriptor, *matrices, partials, flags, rows, tiles, shared.tiles_per_group, blocks_m, *before[1:],
-        whole, splits - 1, triton.cdiv(tiles, splits), new_flag(), _EVEN_BASE, _ODD_BASE,
+        descriptor, *several.matrices, partials, flags, rows, tiles, several.tiles_per_group, blocks_m,
+        *before, whole, splits - 1, triton.cdiv(tiles, splits), new_flag(), _EVEN_BASE, _ODD_BASE,
     )  # fmt: skip
-    constants = {name: shared.constants[name] for name in ("SCALES", "ZEROS")}
-    constants |= {
-        "MATRICES": len(weights),
+    constants = several.constants | {
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "STAGES": launch.stages,
-        "HAS_BIAS": bool(biases),
-        "EVEN": all(weight.out_features % block_n == 0 for weight in weights),
-        "EACH": shared.tiles_per_group == 1,
         "PIECES": pieces,
-        "num_warps": launch.warps,
     }
-    return Call(
-        weight_only_matrix_kernel, (whole + left * splits,), arguments, constants, outputs[0]
-    ), outputs
+    grid, outputs = (whole + left * splits,), several.outputs
+    return Call(weight_only_matrix_kernel, grid, arguments, constants, outputs[0]), outputs
 
 
 def new_flag() -> int:

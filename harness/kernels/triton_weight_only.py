@@ -38,6 +38,7 @@ from harness.kernels.triton_wide import weight_only_wide_kernel
 
 __all__ = [
     "Call",
+    "arguments_of_several",
     "dequantize",
     "multiply",
     "multiply_several",
@@ -45,7 +46,6 @@ __all__ = [
     "prepare_dequantize",
     "prepare_several",
     "processors",
-    "shared_arguments",
 ]
 
 _KERNELS = {
@@ -219,30 +219,18 @@ def prepare_several(
         return matrix.prepare(x, weights, biases, launch, device_processors)
     from harness.kernels import gluon_few, gluon_tiles, gluon_vector
 
+    several = arguments_of_several(x, weights, biases, launch)
     rows, tiles = x.shape[0], weights[0].codes.shape[0]
-    outputs = [torch.empty(rows, weight.out_features, dtype=x.dtype, device=x.device) for weight in weights]
-    matrices: list[Any] = []
-    for place in range(MOST_MATRICES):
-        index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
-        weight, output = weights[index], outputs[index]
-        shared = shared_arguments(weight, 1, launch.block_n)
-        codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
-        bias = biases[index] if biases else codes
-        matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
     steps = max(1, triton.next_power_of_2(tiles) // launch.warps)
-    constants = {name: shared.constants[name] for name in ("BITS", "TILE", "SCALES", "ZEROS")}
-    constants |= {
-        "MATRICES": len(weights),
+    constants = several.constants | {
+        "BITS": weights[0].bits,
+        "TILE": weights[0].tile,
         "ROWS": launch.block_n,
         "STAGES": min(launch.stages, steps),
-        "HAS_BIAS": bool(biases),
-        "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
-        "EACH": shared.tiles_per_group == 1,
-        "num_warps": launch.warps,
     }
     is_bfloat16 = x.dtype == torch.bfloat16
     base = gluon_tiles.BFLOAT16_BASE if is_bfloat16 else gluon_tiles.FLOAT16_BASE
-    arguments = [x, *matrices, tiles, shared.tiles_per_group, base]
+    arguments = [x, *several.matrices, tiles, several.tiles_per_group, base]
     if launch.kernel == "vector":
         kernel = gluon_vector.weight_only_vector_kernel
         constants["STEPS"] = steps
@@ -252,7 +240,43 @@ def prepare_several(
         arguments[0] = x = _aligned(x)
         arguments[-3:-3] = [rows, x.stride(0)]
     blocks = triton.cdiv(max(weight.out_features for weight in weights), launch.block_n)
-    return Call(kernel, (blocks, len(weights)), tuple(arguments), constants, outputs[0]), outputs
+    grid = (blocks, len(weights))
+    return Call(kernel, grid, tuple(arguments), constants, several.outputs[0]), several.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralArguments:
+    """What the kernels of several matrices are given of them: seven arguments of each, where the results are,
+    and what is the same for all."""
+
+    matrices: list[Any]
+    outputs: list[torch.Tensor]
+    tiles_per_group: int
+    constants: dict[str, Any]
+
+
+def arguments_of_several(
+    x: torch.Tensor, weights: Sequence[StoredMatrix], biases: Sequence[torch.Tensor], launch: Launch
+) -> SeveralArguments:
+    """Those of a product as of `prepare_several`, whose results [rows, out] are allocated."""
+    outputs = [x.new_empty(x.shape[0], weight.out_features) for weight in weights]
+    matrices: list[Any] = []
+    for place in range(MOST_MATRICES):
+        index = place if place < len(weights) else 0  # an absent matrix is another one, which is not read
+        weight, output = weights[index], outputs[index]
+        shared = shared_arguments(weight, 1, launch.block_n)
+        codes, scales, zeros = shared.tensors[0], shared.tensors[1], shared.tensors[4]
+        bias = biases[index] if biases else codes
+        matrices += [codes, scales, zeros, bias, output, weight.out_features, shared.zero_bytes]
+    constants = {name: shared.constants[name] for name in ("SCALES", "ZEROS")}
+    constants |= {
+        "MATRICES": len(weights),
+        "HAS_BIAS": bool(biases),
+        "EVEN": all(weight.out_features % launch.block_n == 0 for weight in weights),
+        "EACH": shared.tiles_per_group == 1,
+        "num_warps": launch.warps,
+    }
+    return SeveralArguments(matrices, outputs, shared.tiles_per_group, constants)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
