@@ -18,8 +18,7 @@ from torch import nn
 
 from harness.errors import ConfigError, NotApplicable, PluginError
 from harness.nn.blocks import Block, iterate_blocks
-from harness.nn.held_masks import HeldMasks
-from harness.nn.pruned import pruned_matrices
+from harness.nn.pruned import held_zeros
 from harness.records import Record
 from harness.training import TrainReport, TrainSettings, train
 
@@ -176,9 +175,7 @@ class Context:
         )
         with ExitStack() as stack:
             if self.holds_zeros:
-                weights = pruned_matrices(model)
-                masks = {name: weight.detach() != 0 for name, weight in weights.items()}
-                held = stack.enter_context(HeldMasks(weights, masks))
+                held = stack.enter_context(held_zeros(model))
                 on_start, on_step = _in_turn(on_start, held.start), _in_turn(on_step, held.hold)
             report = train(
                 model,

@@ -15,6 +15,7 @@ __all__ = [
     "axis_title",
     "better",
     "column_name",
+    "in_times",
     "order_key",
     "scale",
 ]
@@ -166,3 +167,16 @@ def order_key(metric: str, place: str = "") -> tuple[int, str, str]:
     name = metric.partition("/")[0]
     leading = LEADING.index(name) if name in LEADING else len(LEADING)
     return leading, metric, place
+
+
+def in_times(factor: float, digits: int = 3) -> str:
+    """A factor with as many significant digits as it takes to tell it from 1.
+
+    >>> in_times(2.948), in_times(1.0004), in_times(0.99996), in_times(1.0)
+    ('2.95', '1.0004', '0.99996', '1')
+    """
+    text = f"{factor:.{digits}g}"
+    while factor != 1 and float(text) == 1 and digits < 9:
+        digits += 1
+        text = f"{factor:.{digits}g}"
+    return text

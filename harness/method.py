@@ -250,9 +250,10 @@ class Method:
         inputs: ``inputs(options) -> {what: identity}``: what else decides the result and lies outside options
             and source, such as the content of a model that an option names; part of the key.
         leaves_layers: of a method that works on the full-precision linear layers of the blocks, as every
-            quantization does, ``leaves_layers(options) -> bool``: whether it leaves some to another such
-            method that follows in the chain. By default a quantization leaves some only where an option
-            `targets` names some layers of all, and what is of another family works on no such layers.
+            quantization and every pruner (`leaves_zeros`) does, ``leaves_layers(options) -> bool``: whether
+            it leaves some to another such method that follows in the chain. By default a quantization leaves
+            some only where an option `targets` names some layers of all, a pruner leaves all, and what else
+            there is works on no such layers.
         leaves_zeros: True where weights are pruned in place. They stay zero while later methods of the chain
             train (`Context.train`); a distillation, whose student has weights of its own, may not follow.
     """
@@ -330,7 +331,7 @@ class Method:
     @property
     def works_on_layers(self) -> bool:
         """Whether it needs linear layers in full precision, which a quantizer before it may have packed."""
-        return self.family == "quantization" or self.leaves_layers is not None
+        return self.family == "quantization" or self.leaves_zeros or self.leaves_layers is not None
 
     def leaves_layers_for_others(self, options: Options) -> bool:
         """Whether a method that follows and works on full-precision layers finds some."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.output import Format, print_rows, say
-from harness.measure.verdict_facts import in_times
+from harness.display import in_times
 
 if TYPE_CHECKING:
     from harness.choosing import Candidate, Choice, Goal, Loss

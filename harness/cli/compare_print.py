@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.output import Format, clean, format_value, print_rows, say
-from harness.measure.verdict_facts import in_times
+from harness.display import in_times
 
 if TYPE_CHECKING:
     from harness.comparing import Absent, Compared, Comparison, Gate, Outcome, Side

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.cli.output import Format, format_value, print_rows, say
-from harness.measure.verdict_facts import in_times
+from harness.display import in_times
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

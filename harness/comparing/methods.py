@@ -14,10 +14,10 @@ from harness.comparing.matching import Absent, Group, groups_of, is_compared, mi
 from harness.comparing.quality import outcome_of
 from harness.comparing.ratios import across, timing_ratio
 from harness.comparing.sides import Side, SideName
+from harness.display import in_times
 from harness.errors import ConfigError, UnknownName
 from harness.evaluate.metrics import metric_of
 from harness.evaluate.paired import benjamini_hochberg
-from harness.measure.verdict_facts import in_times
 from harness.store.store import Store
 
 __all__ = [

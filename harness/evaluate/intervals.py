@@ -18,6 +18,7 @@ __all__ = [
     "bootstrap_statistic",
     "bootstrap_weighted_mean",
     "changed_share",
+    "fallen_to",
     "generator",
     "percentile_interval",
     "sum_of_independent",
@@ -67,17 +68,19 @@ def changed_share(lost: float, won: float, n: float, confidence: float = CONFIDE
         distance = won - lost - n * difference
         return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance)
 
-    def crossed(wanted: float, low: float, high: float) -> float:
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if score(middle) > wanted else (low, middle)
-        return (low + high) / 2
-
     value = (won - lost) / n
     # At the ends the bound is exact: a share cannot change by more than 1.
-    lower = -1.0 if value == -1 else crossed(z, -1.0, value)
-    upper = 1.0 if value == 1 else crossed(-z, value, 1.0)
+    lower = -1.0 if value == -1 else fallen_to(z, score, -1.0, value)
+    upper = 1.0 if value == 1 else fallen_to(-z, score, value, 1.0)
     return lower, upper
+
+
+def fallen_to(wanted: float, function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that falls between two places reaches this value."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > wanted else (low, middle)
+    return (low + high) / 2
 
 
 def sum_of_independent(

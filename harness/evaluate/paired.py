@@ -19,6 +19,7 @@ from harness.evaluate.intervals import (
     Floats,
     bootstrap_weighted_mean,
     changed_share,
+    fallen_to,
     generator,
     percentile_interval,
     wilson,
@@ -271,12 +272,11 @@ def minimum_detectable_effect(n: float, discordance: float, alpha: float = 0.05,
 
 def _share_of_enough(n: int, enough: int, power: float) -> float:
     """The share at which `n` items hold `enough` with this probability."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        share = (low + high) / 2
-        fewer = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(enough))
-        low, high = (share, high) if fewer > 1 - power else (low, share)
-    return high
+
+    def fewer(share: float) -> float:
+        return sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(enough))
+
+    return fallen_to(1 - power, fewer, 0.0, 1.0)
 
 
 def benjamini_hochberg(pvalues: Sequence[float]) -> list[float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from harness.display import in_times
 from harness.records import KernelUse, ModuleEffect, Record
 
-__all__ = ["CellFacts", "Ratio", "VariantFacts", "in_times", "time_ratio"]
+__all__ = ["CellFacts", "Ratio", "VariantFacts", "time_ratio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +64,6 @@ class Ratio:
         if self.lower is None or self.upper is None:
             return f"{in_times(self.value)}×"
         return f"{in_times(self.value)}× [{in_times(self.lower)}, {in_times(self.upper)}]"
-
-
-def in_times(factor: float, digits: int = 3) -> str:
-    """A factor with as many significant digits as it takes to tell it from 1.
-
-    >>> in_times(2.948), in_times(1.0004), in_times(0.99996), in_times(1.0)
-    ('2.95', '1.0004', '0.99996', '1')
-    """
-    text = f"{factor:.{digits}g}"
-    while factor != 1 and float(text) == 1 and digits < 9:
-        digits += 1
-        text = f"{factor:.{digits}g}"
-    return text
 
 
 def time_ratio(phase: str, variant: CellFacts, baseline: CellFacts) -> Ratio | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from harness.errors import ConfigError
+from harness.nn.held_masks import HeldMasks
 from harness.nn.surgery import block_linears
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ __all__ = [
     "bitmap_bits",
     "bitmap_bytes",
     "burn_in",
+    "held_zeros",
     "is_pruned",
     "note_before_others",
-    "pruned_matrices",
     "record_masks",
     "target_weights",
 ]
@@ -40,10 +41,11 @@ def is_pruned(weight: torch.Tensor) -> bool:
     return weight.numel() > 0 and int((weight == 0).sum()) >= _PRUNED_SHARE * weight.numel()
 
 
-def pruned_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The matrices among the parameters that are pruned, by name."""
+def held_zeros(model: nn.Module) -> HeldMasks:
+    """Masks that hold the zeros of the matrices among the parameters that are pruned."""
     matrices = ((name, weight) for name, weight in model.named_parameters() if weight.dim() == 2)
-    return {name: weight for name, weight in matrices if is_pruned(weight.detach())}
+    pruned = {name: weight for name, weight in matrices if is_pruned(weight.detach())}
+    return HeldMasks(pruned, {name: weight.detach() != 0 for name, weight in pruned.items()})
 
 
 def target_weights(model: nn.Module, targets: str | None) -> dict[str, nn.Parameter]:

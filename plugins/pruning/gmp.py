@@ -157,7 +157,6 @@ METHOD = Method(
     transform=transform,
     needs=("training",),
     applies=lambda info, _options: training_refusal(info),
-    leaves_layers=lambda _options: True,
     trains_scratch=True,
     leaves_zeros=True,
 )

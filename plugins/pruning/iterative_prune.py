@@ -141,7 +141,6 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: () if options.steps_per_cycle == 0 else ("training",),
     applies=applies,
-    leaves_layers=lambda _options: True,
     trains_scratch=True,
     leaves_zeros=True,
 )

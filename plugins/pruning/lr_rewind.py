@@ -74,7 +74,6 @@ METHOD = Method(
     transform=transform,
     needs=("training",),
     applies=lambda info, _options: rewinding_refusal(info),
-    leaves_layers=lambda _options: True,
     trains_scratch=True,
     leaves_zeros=True,
 )

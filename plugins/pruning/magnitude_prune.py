@@ -90,7 +90,6 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: ("training",) if options.steps else (),
     applies=applies,
-    leaves_layers=lambda _options: True,
     leaves_zeros=True,
 )
 

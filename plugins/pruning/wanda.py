@@ -128,7 +128,6 @@ METHOD = Method(
     transform=transform,
     needs=("calibration",),
     applies=applies,
-    leaves_layers=lambda _options: True,
     leaves_zeros=True,
 )
 

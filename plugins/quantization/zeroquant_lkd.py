@@ -34,8 +34,7 @@ from torch.nn import functional
 
 from harness import Method, NumericalFailure, hookimpl
 from harness.nn.blocks import BlockInput, run_block
-from harness.nn.held_masks import HeldMasks
-from harness.nn.pruned import pruned_matrices
+from harness.nn.pruned import held_zeros
 from harness.nn.ste import SteLinear
 from harness.nn.surgery import replace_module
 from harness.tokens import RandomTokens
@@ -106,9 +105,7 @@ def distill(
         return diverged
     best: dict[str, torch.Tensor] | None = None
     optimizer = torch.optim.Adam(trained.values(), lr=lr)
-    pruned = pruned_matrices(student)
-    held = HeldMasks(pruned, {name: weight.detach() != 0 for name, weight in pruned.items()})
-    with held:
+    with held_zeros(student) as held:
         held.start(optimizer)
         order: list[int] = []
         for step in range(iters):

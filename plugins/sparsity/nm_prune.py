@@ -168,7 +168,6 @@ METHOD = Method(
     transform=transform,
     needs=_needs,
     applies=applies,
-    leaves_layers=lambda _options: True,
     leaves_zeros=True,
 )
 

@@ -282,7 +282,6 @@ METHOD = Method(
     transform=transform,
     needs=lambda options: (*(() if options.steps == 0 else ("training",)), *needs_cuda(options)),
     applies=applies,
-    leaves_layers=lambda _options: True,
     leaves_zeros=True,
 )
 

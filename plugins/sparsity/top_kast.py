@@ -123,7 +123,6 @@ METHOD = Method(
     transform=transform,
     needs=("training",),
     applies=applies,
-    leaves_layers=lambda _options: True,
     trains_scratch=True,
     leaves_zeros=True,
 )
